@@ -1,0 +1,83 @@
+"""The Implicit Aligner (Figs. 9 and 10): from "what is wrong with this image" to a corrected image prompt.
+
+    paper   here        shape                 SDXL
+    h       guidance    (B, L, H)             (B, ~640, 5120)   last hidden states of the multimodal LLM
+    c_l     tokens      (B, N, D)             (B, 16, 2048)     image prompt of the first image
+    f(h, c) the result  (B, N, D)             (B, 16, 2048)     image prompt of the image to draw
+
+The result is the input plus a correction whose last layer starts at zero: an untrained aligner changes nothing.
+"""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from img_minimal.attention import PerceiverLayers, layer_sizes
+from img_minimal.weights import WeightsError, fill, read_metadata, read_weights, write_safetensors
+
+
+class ImplicitAligner(nn.Module):
+    """Cross-attention from image tokens to guidance features, between two linear layers.
+
+    The defaults are SDXL's: with width 2048 and guidance_width 5120, 195 million parameters.
+    """
+
+    def __init__(self, width: int, guidance_width: int, depth: int = 4, heads: int = 20, head_dim: int = 64):
+        super().__init__()
+        self.width, self.guidance_width, self.head_dim = width, guidance_width, head_dim
+        self.proj_in = nn.Linear(guidance_width, width)
+        self.layers = PerceiverLayers(width, depth, heads, head_dim)
+        self.proj_out = nn.Linear(width, width)
+        self.norm_out = nn.LayerNorm(width)
+        self.zero_linear = nn.Linear(width, width)
+        # Zero, so that training starts at "keep the image prompt"; norm_out before it keeps its gradient alive.
+        nn.init.zeros_(self.zero_linear.weight)
+        nn.init.zeros_(self.zero_linear.bias)
+
+    def forward(self, guidance: Tensor, tokens: Tensor, mask: Tensor | None = None, passes: int = 1) -> Tensor:
+        """f(h, c) = c + zero_linear(norm_out(proj_out(x))), with x the tokens after the layers (Fig. 9).
+
+        guidance (B, L, H), tokens (B, N, D), mask (B, L) with True = valid guidance -> aligned tokens (B, N, D), in
+        the aligner's own dtype. With `passes` above 1 the result is aligned again with the same guidance; sampling
+        uses 3. Values are not checked. Raises ValueError if H or D is not what this aligner was built for.
+        """
+        if guidance.shape[-1] != self.guidance_width:
+            raise ValueError(
+                f"this aligner was trained for an MLLM of width {self.guidance_width}, the guidance features have "
+                f"width {guidance.shape[-1]}: use the MLLM it was trained with, or train an aligner for this one"
+            )
+        if tokens.shape[-1] != self.width:
+            raise ValueError(
+                f"this aligner was trained for image tokens of width {self.width}, these have width "
+                f"{tokens.shape[-1]}: use the image prompt (IP-Adapter) it was trained with"
+            )
+        dtype = self.proj_in.weight.dtype
+        context = self.proj_in(guidance.to(dtype))  # (B, L, D), the same in every pass
+        tokens = tokens.to(dtype)
+        for _ in range(passes):
+            x = self.layers(tokens, context, mask)  # (B, N, D)
+            tokens = tokens + self.zero_linear(self.norm_out(self.proj_out(x)))
+        return tokens
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """An fp32 aligner from a file of `save`, or from a released .pth; all sizes follow from the shapes.
+
+        Raises WeightsError if the file is missing, damaged, or holds something else.
+        """
+        state = read_weights(path)
+        try:
+            width, guidance_width = state["proj_in.weight"].shape
+            sizes = layer_sizes(state, head_dim=int(read_metadata(path).get("head_dim", 64)))
+        except KeyError as key:
+            raise WeightsError(f"{path}: lacks {key}, so it is not an aligner; check which file it is") from None
+        with torch.device("meta"):  # no time spent on initial values that the file replaces
+            aligner = cls(width, guidance_width, **sizes)
+        fill(aligner, state, str(path))
+        return aligner.float()
+
+    def save(self, path: str | Path) -> None:
+        """Write the weights as safetensors, atomically, in the key layout of the released files."""
+        write_safetensors(path, self.state_dict(), {"head_dim": str(self.head_dim)})

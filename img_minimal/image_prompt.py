@@ -1,0 +1,121 @@
+"""The image prompt of IP-Adapter Plus: image -> CLIP vision features -> Resampler -> 16 tokens.
+
+IMG aligns these tokens, so they are its c_l, c_w and f(c). Module names are those of the public IP-Adapter files.
+"""
+
+from pathlib import Path
+from typing import Self
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
+
+from img_minimal.attention import PerceiverLayers, layer_sizes
+from img_minimal.weights import WeightsError, fill, read_weights
+
+
+class Resampler(nn.Module):
+    """Learned queries that read P patch features and become N tokens; the defaults are those of SDXL's adapter."""
+
+    def __init__(
+        self,
+        feature_width: int,
+        token_width: int,
+        tokens: int = 16,
+        width: int = 1280,
+        depth: int = 4,
+        heads: int = 20,
+        head_dim: int = 64,
+    ):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(1, tokens, width) / width**0.5)  # the N queries
+        self.proj_in = nn.Linear(feature_width, width)
+        self.layers = PerceiverLayers(width, depth, heads, head_dim)
+        self.proj_out = nn.Linear(width, token_width)
+        self.norm_out = nn.LayerNorm(token_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Patch features (B, P, W) -> image tokens (B, N, D)."""
+        latents = self.latents.expand(len(features), -1, -1)  # (B, N, width)
+        return self.norm_out(self.proj_out(self.layers(latents, self.proj_in(features))))
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor], head_dim: int = 64) -> Self:
+        """A Resampler of the sizes and dtype that the `image_proj` part of an IP-Adapter file has.
+
+        Raises WeightsError if the state dict is that of another kind of image projection.
+        """
+        try:
+            _, tokens, width = state["latents"].shape
+            feature_width, token_width = state["proj_in.weight"].shape[1], state["proj_out.weight"].shape[0]
+            sizes = layer_sizes(state, head_dim)
+        except KeyError as key:
+            raise WeightsError(f"image_proj: lacks {key}; use the weights of an IP-Adapter *Plus*") from None
+        with torch.device("meta"):  # no time spent on initial values that the file replaces
+            resampler = cls(feature_width, token_width, tokens, width, **sizes)
+        fill(resampler, state, "image_proj")
+        return resampler
+
+
+class ImagePrompt(nn.Module):
+    """A frozen image -> tokens pipeline. To train a Resampler, call `resampler(features)` itself."""
+
+    def __init__(self, encoder: CLIPVisionModelWithProjection, processor: CLIPImageProcessorPil, resampler: Resampler):
+        super().__init__()
+        self.encoder, self.processor, self.resampler = encoder, processor, resampler
+
+    @classmethod
+    def from_pretrained(cls, encoder_dir: str | Path, image_proj: dict[str, Tensor]) -> Self:
+        """`encoder_dir`: a folder with a CLIP vision model; `image_proj`: from `load_ip_adapter`.
+
+        IP-Adapter's own image_encoder folder has no processor settings; CLIP's defaults are meant then.
+        Raises OSError if the folder holds no model, WeightsError if `image_proj` is no Resampler.
+        """
+        settled = (Path(encoder_dir) / "preprocessor_config.json").exists()
+        processor = CLIPImageProcessorPil.from_pretrained(encoder_dir) if settled else CLIPImageProcessorPil()
+        encoder = CLIPVisionModelWithProjection.from_pretrained(encoder_dir).eval()
+        return cls(encoder, processor, Resampler.from_state_dict(image_proj))
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, S, S) -> penultimate features of the encoder (B, P, W), class token first.
+
+        Penultimate, because the last layer is shaped by CLIP's contrast of whole images and has lost detail.
+        """
+        pixels = pixels.to(self.encoder.device, self.encoder.dtype)
+        return self.encoder(pixels, output_hidden_states=True).hidden_states[-2]
+
+    def features(self, images: list[Image]) -> Tensor:
+        """Images -> penultimate features (B, P, W); ViT-H: (B, 257, 1280)."""
+        return self.encode(self.processor(images, return_tensors="pt").pixel_values)
+
+    @torch.no_grad()
+    def tokens(self, images: list[Image]) -> Tensor:
+        """Images -> image tokens (B, N, D), in the Resampler's dtype; SDXL: (B, 16, 2048)."""
+        return self.resampler(self.features(images).to(self.resampler.latents.dtype))
+
+    @torch.no_grad()
+    def negative(self) -> Tensor:
+        """The tokens (1, N, D) that stand for "no image" in classifier-free guidance.
+
+        They are those of an all-zero tensor *after* normalisation, a mid-grey image, as in IP-Adapter; neither zero
+        tokens nor a black image. Computed anew at each call, since the Resampler may have been trained meanwhile.
+        """
+        side = self.encoder.config.image_size
+        return self.resampler(self.encode(torch.zeros(1, 3, side, side)).to(self.resampler.latents.dtype))
+
+
+def load_ip_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """An IP-Adapter file -> (state of its Resampler, state of its `ImageBranch`).
+
+    .bin files nest two dicts, .safetensors files put the same two names before the keys. Raises WeightsError if the
+    file is missing, damaged, or lacks a part.
+    """
+    state, parts = read_weights(path), []
+    for part in ("image_proj", "ip_adapter"):
+        flat = {key.removeprefix(f"{part}."): value for key, value in state.items() if key.startswith(f"{part}.")}
+        parts.append(state.get(part, flat))
+        if not parts[-1]:
+            raise WeightsError(f"{path}: has no {part!r} weights, so it is not an IP-Adapter; check which file it is")
+    return parts[0], parts[1]

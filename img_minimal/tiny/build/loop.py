@@ -1,0 +1,122 @@
+"""The one training loop of the tiny world's build: AdamW, a schedule, an average of the weights, bf16, resumable.
+
+Each part of the build supplies its modules and a function `step -> loss`; this file supplies the rest.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+
+@contextmanager
+def autocast() -> Iterator[None]:
+    """bf16 compute with fp32 weights, the precision of every part of the build.
+
+    On a CPU the fused attention's backward pass takes half of a training step at these sizes; the plain one does not.
+    """
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def warmup_constant_decay(steps: int, warmup: int = 100, hold: float = 0.6, floor: float = 0.03) -> Callable[[int], float]:
+    """Learning-rate factor: linear up, constant until `hold` of the run, then linear down to `floor`."""
+    return lambda step: min(1.0, (step + 1) / warmup, max(floor, (steps - step) / ((1 - hold) * steps)))
+
+
+class WeightAverage:
+    """Exponential moving average of parameters; `swap()` puts it in the place of the live ones, and back."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float):
+        self.live, self.decay, self.count = parameters, decay, 0
+        self.average = [p.detach().clone() for p in parameters]
+
+    def update(self) -> None:
+        """One step; the first ones count more, so that the random start is forgotten."""
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.live], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the live weights and their average."""
+        for live, average in zip(self.live, self.average):
+            kept = live.clone()
+            live.copy_(average)
+            average.copy_(kept)
+
+
+def fit(
+    name: str,
+    modules: nn.ModuleDict,
+    loss_of_step: Callable[[int], Tensor],
+    steps: int,
+    workdir: Path,
+    *,
+    lr: float | dict[str, float],
+    weight_decay: float = 0.01,
+    average: float = 0.995,
+    seed: int = 0,
+    hold: float = 0.6,
+    watch: Callable[[int], str] | None = None,
+    watch_every: int = 500,
+) -> None:
+    """Train `modules` in place for `steps` and leave the averaged weights in them.
+
+    `lr` may name one rate per module. A checkpoint of weights, optimiser, average and RNG is written every minute to
+    `workdir/NAME.ckpt`, from which the next call goes on. `watch(step)` returns a line to print, seen with averaged
+    weights. Raises FloatingPointError when the loss is not finite.
+    """
+    torch.manual_seed(seed)
+    rates = lr if isinstance(lr, dict) else dict.fromkeys(modules, lr)
+    trained = {key: [p for p in modules[key].parameters() if p.requires_grad] for key in modules}
+    parameters = [p for group in trained.values() for p in group]
+    optimizer = torch.optim.AdamW(
+        [{"params": trained[key], "lr": rates[key]} for key in modules], betas=(0.9, 0.98), weight_decay=weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_constant_decay(steps, hold=hold))
+    ema, start, path = WeightAverage(parameters, average), 0, workdir / f"{name}.ckpt"
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        modules.load_state_dict(state["modules"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        ema.average, ema.count, start = state["average"], state["count"], state["step"]
+        torch.set_rng_state(state["rng"])
+    saved, shown = time.monotonic(), 0.0
+    with tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=1.0) as bar:
+        for step in bar:
+            loss = loss_of_step(step)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"{name}: the loss of step {step} is {loss.item()}")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            ema.update()
+            shown = loss.item() if step == start else 0.98 * shown + 0.02 * loss.item()
+            bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
+            if watch and (step + 1) % watch_every == 0 and step + 1 < steps:
+                rng = torch.get_rng_state()
+                ema.swap()
+                bar.write(f"{name} step {step + 1}: loss {shown:.4f}, {watch(step + 1)}")
+                ema.swap()
+                torch.set_rng_state(rng)  # watching must not change the run
+            if time.monotonic() - saved > 60 or step + 1 == steps:
+                saved = time.monotonic()
+                state = dict(
+                    modules=modules.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
+                    average=ema.average, count=ema.count, step=step + 1, rng=torch.get_rng_state(),
+                )  # fmt: skip
+                torch.save(state, path.with_suffix(".tmp"))
+                os.replace(path.with_suffix(".tmp"), path)
+    ema.swap()
+    if watch:
+        print(f"{name} done: loss {shown:.4f}, {watch(steps)}", flush=True)

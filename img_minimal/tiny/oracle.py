@@ -1,0 +1,120 @@
+"""The exact judge of the tiny world: finds the shapes in a picture and compares them with the prompt.
+
+It plays the people of Pick-a-Pic (labels preference pairs) and of GenEval (scores images). Sampling never sees it.
+Colour decides which pixels belong together, the overlap with a form's silhouette decides what a blob is.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from img_minimal.tiny.edits import JUDGING_SLACK, instruction
+from img_minimal.tiny.grammar import FORMS, Prompt
+from img_minimal.tiny.world import BACKGROUND, BOXES, PALETTE, Scene, Shape, satisfied, signed_distance
+
+SMALLEST_AREA = 40  # pixels; a cross of the smallest radius covers 110
+CLEAR = 0.72  # overlap (intersection over union) with the silhouette below which a blob is no shape
+BLOB = "blob"
+MUDDY = 7  # the index after the palette: a colour that is none
+SMALLEST_MUDDLE = 12  # pixels, after peeling
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the oracle says of one image: `strict` (all of it right), `soft` in [0, 1], what it found, what is wrong."""
+
+    strict: bool
+    soft: float
+    found: Scene
+    words: str
+
+
+def judge(images: Tensor, prompts: list[Prompt]) -> list[Verdict]:
+    """Judge images (B, 3, 64, 64) in [0, 1] against their prompts."""
+    return [_compare(scene, prompt) for scene, prompt in zip(detect(images), prompts, strict=True)]
+
+
+def detect(images: Tensor) -> list[Scene]:
+    """The shapes in each picture, in reading order; what is no clear shape has the form "blob"."""
+    palette = torch.tensor([BACKGROUND, *PALETTE.values()])
+    distance = (images.float()[:, None] - palette[None, :, :, None, None]).square().sum(2)  # (B, 7, 64, 64)
+    nearest, colour = distance.min(1)
+    mixed = nearest > 0.06  # no colour of the palette, such as the blended edge of a shape
+    colour[mixed] = 0
+    # An edge is two pixels wide; mixed colour that survives peeling one pixel off each side is a blob of its own.
+    core = 1 - F.max_pool2d(1 - mixed[:, None].float(), 3, stride=1, padding=1)[:, 0]
+    colour[core.bool()] = MUDDY
+    return [_shapes(picture) for picture in colour.numpy()]
+
+
+def _components(mask: np.ndarray) -> list[np.ndarray]:
+    """The 8-connected components of a mask, each as (n, 2) rows and columns."""
+    todo, found = set(zip(*np.nonzero(mask))), []
+    while todo:
+        frontier = [todo.pop()]
+        component = list(frontier)
+        while frontier:
+            row, column = frontier.pop()
+            near = {(row + i, column + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & todo
+            todo -= near
+            frontier += near
+            component += near
+        found.append(np.array(component))
+    return found
+
+
+def _shapes(colour: np.ndarray) -> Scene:
+    shapes = []
+    for index in np.unique(colour[colour > 0]):
+        for pixels in _components(colour == index):
+            if len(pixels) < (SMALLEST_MUDDLE if index == MUDDY else SMALLEST_AREA):
+                continue
+            (top, left), (bottom, right) = pixels.min(0), pixels.max(0) + 1
+            blob = np.zeros((bottom - top, right - left), dtype=bool)
+            blob[tuple((pixels - (top, left)).T)] = True
+            scores = {form: _overlap(blob, _silhouette(form, *blob.shape)) for form in FORMS}
+            form = max(scores, key=scores.get)
+            box = BOXES[form]
+            r = max((bottom - top) / (box[3] - box[1]), (right - left) / (box[2] - box[0]))
+            y = (top + bottom) / 2 - r * (box[1] + box[3]) / 2  # a triangle's centre is not its box's
+            name = "muddy" if index == MUDDY else list(PALETTE)[index - 1]
+            clear = scores[form] >= CLEAR and index != MUDDY
+            shapes.append(Shape(name, form if clear else BLOB, float(left + right) / 2, float(y), float(r)))
+    return tuple(sorted(shapes, key=lambda s: (s.y - s.r, s.x)))
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    return (a & b).sum() / (a | b).sum()
+
+
+@lru_cache(maxsize=4096)
+def _silhouette(form: str, height: int, width: int) -> np.ndarray:
+    """The form, cropped to its own box and stretched to height x width."""
+    grid = torch.linspace(-26, 26, 209)
+    rows, columns = torch.meshgrid(grid, grid, indexing="ij")
+    inside = (signed_distance(form, columns, rows, 20.0) < 0).numpy()
+    ys, xs = np.where(inside)
+    inside = inside[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+    y = ((np.arange(height) + 0.5) * inside.shape[0] / height).astype(int)
+    x = ((np.arange(width) + 0.5) * inside.shape[1] / width).astype(int)
+    return inside[y][:, x]
+
+
+def _compare(found: Scene, prompt: Prompt) -> Verdict:
+    left, matched = list(found), []
+    for kind in prompt.kinds:
+        shape = next((s for s in left if s.kind == kind), None)
+        if shape:
+            left.remove(shape)
+        matched.append(shape)
+    right = sum(shape is not None for shape in matched)
+    soft = right / (len(matched) + 0.5 * len(left))
+    complete = right == len(matched) and not left
+    if prompt.relation:
+        holds = right == len(matched) and satisfied(prompt, tuple(matched), JUDGING_SLACK)
+        complete, soft = complete and holds, 0.7 * soft + 0.3 * holds
+    return Verdict(complete, soft, found, instruction(found, prompt))
