@@ -54,6 +54,17 @@ class MLLM:
         return states, inputs["attention_mask"].bool()
 
     @torch.no_grad()
+    def satisfaction(self, images: list[Image], prompts: list[str], rng: random.Random, batch_size: int = 64) -> list[float]:
+        """Log-probability that the answer begins with "nothing" (is wrong), for picking the better of two images."""
+        nothing = self.processor.tokenizer("nothing", add_special_tokens=False).input_ids[0]
+        scores = []
+        for k in range(0, len(images), batch_size):
+            states, mask = self.guidance(images[k : k + batch_size], prompts[k : k + batch_size], rng)
+            last = states[torch.arange(len(states)), mask.sum(1) - 1]
+            scores += self.model.lm_head(last).float().log_softmax(-1)[:, nothing].tolist()
+        return scores
+
+    @torch.no_grad()
     def explain(self, images: list[Image], prompts: list[str], rng: random.Random, max_new_tokens: int = 60) -> list[str]:
         """The MLLM's answers in words, decoded greedily, one image at a time."""
         answers = []

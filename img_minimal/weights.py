@@ -8,8 +8,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, load, nn
 
+from img_minimal.errors import UserError
 
-class WeightsError(ValueError):
+
+class WeightsError(UserError):
     """A weight file is missing, damaged, or of another model; the message is one line and says what to do."""
 
 

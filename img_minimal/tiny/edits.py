@@ -106,13 +106,13 @@ def _arrange(kept: list[Shape | None], prompt: Prompt) -> tuple[Scene, bool]:
         for moved in combinations(present, extra):
             free = [*added, *moved]
             for cells in permutations(CELLS, len(free)):
+                # Added shapes start in the middle, so their cost is the distance from it.
+                cost = sum((x - shapes[k].x) ** 2 + (y - shapes[k].y) ** 2 for k, (x, y) in zip(free, cells))
+                if best and cost >= best[0]:
+                    continue
                 scene = list(shapes)
                 for k, (x, y) in zip(free, cells):
                     scene[k] = replace(scene[k], x=x, y=y)
-                # Added shapes start in the middle, so their cost is the distance from it.
-                cost = sum((scene[k].x - shapes[k].x) ** 2 + (scene[k].y - shapes[k].y) ** 2 for k in free)
-                if best and cost >= best[0]:
-                    continue
                 clash = any(overlap(scene[k], s) for k in free for j, s in enumerate(scene) if j != k)
                 if not clash and satisfied(prompt, tuple(scene)):
                     best = (cost, tuple(scene))

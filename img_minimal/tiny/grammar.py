@@ -14,24 +14,30 @@ import random
 import re
 from dataclasses import dataclass
 
+from img_minimal.errors import UserError
+
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 FORMS = ("circle", "square", "triangle", "cross")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 CATEGORIES = ("single", "counting", "two", "position", "complex")
+SPLITS = ("train", "validation", "test")
 # Never drawn, said or asked in any training data, by any part: they measure compositional generalisation.
 HELD_OUT = frozenset({("red", "cross"), ("blue", "triangle"), ("green", "circle"), ("yellow", "square")})
 EXAMPLES = ("a red circle above a blue square", "three green squares", "a blue circle, a red square and a purple cross")
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A prompt that the grammar does not cover; the message says why and what it does cover."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """`count` shapes of one colour and form."""
+    """`count` shapes of one colour and form.
+
+    `str()` also names what no caption asks for but a picture may hold: "two muddy blobs", "5 red circles".
+    """
 
     count: int
     colour: str
@@ -39,7 +45,7 @@ class Group:
 
     def __str__(self) -> str:
         if self.count > 1:
-            return f"{NUMBERS[self.count]} {self.colour} {PLURALS[self.form]}"
+            return f"{NUMBERS.get(self.count, self.count)} {self.colour} {PLURALS.get(self.form, f'{self.form}s')}"
         return f"{'an' if self.colour[0] in 'aeiou' else 'a'} {self.colour} {self.form}"
 
 
@@ -88,8 +94,13 @@ class Prompt:
 def sample_prompt(
     rng: random.Random, category: str | None = None, split: str = "train", held_out: bool | None = False
 ) -> Prompt:
-    """Draw a prompt of a split; `held_out` picks those with (True) or without (False) a held-out pair, None either."""
+    """Draw a prompt of a split; `held_out` picks those with (True) or without (False) a held-out pair, None either.
+
+    Raises ValueError if there are none such.
+    """
     category = category or rng.choice(CATEGORIES)
+    if category not in CATEGORIES or split not in SPLITS or (split == "train" and held_out):
+        raise ValueError(f"there are no prompts with category={category!r}, split={split!r} and held_out={held_out}")
     while True:
         counts, relation = [1], None
         if category == "counting":
@@ -146,3 +157,12 @@ def parse(text: str) -> Prompt:
             f"the tiny world cannot draw {text!r}: {error}. Colours: {', '.join(COLOURS)}; shapes: {', '.join(FORMS)}. "
             f"Try {examples} - or a real model, for any prompt: --model sdxl"
         ) from None
+
+
+def benchmark(count: int, split: str = "test", seed: int = 0) -> list[Prompt]:
+    """`count` evaluation prompts of a split: categories in turn, one round in four with a held-out pair."""
+    rng = random.Random(f"{split} {seed}")
+    categories = len(CATEGORIES)
+    return [
+        sample_prompt(rng, CATEGORIES[k % categories], split, held_out=(k // categories) % 4 == 3) for k in range(count)
+    ]

@@ -40,8 +40,8 @@ def judge(images: Tensor, prompts: list[Prompt]) -> list[Verdict]:
 
 def detect(images: Tensor) -> list[Scene]:
     """The shapes in each picture, in reading order; what is no clear shape has the form "blob"."""
-    palette = torch.tensor([BACKGROUND, *PALETTE.values()])
-    distance = (images.float()[:, None] - palette[None, :, :, None, None]).square().sum(2)  # (B, 7, 64, 64)
+    palette = torch.tensor([BACKGROUND, *PALETTE.values()]).view(-1, 3, 1, 1)
+    distance = torch.stack([(images.float() - colour).square().sum(1) for colour in palette], dim=1)  # (B, 7, 64, 64)
     nearest, colour = distance.min(1)
     mixed = nearest > 0.06  # no colour of the palette, such as the blended edge of a shape
     colour[mixed] = 0
@@ -51,39 +51,46 @@ def detect(images: Tensor) -> list[Scene]:
     return [_shapes(picture) for picture in colour.numpy()]
 
 
-def _components(mask: np.ndarray) -> list[np.ndarray]:
-    """The 8-connected components of a mask, each as (n, 2) rows and columns."""
-    todo, found = set(zip(*np.nonzero(mask))), []
-    while todo:
-        frontier = [todo.pop()]
-        component = list(frontier)
-        while frontier:
-            row, column = frontier.pop()
-            near = {(row + i, column + j) for i in (-1, 0, 1) for j in (-1, 0, 1)} & todo
-            todo -= near
-            frontier += near
-            component += near
-        found.append(np.array(component))
-    return found
+def _label(colour: np.ndarray) -> np.ndarray:
+    """Number the 8-connected areas of one colour from 1; 0 stays 0. (H, W) -> (H, W)."""
+    ground = np.pad(colour, ((0, 0), (0, 1)))  # a column of ground, so that no run of pixels goes around the edge
+    flat, width = ground.ravel(), ground.shape[1]
+    edges = np.flatnonzero(np.diff(flat, prepend=0))
+    runs = flat[edges] > 0
+    starts, ends = edges[runs], edges[np.flatnonzero(runs) + 1]  # the last run is ground
+    # touch[i, j]: run i lies in the row below run j, meets it at least with a corner, and has its colour.
+    touch = (starts[:, None] <= ends + width) & (ends[:, None] >= starts + width)
+    touch &= flat[starts][:, None] == flat[starts]
+    touch |= touch.T | np.eye(len(starts), dtype=bool)
+    number = np.arange(len(starts))
+    while True:
+        lowest = np.where(touch, number, len(number)).min(1, initial=len(number))
+        lowest = lowest[lowest]  # what the lowest neighbour knows already
+        if (lowest == number).all():
+            break
+        number = lowest
+    labels = np.zeros_like(flat)
+    labels[flat > 0] = np.repeat(number + 1, ends - starts)
+    return labels.reshape(ground.shape)[:, :-1]
 
 
 def _shapes(colour: np.ndarray) -> Scene:
-    shapes = []
-    for index in np.unique(colour[colour > 0]):
-        for pixels in _components(colour == index):
-            if len(pixels) < (SMALLEST_MUDDLE if index == MUDDY else SMALLEST_AREA):
-                continue
-            (top, left), (bottom, right) = pixels.min(0), pixels.max(0) + 1
-            blob = np.zeros((bottom - top, right - left), dtype=bool)
-            blob[tuple((pixels - (top, left)).T)] = True
-            scores = {form: _overlap(blob, _silhouette(form, *blob.shape)) for form in FORMS}
-            form = max(scores, key=scores.get)
-            box = BOXES[form]
-            r = max((bottom - top) / (box[3] - box[1]), (right - left) / (box[2] - box[0]))
-            y = (top + bottom) / 2 - r * (box[1] + box[3]) / 2  # a triangle's centre is not its box's
-            name = "muddy" if index == MUDDY else list(PALETTE)[index - 1]
-            clear = scores[form] >= CLEAR and index != MUDDY
-            shapes.append(Shape(name, form if clear else BLOB, float(left + right) / 2, float(y), float(r)))
+    labels, shapes = _label(colour), []
+    for label in np.unique(labels[labels > 0]):
+        rows, columns = np.nonzero(labels == label)
+        index = colour[rows[0], columns[0]]
+        if len(rows) < (SMALLEST_MUDDLE if index == MUDDY else SMALLEST_AREA):
+            continue
+        top, left, bottom, right = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+        blob = labels[top:bottom, left:right] == label
+        scores = {form: _overlap(blob, _silhouette(form, *blob.shape)) for form in FORMS}
+        form = max(scores, key=scores.get)
+        box = BOXES[form]
+        r = max((bottom - top) / (box[3] - box[1]), (right - left) / (box[2] - box[0]))
+        y = (top + bottom) / 2 - r * (box[1] + box[3]) / 2  # a triangle's centre is not its box's
+        name = "muddy" if index == MUDDY else list(PALETTE)[index - 1]
+        clear = scores[form] >= CLEAR and index != MUDDY
+        shapes.append(Shape(name, form if clear else BLOB, float(left + right) / 2, float(y), float(r)))
     return tuple(sorted(shapes, key=lambda s: (s.y - s.r, s.x)))
 
 

@@ -51,7 +51,7 @@ def assemble(target: Path, unet: UNet2DConditionModel) -> StableDiffusionXLPipel
     """The whole SDXL pipeline around a UNet."""
     sdxl = target / "sdxl"
     pipe = StableDiffusionXLPipeline(
-        vae=AutoencoderKL.from_pretrained(sdxl / "vae", torch_dtype=torch.float32),
+        vae=AutoencoderKL.from_pretrained(sdxl / "vae", dtype=torch.float32),
         text_encoder=CLIPTextModel.from_pretrained(sdxl / "text_encoder", dtype=torch.float32),
         text_encoder_2=CLIPTextModelWithProjection.from_pretrained(sdxl / "text_encoder_2", dtype=torch.float32),
         tokenizer=CLIPTokenizer.from_pretrained(sdxl / "tokenizer"),

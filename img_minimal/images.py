@@ -1,0 +1,25 @@
+"""Images as tensors and as PIL: (B, 3, H, W) in [0, 1] <-> list[Image]."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [0, 1] -> B images."""
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]
+
+
+def from_pil(images: list[Image.Image]) -> Tensor:
+    """Images of one size -> (B, 3, H, W) in [0, 1]."""
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+def decode(data: bytes) -> Image.Image:
+    """An encoded image (JPEG, PNG, ...) -> RGB. Raises OSError if the bytes are damaged."""
+    return Image.open(io.BytesIO(data)).convert("RGB")

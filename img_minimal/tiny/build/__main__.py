@@ -1,0 +1,83 @@
+"""Rebuild the twins from nothing: `python -m img_minimal.tiny.build` for all, or name parts.
+
+    python -m img_minimal.tiny.build vae clip          # two parts
+    python -m img_minimal.tiny.build --list            # what there is, in order
+
+Every part has a fixed seed and goes on where it was stopped. Times are for two cores.
+"""
+
+import argparse
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from img_minimal.presets import TINY, find_preset
+from img_minimal.tiny.build import clip, llava, pairs, resampler, scenes, triplets, unet, vae
+
+PARTS = {
+    "vae": "pictures <-> latents",
+    "clip": "text encoders and vision encoder, contrastively",
+    "scenes": "the base model's training data, as features",
+    "resampler": "image features -> 16 image tokens, as an autoencoder of latents",
+    "unet": "UNet and image branch together",
+    "stock": "LLaVA that describes pictures",
+    "triplets": "picture, prompt of the edited scene, edit instruction",
+    "detector": "LLaVA finetuned on the triplets",
+    "pairs": "preference pairs from the base's own images",
+    "aligner": "three aligners: guided by the detector, the stock LLaVA, text",
+}
+
+
+def train_aligners(workdir: Path, target: Path) -> None:
+    """Run train.py once for each kind of guidance and keep the weights."""
+    for guidance, name in (("mllm", "aligner"), ("stock", "aligner-stock"), ("text", "aligner-text")):
+        folder = workdir / name
+        command = [sys.executable, "train.py", "--guidance", guidance, "--output-dir", str(folder), "--eval-prompts", "0"]
+        if (folder / "checkpoint.pt").exists():
+            command.append("--resume")
+        subprocess.run(command, check=True)
+        (target / f"{name}.safetensors").write_bytes((folder / "aligner.safetensors").read_bytes())
+
+
+def main() -> None:
+    """Build the named parts, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of: {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--workdir", default="outputs/tiny-build", help="checkpoints and intermediate data")
+    parser.add_argument("--target", default=str(TINY), help="where the finished twins go")
+    parser.add_argument("--list", action="store_true", help="name the parts and stop")
+    options = parser.parse_args()
+    if options.list:
+        print("\n".join(f"{name:10} {text}" for name, text in PARTS.items()))
+        return
+    unknown = [p for p in options.parts if p not in PARTS]
+    if unknown:
+        parser.error(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
+    workdir, target = Path(options.workdir), Path(options.target)
+    workdir.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
+    here = {
+        "base": str(target / "sdxl"),
+        "image_encoder": str(target / "image_encoder"),
+        "ip_adapter": str(target / "ip_adapter.safetensors"),
+    }
+    build = {
+        "vae": lambda: vae.build(workdir, target / "sdxl" / "vae"),
+        "clip": lambda: clip.build(workdir, target),
+        "scenes": lambda: scenes.build(workdir, target),
+        "resampler": lambda: resampler.build(workdir, target),
+        "unet": lambda: unet.build(workdir, target),
+        "stock": lambda: llava.build_stock(workdir, target),
+        "triplets": lambda: triplets.build(workdir, target),
+        "detector": lambda: llava.build_detector(workdir, target),
+        "pairs": lambda: pairs.build(workdir, target, replace(find_preset("tiny-sdxl"), **here)),
+        "aligner": lambda: train_aligners(workdir, target),
+    }
+    for part in options.parts or PARTS:
+        print(f"== {part}: {PARTS[part]}", flush=True)
+        build[part]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Draw a prompt, look at the result with an MLLM, and draw it again better aligned.
+
+    python sample.py --prompt "a red circle above a blue square"
+    python sample.py --prompt "three green squares" --seed 7 --rounds 2 --explain
+
+Saves the first image, the last one, and both side by side.
+"""
+
+from dataclasses import dataclass
+
+from img_minimal.cli import check, option, parse, quiet_libraries, run, writable_folder
+
+
+@dataclass
+class Config:
+    """The command line; None means: as the preset says."""
+
+    prompt: str = option("a red circle above a blue square", "what to draw")
+    model: str = option("tiny-sdxl", "which model: " + "tiny-sdxl")
+    seed: int = option(0, "of the first image; the same seed gives the same images")
+    num_images: int = option(1, "images, from consecutive seeds")
+    rounds: int = option(1, "times to look and draw again")
+    passes: int | None = option(None, "applications of the aligner; default: the preset's")
+    scale: float | None = option(None, "weight of the aligned image tokens; default: the preset's")
+    aligner: str | None = option(None, "aligner file, e.g. outputs/train/aligner.safetensors; default: the preset's")
+    explain: bool = option(True, "decode what the MLLM says (guidance itself needs no decoding)")
+    output: str = option("outputs/sample", "folder for the pictures")
+
+
+def main() -> int:
+    """Check the request, load, draw, look, draw again, save."""
+    config = parse(Config, __doc__)
+    check(bool(config.prompt.strip()), '--prompt is empty; say what to draw, e.g. "a red circle above a blue square"')
+    check(config.seed >= 0, f"--seed is {config.seed}, expected 0 or more")
+    check(config.num_images >= 1, f"--num-images is {config.num_images}, expected 1 or more")
+    check(config.rounds >= 1, f"--rounds is {config.rounds}, expected 1 or more")
+    check(config.passes is None or config.passes >= 1, f"--passes is {config.passes}, expected 1 or more")
+    check(config.scale is None or config.scale >= 0, f"--scale is {config.scale}, expected 0 or more")
+
+    from img_minimal.presets import find_preset  # imports wait for the checks: torch takes seconds
+
+    preset = find_preset(config.model)
+    wanted = None
+    if preset.world == "tiny":
+        from img_minimal.tiny.grammar import parse as parse_prompt
+
+        wanted = parse_prompt(config.prompt)
+    folder = writable_folder(config.output)
+
+    import random
+
+    from img_minimal.images import to_pil
+    from img_minimal.pictures import labelled_grid
+    from img_minimal.pipeline import IMG
+
+    quiet_libraries()
+    img = IMG.from_preset(preset, config.aligner)
+    prompt = str(wanted or config.prompt)
+    prompts, seeds = [prompt] * config.num_images, [config.seed + k for k in range(config.num_images)]
+    stages = img(prompts, seeds, rounds=config.rounds, passes=config.passes, scale=config.scale)
+    pictures = [to_pil(images) for images in stages]
+    notes = [[""] * config.num_images for _ in stages]
+    if config.explain:
+        for k, images in enumerate(pictures[:-1]):
+            answers = img.mllm.explain(images, prompts, random.Random(config.seed + k))
+            notes[k] = [f"MLLM: {answer}" for answer in answers]
+    if wanted:
+        from img_minimal.tiny.oracle import judge
+
+        for k, images in enumerate(stages):
+            for i, verdict in enumerate(judge(images, [wanted] * config.num_images)):
+                said = "right" if verdict.strict else f"wrong: {verdict.words}"
+                notes[k][i] = "\n".join(filter(None, (notes[k][i], f"oracle: {said}")))
+    rows = []
+    for i, seed in enumerate(seeds):
+        rows.append([])
+        for k, images in enumerate(pictures):
+            name = "initial" if k == 0 else f"round {k}"
+            images[i].save(folder / f"seed{seed}-{k}-{name.replace(' ', '')}.png")
+            rows[-1].append((images[i], f"{name}\n{notes[k][i]}"))
+            print(f"seed {seed}, {name}: " + notes[k][i].replace("\n", "; "))
+    labelled_grid(rows, folder / "side-by-side.png", f'"{prompt}"', f"{preset.name}, seeds {seeds[0]} to {seeds[-1]}")
+    print(f"saved to {folder}/side-by-side.png")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

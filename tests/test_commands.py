@@ -1,0 +1,142 @@
+"""The commands a user types: good input works, bad input is one line and exit code 2, and costs nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(*arguments: object, **more: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **more)
+
+
+def assert_one_clear_line(result: subprocess.CompletedProcess, *words: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert "error: " in last
+    for word in words:
+        assert word in last
+
+
+def test_sample_saves_both_images_and_the_picture_and_says_what_was_seen(tmp_path):
+    result = call("sample.py", "--prompt", "a red circle above a blue square", "--seed", 1, "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "initial: MLLM: " in result.stdout and "oracle: " in result.stdout
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"seed1-0-initial.png", "seed1-1-round1.png", "side-by-side.png"}
+    assert Image.open(tmp_path / "seed1-0-initial.png").size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", ""], ["empty"]),
+        (["--prompt", "a red zebra"], ["zebra", "--model sdxl"]),
+        (["--seed", "-1"], ["--seed", "0 or more"]),
+        (["--seed", "x"], ["--seed"]),
+        (["--passes", "0"], ["--passes"]),
+        (["--scale", "-0.5"], ["--scale"]),
+        (["--model", "nope"], ["nope", "tiny-sdxl"]),
+        (["--output", "/proc/nowhere"], ["/proc/nowhere", "choose another folder"]),
+        (["--colour", "red"], ["--colour"]),
+    ],
+)
+def test_sample_refuses_bad_input_in_one_line(arguments, words):
+    assert_one_clear_line(call("sample.py", *arguments), *words)
+
+
+def test_a_missing_a_truncated_and_a_foreign_aligner_are_each_one_line(tmp_path):
+    from img_minimal.presets import find_preset
+
+    preset = find_preset("tiny-sdxl")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(Path(preset.aligner).read_bytes()[:5000])
+    cases = {tmp_path / "none.safetensors": "no such file", cut: "cut short", Path(preset.ip_adapter): "not an aligner"}
+    for path, word in cases.items():
+        assert_one_clear_line(call("sample.py", "--aligner", path, "--output", tmp_path), word)
+
+
+def test_an_aligner_of_another_guidance_width_is_refused_in_one_line(tmp_path):
+    from img_minimal.aligner import ImplicitAligner
+
+    ImplicitAligner(128, 96, depth=1, heads=2).save(tmp_path / "other.safetensors")
+    result = call("sample.py", "--aligner", tmp_path / "other.safetensors", "--output", tmp_path)
+    assert_one_clear_line(result, "trained for an MLLM of width 96")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--steps", "0"], ["--batch-size", "0"], ["--seed", "-3"], ["--resume"], ["--output-dir", "/proc/no"], ["--norm", "l1"]],
+)
+def test_train_refuses_bad_input_in_one_line(arguments, tmp_path):
+    folder = [] if "--output-dir" in arguments else ["--output-dir", tmp_path / "run"]
+    assert_one_clear_line(call("train.py", *folder, *arguments))
+
+
+def test_evaluate_refuses_bad_input_in_one_line():
+    assert_one_clear_line(call("-m", "img_minimal.evaluate", "--prompts", 0), "--prompts")
+    assert_one_clear_line(call("-m", "img_minimal.evaluate", "--json", "/proc/x.json"), "/proc/x.json")
+
+
+def test_evaluate_writes_every_arm_with_its_size_and_interval(tmp_path):
+    result = call("-m", "img_minimal.evaluate", "--prompts", 10, "--split", "validation", "--json", tmp_path / "r.json")
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "r.json").read_text())
+    arms = results["arms"]
+    assert set(arms) == {
+        "base", "new_seed", "best_of_two_mllm", "best_of_two_oracle", "perfect_tokens", "no_guidance", "text",
+        "stock_mllm", "img",
+    }  # fmt: skip
+    assert all(arm["n"] == 10 and 0 <= arm["strict"] <= arm["soft"] <= 1 for arm in arms.values())
+    assert arms["best_of_two_oracle"]["strict"] >= max(arms["base"]["strict"], arms["new_seed"]["strict"])
+    assert set(results["win_rate"]["img_vs_base"]) == {"value", "low", "high", "decided"}
+
+
+def test_train_stopped_by_sigterm_says_how_to_resume_and_resumes(tmp_path):
+    cache = tmp_path / "cache"
+    run = ["train.py", "--output-dir", tmp_path / "run", "--cache-dir", cache, "--pairs", small_pairs(tmp_path)]
+    run += ["--steps", "400", "--eval-prompts", "5", "--save-every", "50"]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, run)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    for _ in range(1200):
+        if metrics.exists() and metrics.stat().st_size:
+            break
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 130 and "--resume" in said, said
+    result = call(*run, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "strict alignment on 5 validation prompts: base" in result.stdout
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 401))
+    made = {p.name for p in (tmp_path / "run").iterdir()}
+    assert made >= {"config.json", "metrics.jsonl", "curves.png", "samples.png", "checkpoint.pt", "aligner.safetensors"}
+    # The features were computed once; a cache of another making is refused, not used.
+    [kept] = cache.iterdir()
+    shutil.copy(Path(small_pairs(tmp_path, rows=40)), kept)
+    assert_one_clear_line(call(*run), kept.name)
+
+
+def small_pairs(folder: Path, rows: int = 60) -> Path:
+    import pyarrow.parquet as pq
+
+    from img_minimal.presets import find_preset
+
+    path = folder / f"pairs-{rows}.parquet"
+    if not path.exists():
+        pq.write_table(pq.read_table(find_preset("tiny-sdxl").pairs).slice(0, rows), path)
+    return path

@@ -1,0 +1,119 @@
+"""The whole method on the shipped twin: drawing, tokens, guidance, alignment."""
+
+import random
+
+import pytest
+import torch
+
+from img_minimal.errors import UserError
+from img_minimal.images import from_pil, to_pil
+from img_minimal.mllm import MLLM
+from img_minimal.pipeline import IMG, align, look
+from img_minimal.presets import find_preset
+from img_minimal.questions import QUESTIONS, ask
+from img_minimal.tiny.grammar import benchmark
+
+PRESET = find_preset("tiny-sdxl")
+PROMPTS = [str(p) for p in benchmark(5, "validation", seed=3)]
+
+
+@pytest.fixture(scope="module")
+def img() -> IMG:
+    return IMG.from_preset(PRESET)
+
+
+@pytest.fixture(scope="module")
+def images(img) -> torch.Tensor:
+    return img.painter.draw(PROMPTS, [7] * 5)
+
+
+def test_a_seed_gives_the_same_image_alone_and_in_a_batch(img, images):
+    alone = img.painter.draw(PROMPTS[2:3], [7])
+    assert images.shape == (5, 3, 64, 64) and 0 <= images.min() and images.max() <= 1
+    # bf16 sums in another order for another batch size: within one grey level in 50
+    assert (alone[0] - images[2]).abs().mean() < 0.02
+
+
+def test_image_tokens_at_scale_zero_change_nothing_and_leave_no_trace(img, images):
+    tokens = img.painter.tokens(to_pil(images))
+    assert torch.equal(img.painter.draw(PROMPTS, [7] * 5, tokens, scale=0.0), images)
+    changed = img.painter.draw(PROMPTS, [7] * 5, tokens, scale=1.0)
+    assert not torch.equal(changed, images)
+    assert torch.equal(img.painter.draw(PROMPTS, [7] * 5), images)
+
+
+def test_the_whole_method_gives_the_same_images_twice(img):
+    first, second = (img(PROMPTS[:2], [1, 2], rounds=2) for _ in range(2))
+    assert len(first) == 3
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_guidance_features_of_a_padded_batch_equal_those_of_each_prompt_alone(img, images):
+    pictures = to_pil(images)
+    together, mask = img.mllm.guidance(pictures, PROMPTS, random.Random(5))
+    assert together.shape[-1] == img.mllm.width == img.aligner.guidance_width
+    assert not mask.all(), "the prompts should differ in length, or this test shows nothing"
+    rng = random.Random(5)
+    for k, (picture, prompt) in enumerate(zip(pictures, PROMPTS)):
+        alone, _ = img.mllm.guidance([picture], [prompt], rng)
+        assert (alone[0] - together[k][mask[k]]).abs().max() < 1e-4
+
+
+def test_guidance_features_are_the_last_hidden_states_after_the_final_norm(img, images):
+    states, _ = img.mllm.guidance(to_pil(images)[:1], PROMPTS[:1], random.Random(5))
+    inputs = img.mllm._inputs(to_pil(images)[:1], [ask(PROMPTS[0], random.Random(5))])
+    everything = img.mllm.model(**inputs, output_hidden_states=True)
+    assert torch.allclose(states, everything.hidden_states[-1], atol=1e-5)
+    assert torch.allclose(img.mllm.model.lm_head(states), everything.logits, atol=1e-4)
+
+
+def test_the_mllm_answers_in_words_of_edits(img, images):
+    answers = img.mllm.explain(to_pil(images)[:2], PROMPTS[:2], random.Random(0))
+    verbs = {"change", "add", "remove", "move", "nothing"}
+    assert all(answer.split()[0] in verbs for answer in answers)
+
+
+def test_aligned_tokens_do_not_depend_on_the_batch(img, images):
+    pictures = to_pil(images)
+    features, mask = look(img.mllm, pictures, PROMPTS, seed=0)
+    tokens = img.painter.tokens(pictures)
+    whole = align(img.aligner, tokens, features, mask, passes=2)
+    parts = align(img.aligner, tokens, features, mask, passes=2, batch_size=2)
+    assert torch.allclose(whole, parts, atol=1e-4)
+    assert not torch.allclose(whole, tokens, atol=1e-2), "the shipped aligner should do something"
+
+
+def test_a_nan_in_the_guidance_features_is_one_line_that_names_the_image(img, images):
+    features = torch.zeros(3, 4, img.mllm.width)
+    features[1, 0, 0] = torch.nan
+    with pytest.raises(UserError, match="image 1 are not finite"):
+        align(img.aligner, img.painter.tokens(to_pil(images)[:3]), features, torch.ones(3, 4).bool(), passes=1)
+
+
+def test_an_mllm_of_another_width_is_one_line_that_says_what_to_do(img, images):
+    with pytest.raises(UserError, match="trained for an MLLM of width"):
+        align(img.aligner, img.painter.tokens(to_pil(images)[:1]), torch.zeros(1, 4, 99), torch.ones(1, 4).bool(), 1)
+
+
+def test_there_are_one_hundred_different_questions_that_all_hold_the_prompt():
+    assert len(set(QUESTIONS)) == 100
+    assert all(question.count("{}") == 1 for question in QUESTIONS)
+    asked = {ask("a red circle", random.Random(k)) for k in range(500)}
+    assert len(asked) > 90 and all("a red circle" in question for question in asked)
+
+
+def test_pictures_survive_the_way_to_pil_and_back():
+    pixels = torch.rand(2, 3, 8, 8)
+    assert (from_pil(to_pil(pixels)) - pixels).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_satisfaction_is_the_log_probability_of_nothing_as_the_first_word(img, images):
+    scores = img.mllm.satisfaction(to_pil(images), PROMPTS, random.Random(0))
+    assert len(scores) == 5 and all(score <= 0 for score in scores)
+
+
+def test_the_stock_mllm_is_another_model_of_the_same_kind(img):
+    stock = MLLM.from_pretrained(PRESET.stock_mllm)
+    assert stock.width == img.mllm.width
+    weights = [m.model.lm_head.weight for m in (stock, img.mllm)]
+    assert not torch.equal(*weights)
