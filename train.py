@@ -141,7 +141,7 @@ def main() -> int:
     quiet_libraries()
     painter = Painter.from_preset(preset)
     guide_path = {"mllm": preset.mllm, "stock": preset.stock_mllm, "text": preset.base}[config.guidance]
-    guide = painter if config.guidance == "text" else MLLM.from_pretrained(guide_path)
+    guide = painter if config.guidance == "text" else MLLM.from_pretrained(guide_path, device=painter.pipe.device)
     data = load_features(config, preset, painter, guide, guide_path)
     print(f"{len(data)} samples, {int(data.validation.sum())} of them for validation; {preset.train_steps} steps")
 

@@ -40,7 +40,7 @@ def draw(
             positive = tokens[part].to(pipe.device)
             both = torch.cat([negative.to(positive).expand_as(positive), positive])
             context = inject(pipe.unet, branch, both if guidance_scale > 1 else positive, scale)
-        with context, torch.autocast(pipe.device.type, torch.bfloat16, enabled=pipe.device.type == "cpu"):
+        with context, torch.autocast(pipe.device.type, torch.bfloat16):
             result = pipe(
                 prompt=prompts[part],
                 num_inference_steps=steps,

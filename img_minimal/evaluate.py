@@ -186,7 +186,7 @@ def main() -> int:
     if not config.only_img:
         painter = img.painter
         bench.aligned("text", painter, ImplicitAligner.from_file(preset.text_aligner))
-        stock = MLLM.from_pretrained(preset.stock_mllm)
+        stock = MLLM.from_pretrained(preset.stock_mllm, device=img.painter.pipe.device)
         bench.aligned("stock_mllm", stock, ImplicitAligner.from_file(preset.stock_aligner))
     bench.aligned("img", img.mllm, img.aligner)
     results = bench.results()

@@ -26,9 +26,11 @@ class MLLM:
         self.processor.tokenizer.padding_side = "right"  # features of a prompt do not depend on its batch
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> Self:
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> Self:
         """Open a folder in the llava-hf layout. Raises OSError if there is no model."""
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device)
         return cls(model, LlavaProcessor.from_pretrained(folder))
 
     @property

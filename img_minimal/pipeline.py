@@ -27,6 +27,11 @@ from img_minimal.presets import Preset
 from img_minimal.weights import fill
 
 
+def best_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class Guidance(Protocol):
     """What can tell the aligner about an image and its prompt: an MLLM, or (as a control) text embeddings."""
 
@@ -48,14 +53,16 @@ class Painter:
     @classmethod
     def from_preset(cls, preset: Preset) -> Self:
         """Load base model, vision encoder and IP-Adapter. Raises UserError or OSError if a file is missing or wrong."""
-        pipe = StableDiffusionXLPipeline.from_pretrained(_folder(preset.base), dtype=torch.float32)
+        device = best_device()
+        pipe = StableDiffusionXLPipeline.from_pretrained(_folder(preset.base), dtype=torch.float32).to(device)
         pipe.set_progress_bar_config(disable=True)
         image_proj, ip_adapter = load_ip_adapter(preset.ip_adapter)
         branch = ImageBranch.for_unet(pipe.unet, token_width=next(iter(ip_adapter.values())).shape[1])
         fill(branch, {key: value.to(pipe.unet.dtype) for key, value in ip_adapter.items()}, preset.ip_adapter)
         image_proj = {key: value.float() for key, value in image_proj.items()}
         image_prompt = ImagePrompt.from_pretrained(_folder(preset.image_encoder), image_proj)
-        return cls(pipe, branch.requires_grad_(False), image_prompt.float().requires_grad_(False), preset)
+        image_prompt = image_prompt.to(device, torch.float32)
+        return cls(pipe, branch.requires_grad_(False), image_prompt.requires_grad_(False), preset)
 
     def draw(
         self,
@@ -76,7 +83,7 @@ class Painter:
     def tokens(self, images: list[Image], batch_size: int = 250, progress: str | None = None) -> Tensor:
         """Image tokens (B, N, D) of images."""
         starts = tqdm(range(0, len(images), batch_size), desc=progress, disable=progress is None, leave=False)
-        return torch.cat([self.image_prompt.tokens(images[k : k + batch_size]) for k in starts])
+        return torch.cat([self.image_prompt.tokens(images[k : k + batch_size]).cpu() for k in starts])
 
     @torch.no_grad()
     def guidance(self, images: list[Image], prompts: list[str], rng: random.Random) -> tuple[Tensor, Tensor]:
@@ -112,11 +119,14 @@ def align(
     aligner: ImplicitAligner, tokens: Tensor, features: Tensor, mask: Tensor, passes: int, batch_size: int = 250
 ) -> Tensor:
     """f applied `passes` times in fp32, in batches: (B, N, D) -> (B, N, D). Raises UserError on a wrong MLLM or NaN."""
+    device, aligned = next(aligner.parameters()).device, []
     try:
-        parts = zip(features.split(batch_size), tokens.split(batch_size), mask.split(batch_size))
-        aligned = torch.cat([aligner(h.float(), c, m, passes) for h, c, m in parts])
+        for part in zip(features.split(batch_size), tokens.split(batch_size), mask.split(batch_size)):
+            h, c, m = (x.to(device) for x in part)
+            aligned.append(aligner(h.float(), c, m, passes).cpu())
     except ValueError as error:
         raise UserError(str(error)) from None
+    aligned = torch.cat(aligned)
     broken = (~aligned.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if broken:
         raise UserError(f"the aligned features of image {broken[0]} are not finite; check the MLLM's and aligner's files")
@@ -133,7 +143,9 @@ class IMG:
     def from_preset(cls, preset: Preset, aligner: str | None = None) -> Self:
         """Load everything; `aligner` names another aligner file. Raises UserError or OSError as the parts do."""
         aligner = ImplicitAligner.from_file(aligner or preset.aligner)  # the cheapest first, so that typing errors are
-        return cls(Painter.from_preset(preset), MLLM.from_pretrained(_folder(preset.mllm)), aligner)
+        painter = Painter.from_preset(preset)
+        mllm = MLLM.from_pretrained(_folder(preset.mllm), device=painter.pipe.device)
+        return cls(painter, mllm, aligner.to(painter.pipe.device))
 
     def align(self, images: Tensor, prompts: list[str], seed: int, passes: int | None = None) -> Tensor:
         """Steps 2 and 3: images (B, 3, H, W) -> aligned tokens (B, N, D). `seed` draws the MLLM's questions."""

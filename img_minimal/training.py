@@ -12,6 +12,7 @@ from torch import Tensor
 
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.features import Features
+from img_minimal.pipeline import align, best_device
 from img_minimal.preference import ReferenceRefresh, squared_distance
 from img_minimal.presets import Preset
 
@@ -32,7 +33,7 @@ class Trainer:
         """A fresh aligner and its reference, which starts as its copy."""
         torch.manual_seed(seed)
         width, guidance_width = data.loser.shape[-1], data.guidance.shape[-1]
-        aligner = ImplicitAligner(width, guidance_width, preset.depth, preset.heads)
+        aligner = ImplicitAligner(width, guidance_width, preset.depth, preset.heads).to(best_device())
         reference = copy.deepcopy(aligner).requires_grad_(False)
         optimizer = torch.optim.AdamW(aligner.parameters(), preset.lr, weight_decay=preset.weight_decay)
         hold, steps = preset.constant_share, preset.train_steps
@@ -65,9 +66,7 @@ def batch_indices(step: int, batch_size: int, samples: Tensor, seed: int) -> Ten
 @torch.no_grad()
 def validate(trainer: Trainer, data: Features) -> dict[str, float]:
     """On prompts not trained on: error of f, of doing nothing, and the share of losers that move nearer to c_w."""
-    aligned = torch.cat(
-        [trainer.aligner(data.guidance[i].float(), data.loser[i], data.mask[i]) for i in torch.arange(len(data)).split(250)]
-    )
+    aligned = align(trainer.aligner, data.loser, data.guidance, data.mask, passes=1)
     after, before = squared_distance(data.winner, aligned), squared_distance(data.winner, data.loser)
     wrong = ~data.kept
     return {

@@ -84,7 +84,7 @@ class Prompt:
 
     @property
     def split(self) -> str:
-        """"train" (70 %), "validation" (10 %) or "test" (20 %), by a hash of the caption; held-out pairs never train."""
+        """One of SPLITS (70, 10 and 20 % of prompts), by a hash of the caption; held-out pairs never train."""
         bucket = int(hashlib.sha256(str(self).encode()).hexdigest(), 16) % 10
         if bucket < 7 and not self.held_out:
             return "train"

@@ -18,6 +18,7 @@ from img_minimal.tiny.world import BACKGROUND, BOXES, PALETTE, Scene, Shape, sat
 
 SMALLEST_AREA = 40  # pixels; a cross of the smallest radius covers 110
 CLEAR = 0.72  # overlap (intersection over union) with the silhouette below which a blob is no shape
+LONGEST = 1.5  # of a blob's longer side to its shorter above which it is no shape; every form is as wide as high
 BLOB = "blob"
 MUDDY = 7  # the index after the palette: a colour that is none
 SMALLEST_MUDDLE = 12  # pixels, after peeling
@@ -89,7 +90,8 @@ def _shapes(colour: np.ndarray) -> Scene:
         r = max((bottom - top) / (box[3] - box[1]), (right - left) / (box[2] - box[0]))
         y = (top + bottom) / 2 - r * (box[1] + box[3]) / 2  # a triangle's centre is not its box's
         name = "muddy" if index == MUDDY else list(PALETTE)[index - 1]
-        clear = scores[form] >= CLEAR and index != MUDDY
+        even = max(blob.shape) <= LONGEST * min(blob.shape)
+        clear = scores[form] >= CLEAR and even and index != MUDDY
         shapes.append(Shape(name, form if clear else BLOB, float(left + right) / 2, float(y), float(r)))
     return tuple(sorted(shapes, key=lambda s: (s.y - s.r, s.x)))
 

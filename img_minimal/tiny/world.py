@@ -119,7 +119,7 @@ def signed_distance(form: str, x: torch.Tensor, y: torch.Tensor, r: float | torc
 
 
 def render(scenes: list[Scene]) -> torch.Tensor:
-    """Draw scenes with anti-aliased edges: (B, 3, 64, 64) in [0, 1]. A colour may also be an (r, g, b) in [0, 1]."""
+    """Draw scenes with anti-aliased edges: (B, 3, 64, 64) in [0, 1]."""
     centres = torch.arange(SIZE) + 0.5
     rows, columns = torch.meshgrid(centres, centres, indexing="ij")
     images = torch.tensor(BACKGROUND).view(1, 3, 1, 1).repeat(len(scenes), 1, SIZE, SIZE)
@@ -130,6 +130,6 @@ def render(scenes: list[Scene]) -> torch.Tensor:
             window = (slice(top, int(shape.y + shape.r) + 3), slice(left, int(shape.x + shape.r) + 3))
             edge = signed_distance(shape.form, columns[window] - shape.x, rows[window] - shape.y, shape.r)
             cover = (0.5 - edge).clamp(0, 1)
-            colour = torch.tensor(PALETTE.get(shape.colour, shape.colour)).view(3, 1, 1)
+            colour = torch.tensor(PALETTE[shape.colour]).view(3, 1, 1)
             image[:, *window] = image[:, *window] * (1 - cover) + colour * cover
     return images

@@ -1,7 +1,7 @@
 """InstructPix2Pix for the tiny world: an image, the prompt of the edited scene, and the edit in words.
 
 The image is a scene that misses the prompt in the ways a base model does: a colour or form exchanged, taken or
-missing, one shape too many, the relation reversed. One in four is right, and its instruction is "nothing".
+missing, one shape too many, the relation reversed. Four in ten are right, and their instruction is "nothing".
 """
 
 import io
