@@ -27,7 +27,7 @@ from img_minimal.features import Features
 from img_minimal.mllm import MLLM
 from img_minimal.pairs import read_pairs
 from img_minimal.pictures import curves
-from img_minimal.pipeline import Guidance, IMG, Painter
+from img_minimal.pipeline import IMG, Guidance, Painter
 from img_minimal.preference import preference_loss, squared_distance
 from img_minimal.presets import PRESETS, Preset, find_preset, with_overrides
 from img_minimal.training import Stop, Trainer, batch_indices, validate
@@ -83,8 +83,8 @@ def train(
             )
             if not torch.isfinite(loss):
                 raise UserError(
-                    f"the loss of step {step} is {loss.item()} (samples {index.tolist()[:8]}...); the last checkpoint is "
-                    f"kept in {folder}. Lower --lr, or check these samples' features"
+                    f"the loss of step {step} is {loss.item()} (samples {index.tolist()[:8]}...); the last checkpoint "
+                    f"is kept in {folder}. Lower --lr, or check these samples' features"
                 )
             trainer.optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -26,5 +26,6 @@ def load_checkpoint(path: str | Path) -> dict:
         return torch.load(path, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
         raise UserError(
-            f"{path}: unreadable checkpoint ({type(error).__name__}); it is cut short or no checkpoint, start without --resume"
+            f"{path}: unreadable checkpoint ({type(error).__name__}); it is cut short or no checkpoint; "
+            "start without --resume"
         ) from None

@@ -45,8 +45,8 @@ class Features:
                 bad = (~getattr(self, name)[start : start + 1000].isfinite()).flatten(1).any(1).nonzero()
                 if len(bad):
                     raise UserError(
-                        f"the {name} features of sample {start + int(bad[0])} are not finite; check the model that made "
-                        "them, delete the feature cache and run again"
+                        f"the {name} features of sample {start + int(bad[0])} are not finite; check the model that "
+                        "made them, delete the feature cache and run again"
                     )
 
 
@@ -101,5 +101,7 @@ def load(path: Path, mark: str) -> Features:
     """Read a cache file. Raises UserError if it is damaged, or was made by other models, pairs or questions."""
     state = read_weights(path)
     if read_metadata(path).get("fingerprint") != mark:
-        raise UserError(f"{path}: made by other models, pairs, questions or seed than this run's; delete it to recompute")
+        raise UserError(
+            f"{path}: made by other models, pairs, questions or seed than this run's; delete it to recompute"
+        )
     return Features(**state)

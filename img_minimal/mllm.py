@@ -56,7 +56,9 @@ class MLLM:
         return states, inputs["attention_mask"].bool()
 
     @torch.no_grad()
-    def satisfaction(self, images: list[Image], prompts: list[str], rng: random.Random, batch_size: int = 64) -> list[float]:
+    def satisfaction(
+        self, images: list[Image], prompts: list[str], rng: random.Random, batch_size: int = 64
+    ) -> list[float]:
         """Log-probability that the answer begins with "nothing" (is wrong), for picking the better of two images."""
         nothing = self.processor.tokenizer("nothing", add_special_tokens=False).input_ids[0]
         scores = []
@@ -67,7 +69,9 @@ class MLLM:
         return scores
 
     @torch.no_grad()
-    def explain(self, images: list[Image], prompts: list[str], rng: random.Random, max_new_tokens: int = 60) -> list[str]:
+    def explain(
+        self, images: list[Image], prompts: list[str], rng: random.Random, max_new_tokens: int = 60
+    ) -> list[str]:
         """The MLLM's answers in words, decoded greedily, one image at a time."""
         answers = []
         for image, prompt in zip(images, prompts, strict=True):

@@ -14,7 +14,9 @@ from PIL import Image  # noqa: E402
 BLUE, ORANGE, GREEN, GREY, PINK = "#0072B2", "#E69F00", "#009E73", "#7F7F7F", "#CC79A7"
 
 
-def labelled_grid(rows: list[list[tuple[Image.Image, str]]], path: str | Path, title: str = "", caption: str = "") -> None:
+def labelled_grid(
+    rows: list[list[tuple[Image.Image, str]]], path: str | Path, title: str = "", caption: str = ""
+) -> None:
     """Images with a text below each, row by row, saved as a PNG."""
     columns = max(len(row) for row in rows)
     figure, axes = plt.subplots(

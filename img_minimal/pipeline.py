@@ -98,7 +98,12 @@ class Painter:
 
 
 def look(
-    guide: Guidance, images: list[Image], prompts: list[str], seed: int, batch_size: int = 64, progress: str | None = None
+    guide: Guidance,
+    images: list[Image],
+    prompts: list[str],
+    seed: int,
+    batch_size: int = 64,
+    progress: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Guidance features of many images in batches: h (B, L, H) in bf16 and mask (B, L), padded to the longest."""
     rng, features, masks = random.Random(seed), [], []
@@ -129,7 +134,9 @@ def align(
     aligned = torch.cat(aligned)
     broken = (~aligned.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if broken:
-        raise UserError(f"the aligned features of image {broken[0]} are not finite; check the MLLM's and aligner's files")
+        raise UserError(
+            f"the aligned features of image {broken[0]} are not finite; check the MLLM's and aligner's files"
+        )
     return aligned
 
 
@@ -176,5 +183,7 @@ class IMG:
 
 def _folder(path: str) -> str:
     if Path(path).is_absolute() and not Path(path).is_dir():
-        raise UserError(f"{path}: no such folder; the twins come with the repository, or: python -m img_minimal.tiny.build")
+        raise UserError(
+            f"{path}: no such folder; the twins come with the repository, or: python -m img_minimal.tiny.build"
+        )
     return path

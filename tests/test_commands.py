@@ -77,7 +77,14 @@ def test_an_aligner_of_another_guidance_width_is_refused_in_one_line(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--steps", "0"], ["--batch-size", "0"], ["--seed", "-3"], ["--resume"], ["--output-dir", "/proc/no"], ["--norm", "l1"]],
+    [
+        ["--steps", "0"],
+        ["--batch-size", "0"],
+        ["--seed", "-3"],
+        ["--resume"],
+        ["--output-dir", "/proc/no"],
+        ["--norm", "l1"],
+    ],
 )
 def test_train_refuses_bad_input_in_one_line(arguments, tmp_path):
     folder = [] if "--output-dir" in arguments else ["--output-dir", tmp_path / "run"]

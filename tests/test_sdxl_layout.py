@@ -1,4 +1,4 @@
-"""The image branch numbers the cross-attentions of the true SDXL as the public IP-Adapter files do (no weights needed)."""
+"""The image branch numbers the cross-attentions of the true SDXL as the public IP-Adapter files do."""
 
 import torch
 from diffusers import UNet2DConditionModel

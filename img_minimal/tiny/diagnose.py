@@ -71,7 +71,9 @@ def oracle_accuracy(count: int = 1000, seed: int = 0) -> dict[str, float]:
     rng, prompts = random.Random(seed), benchmark(count, seed=seed)
     images = render([place(p, rng) for p in prompts])
     vae = AutoencoderKL.from_pretrained(f"{find_preset('tiny-sdxl').base}/vae", dtype=torch.float32)
-    rebuilt = torch.cat([vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample / 2 + 0.5 for x in images.split(50)])
+    rebuilt = torch.cat(
+        [vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample / 2 + 0.5 for x in images.split(50)]
+    )
     after = [v.strict for v in judge(rebuilt, prompts)]
     seen = [right for right, p in zip(after, prompts) if not p.held_out]
     held_out = [right for right, p in zip(after, prompts) if p.held_out]

@@ -33,7 +33,16 @@ def train_aligners(workdir: Path, target: Path) -> None:
     """Run train.py once for each kind of guidance and keep the weights."""
     for guidance, name in (("mllm", "aligner"), ("stock", "aligner-stock"), ("text", "aligner-text")):
         folder = workdir / name
-        command = [sys.executable, "train.py", "--guidance", guidance, "--output-dir", str(folder), "--eval-prompts", "0"]
+        command = [
+            sys.executable,
+            "train.py",
+            "--guidance",
+            guidance,
+            "--output-dir",
+            str(folder),
+            "--eval-prompts",
+            "0",
+        ]
         if (folder / "checkpoint.pt").exists():
             command.append("--resume")
         subprocess.run(command, check=True)

@@ -46,8 +46,13 @@ def new_models() -> nn.ModuleDict:
     )  # fmt: skip
     vision = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
-            hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=4, num_attention_heads=4, image_size=64,
-            patch_size=PATCH, projection_dim=WIDTH,
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=64,
+            patch_size=PATCH,
+            projection_dim=WIDTH,
         )  # fmt: skip
     )
     with torch.no_grad():
@@ -78,7 +83,7 @@ def contrast(images: Tensor, texts: Tensor, scale: Tensor, same: Tensor) -> tupl
     return loss, (logits.argmax(1) == target).float().mean()
 
 
-def build(workdir: Path, target: Path, steps: int = 1000, batch: int = 160) -> None:
+def build(workdir: Path, target: Path, steps: int = 1000, batch: int = 160, count: int = 24_000) -> None:
     """Train; save text_encoder, text_encoder_2, tokenizers and image_encoder below `target`."""
     torch.manual_seed(10)
     models = new_models()
@@ -86,7 +91,7 @@ def build(workdir: Path, target: Path, steps: int = 1000, batch: int = 160) -> N
         {"project_1": nn.Linear(TEXT_WIDTH, WIDTH, bias=False), "pixels": nn.Linear(WIDTH, 48)}
     )
     models["extra"].register_parameter("scales", nn.Parameter(torch.full((2,), 2.6)))
-    prompts, pictures = random_pictures(24_000, seed=11)
+    prompts, pictures = random_pictures(count, seed=11)
     tokens = clip_tokenizer()([str(p) for p in prompts], padding="max_length", return_tensors="pt").input_ids
     accuracy = torch.zeros(2)
     dense = torch.zeros(1)
@@ -103,9 +108,7 @@ def build(workdir: Path, target: Path, steps: int = 1000, batch: int = 160) -> N
         loss_1, acc_1 = contrast(vision.image_embeds, text_1, models["extra"].scales[0], same)
         loss_2, acc_2 = contrast(vision.image_embeds, text_2, models["extra"].scales[1], same)
         # A patch's feature should also know its own pixels (4 x 4 of them): a dense task keeps places in the features.
-        pixels = rearrange(
-            F.avg_pool2d(x, PATCH // 4), "b c (y i) (x j) -> b (y x) (c i j)", i=4, j=4
-        )  # (B, 64, 48)
+        pixels = rearrange(F.avg_pool2d(x, PATCH // 4), "b c (y i) (x j) -> b (y x) (c i j)", i=4, j=4)  # (B, 64, 48)
         dense.copy_(F.mse_loss(drawn.float(), pixels).detach() / pixels.var())
         accuracy.lerp_(torch.stack([acc_1, acc_2]), 0.05)
         return loss_1 + loss_2 + 3 * F.mse_loss(drawn.float(), pixels) / pixels.var()
@@ -115,7 +118,11 @@ def build(workdir: Path, target: Path, steps: int = 1000, batch: int = 160) -> N
 
     fit("clip", models, loss_of_step, steps, workdir, lr=1.2e-3, weight_decay=0.02, hold=0.4, watch=watch,
         watch_every=100, seed=12)  # fmt: skip
-    for name, folder in (("text_1", "sdxl/text_encoder"), ("text_2", "sdxl/text_encoder_2"), ("vision", "image_encoder")):
+    for name, folder in (
+        ("text_1", "sdxl/text_encoder"),
+        ("text_2", "sdxl/text_encoder_2"),
+        ("vision", "image_encoder"),
+    ):
         models[name].to(torch.bfloat16).save_pretrained(target / folder)
     for folder in ("sdxl/tokenizer", "sdxl/tokenizer_2"):
         clip_tokenizer().save_pretrained(target / folder)

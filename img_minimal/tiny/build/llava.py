@@ -141,7 +141,8 @@ class Lessons:
 
 def train(name: str, lessons: Lessons, questions, answers: list[str], steps: int, workdir: Path, lr: float, seed: int):
     """Train on all but the last 1,000 pictures; `questions(i, rng)` words the question of picture i."""
-    features, rng, unseen = torch.cat(lessons.features), random.Random(seed), 1000
+    features, rng = torch.cat(lessons.features), random.Random(seed)
+    unseen = min(1000, len(features) // 10)
     count = len(features) - unseen
     test = range(count, len(features))
     fixed = lessons.rows([questions(i, rng) for i in test], [answers[i] for i in test])
@@ -163,13 +164,13 @@ def train(name: str, lessons: Lessons, questions, answers: list[str], steps: int
         seed=seed)  # fmt: skip
 
 
-def build_stock(workdir: Path, target: Path, steps: int = 1000) -> None:
+def build_stock(workdir: Path, target: Path, steps: int = 1000, count: int = 16_000) -> None:
     """Captions, presence and counting on rendered scenes; saves `llava-stock`."""
     torch.manual_seed(50)
     vocabulary = processor()
     model = new_model(target, vocabulary)
     lessons, rng = Lessons(model, vocabulary), random.Random(51)
-    prompts = [sample_prompt(rng) for _ in range(16_000)]
+    prompts = [sample_prompt(rng) for _ in range(count)]
     for start in tqdm(range(0, len(prompts), 250), desc="stock pictures"):
         lessons.see(render([place(p, rng) for p in prompts[start : start + 250]]))
     talk = [small_talk(rng, p) for p in prompts]
@@ -177,14 +178,14 @@ def build_stock(workdir: Path, target: Path, steps: int = 1000) -> None:
     save(model, vocabulary, target / "llava-stock")
 
 
-def build_detector(workdir: Path, target: Path, steps: int = 2500) -> None:
+def build_detector(workdir: Path, target: Path, steps: int = 2000) -> None:
     """Finetune the stock model on the triplets; saves `llava-detector`."""
     torch.manual_seed(55)
     vocabulary = processor()
     model = LlavaForConditionalGeneration.from_pretrained(target / "llava-stock", dtype=torch.float32)
     model.model.vision_tower.requires_grad_(False)
     lessons = Lessons(model, vocabulary)
-    pictures, prompts, edits = read_triplets(workdir / "triplets.parquet")
+    pictures, prompts, edits = read_triplets(target / "triplets.parquet")
     for part in tqdm(pictures.split(250), desc="triplet pictures"):
         lessons.see(part.float() / 255)
     train("detector", lessons, lambda i, dice: ask(prompts[i], dice), edits, steps, workdir, 1.5e-3, 56)

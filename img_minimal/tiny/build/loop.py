@@ -25,7 +25,9 @@ def autocast() -> Iterator[None]:
         yield
 
 
-def warmup_constant_decay(steps: int, warmup: int = 100, hold: float = 0.6, floor: float = 0.03) -> Callable[[int], float]:
+def warmup_constant_decay(
+    steps: int, warmup: int = 100, hold: float = 0.6, floor: float = 0.03
+) -> Callable[[int], float]:
     """Learning-rate factor: linear up, constant until `hold` of the run, then linear down to `floor`."""
     return lambda step: min(1.0, (step + 1) / warmup, max(floor, (steps - step) / ((1 - hold) * steps)))
 
@@ -66,10 +68,11 @@ def fit(
     hold: float = 0.6,
     watch: Callable[[int], str] | None = None,
     watch_every: int = 500,
+    save_seconds: float = 60.0,
 ) -> None:
     """Train `modules` in place for `steps` and leave the averaged weights in them.
 
-    `lr` may name one rate per module. A checkpoint of weights, optimiser, average and RNG is written every minute to
+    `lr` may name one rate per module. A checkpoint of weights, optimiser, average and RNG is written every `save_seconds` to
     `workdir/NAME.ckpt`, from which the next call goes on. `watch(step)` returns a line to print, seen with averaged
     weights. Raises FloatingPointError when the loss is not finite.
     """
@@ -109,7 +112,7 @@ def fit(
                 bar.write(f"{name} step {step + 1}: loss {shown:.4f}, {watch(step + 1)}")
                 ema.swap()
                 torch.set_rng_state(rng)  # watching must not change the run
-            if time.monotonic() - saved > 60 or step + 1 == steps:
+            if time.monotonic() - saved > save_seconds or step + 1 == steps:
                 saved = time.monotonic()
                 state = dict(
                     modules=modules.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),

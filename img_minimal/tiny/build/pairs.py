@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -53,14 +52,20 @@ def chunk_of_pairs(painter: Painter, chunk: int) -> tuple[list[dict], int]:
         (jpg_0, label_0, model_0), (jpg_1, label_1, model_1) = sides
         rows.append(
             {
-                "caption": str(prompts[k]), "jpg_0": jpg_0, "jpg_1": jpg_1, "label_0": float(label_0),
-                "label_1": float(label_1), "ranking_id": chunk * CHUNK + k, "model_0": model_0, "model_1": model_1,
+                "caption": str(prompts[k]),
+                "jpg_0": jpg_0,
+                "jpg_1": jpg_1,
+                "label_0": float(label_0),
+                "label_1": float(label_1),
+                "ranking_id": chunk * CHUNK + k,
+                "model_0": model_0,
+                "model_1": model_1,
             }  # fmt: skip
         )
     return rows, sum(v.strict for v in verdicts)
 
 
-def build(workdir: Path, target: Path, preset: Preset, chunks: int = 55, shard: int = 0, shards: int = 1) -> None:
+def build(workdir: Path, target: Path, preset: Preset, chunks: int = 50, shard: int = 0, shards: int = 1) -> None:
     """Draw 22,000 images and write `target/pairs.parquet`.
 
     Several processes can share the work, each with its own `shard` of `shards`; the last call joins the chunks.

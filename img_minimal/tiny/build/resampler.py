@@ -40,12 +40,12 @@ class Decoder(nn.Module):
         return self.out(places).transpose(1, 2).unflatten(2, (SIDE, SIDE))
 
 
-def build(workdir: Path, target: Path, steps: int = 1200, batch: int = 128) -> None:
+def build(workdir: Path, target: Path, steps: int = 1000, batch: int = 128) -> None:
     """Write `workdir/resampler.safetensors`."""
     torch.manual_seed(30)
     data = torch.load(workdir / "scenes.pt", weights_only=True, mmap=True)
     latents, features = data["latents"], data["features"]
-    unseen = 1000
+    unseen = min(1000, len(latents) // 10)
     models = nn.ModuleDict({"resampler": new_resampler(), "decoder": Decoder()})
 
     def rebuild(i: Tensor | slice) -> Tensor:

@@ -1,5 +1,7 @@
 """Tokenizers of the tiny world: CLIP's byte-pair kind for the text encoders, a word-level one for the MLLM."""
 
+import json
+
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
@@ -13,15 +15,13 @@ def clip_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer in which each word of the grammar is one token (byte-pair merges learnt from the words)."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    letters = [c for c in "abcdefghijklmnopqrstuvwxyz,.!?'-0123456789"]
+    letters = list("abcdefghijklmnopqrstuvwxyz,.!?'-0123456789")
     # The end of the text must not get id 2: CLIPTextModel takes that for a legacy file and pools elsewhere.
     trainer = trainers.BpeTrainer(
         vocab_size=2000, special_tokens=["<|startoftext|>", "<|endoftext|>"], initial_alphabet=letters,
         end_of_word_suffix="</w>", show_progress=False,
     )  # fmt: skip
     bpe.train_from_iterator([word for word in WORDS for _ in range(5)] + letters * 5, trainer)
-    import json
-
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
     return CLIPTokenizer(

@@ -42,7 +42,10 @@ def damage(scene: Scene, rng: random.Random) -> Scene:
         elif kind == "exchange" and len(shapes) > 1:
             a, b = rng.sample(range(len(shapes)), 2)
             if rng.random() < 0.5:
-                shapes[a], shapes[b] = replace(shapes[a], colour=shapes[b].colour), replace(shapes[b], colour=shapes[a].colour)
+                shapes[a], shapes[b] = (
+                    replace(shapes[a], colour=shapes[b].colour),
+                    replace(shapes[b], colour=shapes[a].colour),
+                )
             else:
                 shapes[a], shapes[b] = (
                     replace(shapes[a], x=shapes[b].x, y=shapes[b].y),
@@ -82,7 +85,7 @@ def to_png(pixels: Tensor) -> bytes:
 
 
 def build(workdir: Path, target: Path, count: int = 32_000) -> None:
-    """Write `workdir/triplets.parquet` with the columns of InstructPix2Pix that the method reads."""
+    """Write `target/triplets.parquet` with the columns of InstructPix2Pix that the method reads."""
     rng = random.Random(61)
     rows = {"original_image": [], "edit_prompt": [], "edited_prompt": []}
     for _ in tqdm(range(count), desc="triplets"):
@@ -93,7 +96,7 @@ def build(workdir: Path, target: Path, count: int = 32_000) -> None:
     image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     columns = {"original_image": pa.array(rows["original_image"], image)}
     table = pa.table(columns | {k: pa.array(rows[k]) for k in ("edit_prompt", "edited_prompt")})
-    pq.write_table(table, workdir / "triplets.parquet", compression="zstd")
+    pq.write_table(table, target / "triplets.parquet", compression="zstd")
 
 
 def read_triplets(path: Path) -> tuple[Tensor, list[str], list[str]]:

@@ -4,12 +4,17 @@ Four kinds of condition are mixed: text alone, image tokens alone, both, none. A
 learnt nothing useful here, because the queries of a UNet that never needed places do not know them.
 """
 
+import random
 from pathlib import Path
 
-import random
-
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
@@ -73,7 +78,7 @@ def image_tokens(vision: nn.Module, resampler: Resampler, pixels: Tensor) -> Ten
         ).float()
 
 
-def build(workdir: Path, target: Path, steps: int = 5000, batch: int = 96) -> None:
+def build(workdir: Path, target: Path, steps: int = 3600, batch: int = 96, watched: int = 100) -> None:
     """Train; save the pipeline folder and the IP-Adapter below `target`."""
     torch.manual_seed(40)
     data = torch.load(workdir / "scenes.pt", weights_only=True, mmap=True)
@@ -112,17 +117,21 @@ def build(workdir: Path, target: Path, steps: int = 5000, batch: int = 96) -> No
         return (predicted.float() - target_v).square().mean()
 
     rng = random.Random(41)
-    prompts = [sample_prompt(rng, CATEGORIES[k % 5], "validation") for k in range(100)]
+    prompts = [sample_prompt(rng, CATEGORIES[k % 5], "validation") for k in range(watched)]
     perfect = image_tokens(vision, resampler, render([place(p, rng) for p in prompts]))
     pipe = assemble(target, unet)
 
     def watch(step: int) -> str:
         shares = []
         for scale in (0.0, 0.5, 1.0):
-            images = draw(pipe, [str(p) for p in prompts], list(range(100)), steps=15, guidance_scale=4.0, scale=scale,
-                          branch=models["branch"], tokens=perfect, negative=negative)  # fmt: skip
+            images = draw(
+                pipe, [str(p) for p in prompts], list(range(watched)), steps=10, guidance_scale=4.0, scale=scale,
+                branch=models["branch"], tokens=perfect, negative=negative,
+            )  # fmt: skip
             shares.append(sum(v.strict for v in judge(images, prompts)))
-        return "strict of 100, text alone / with a right picture's tokens at .5 / at 1: {} / {} / {}".format(*shares)
+        return "strict of {}, text alone / with a right picture's tokens at .5 / at 1: {} / {} / {}".format(
+            watched, *shares
+        )
 
     fit("unet", models, loss_of_step, steps, workdir, lr=1e-3, average=0.998, watch=watch, watch_every=1000, seed=42)
     adapter = {f"image_proj.{k}": v for k, v in resampler.state_dict().items()}

@@ -1,8 +1,6 @@
 """The VAE: 64 x 64 x 3 pictures <-> 8 x 8 x 4 latents (factor 8, as SDXL's)."""
 
-import math
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,8 +9,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from img_minimal.tiny.build.loop import autocast, fit
-from img_minimal.tiny.grammar import HELD_OUT, sample_prompt
-from img_minimal.tiny.world import PALETTE, place, render
+from img_minimal.tiny.grammar import sample_prompt
+from img_minimal.tiny.world import place, render
 
 
 def random_pictures(count: int, seed: int) -> tuple[list, Tensor]:
@@ -38,46 +36,11 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def odd_colours(count: int, seed: int) -> Tensor:
-    """Rendered scenes in random colours, uint8; none of a held-out form in a colour nearest to its held-out one."""
-    rng, scenes = random.Random(seed), []
-    while len(scenes) < count:
-        scene = []
-        for shape in place(sample_prompt(rng), rng):
-            colour = tuple(rng.random() for _ in range(3))
-            nearest = min(PALETTE, key=lambda name: math.dist(PALETTE[name], colour))
-            scene.append(replace(shape, colour=colour if (nearest, shape.form) not in HELD_OUT else shape.colour))
-        scenes.append(tuple(scene))
-    return torch.cat([(render([scene]) * 255).round().byte() for scene in scenes])
-
-
-def widen_decoder(vae: AutoencoderKL, pictures: Tensor, workdir: Path, steps: int) -> None:
-    """Train the decoder alone on pictures half of which have odd colours.
-
-    From palette colours only, it learnt that nothing blue has three corners, and drew held-out blue triangles green.
-    """
-    vae.encoder.requires_grad_(False)
-    vae.quant_conv.requires_grad_(False)
-    odd = odd_colours(6000, seed=4)
-
-    def loss_of_step(step: int) -> Tensor:
-        parts = [stock[torch.randint(len(stock), (12,))] for stock in (pictures, odd)]
-        x = (torch.cat(parts).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        with autocast():
-            with torch.no_grad():
-                z = vae.encode(x).latent_dist.mode()
-            y = vae.decode(z).sample
-        return F.mse_loss(y.float(), x) + 0.1 * F.l1_loss(y.float(), x)
-
-    parts = nn.ModuleDict({"decoder": vae.decoder, "post": vae.post_quant_conv})
-    fit("decoder", parts, loss_of_step, steps, workdir, lr=1.5e-3, weight_decay=0.0, hold=0.2, seed=5)
-
-
-def build(workdir: Path, target: Path, steps: int = 1600, decoder_steps: int = 400) -> None:
+def build(workdir: Path, target: Path, steps: int = 1600, count: int = 20_000) -> None:
     """Train and save to `target`; the scaling factor makes the latents' deviation 1."""
     torch.manual_seed(0)
     vae = new_vae().to(memory_format=torch.channels_last)
-    _, pictures = random_pictures(20_000, seed=1)
+    _, pictures = random_pictures(count, seed=1)
     _, unseen = random_pictures(256, seed=2)
 
     def loss_of_step(step: int) -> Tensor:
@@ -98,8 +61,6 @@ def build(workdir: Path, target: Path, steps: int = 1600, decoder_steps: int = 4
         return f"unseen squared error {F.mse_loss(y.float(), x):.5f}, deviation of the channels {deviations}"
 
     fit("vae", nn.ModuleDict({"vae": vae}), loss_of_step, steps, workdir, lr=2.5e-3, weight_decay=0.0, watch=watch)
-    widen_decoder(vae, pictures, workdir, decoder_steps)
-    print(watch(steps))
     with torch.no_grad():
         z = vae.encode(pictures[:1000].float() / 127.5 - 1).latent_dist.mode()
     vae.register_to_config(scaling_factor=round(1 / z.std().item(), 5))

@@ -1,0 +1,74 @@
+"""The build of the twins, end to end in miniature: every part runs, and a stopped part goes on to the same weights."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import nn
+
+from img_minimal.presets import find_preset
+from img_minimal.tiny.build import clip, llava, pairs, resampler, scenes, triplets, unet, vae
+from img_minimal.tiny.build.loop import fit
+from img_minimal.weights import read_weights
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """Two steps of every part, each on what the parts before it made."""
+    target, work = tmp_path_factory.mktemp("twins"), tmp_path_factory.mktemp("work")
+    vae.build(work, target / "sdxl" / "vae", steps=2, count=1000)
+    clip.build(work, target, steps=2, batch=8, count=64)
+    scenes.build(work, target, count=80)
+    resampler.build(work, target, steps=2, batch=8)
+    unet.build(work, target, steps=2, batch=8, watched=5)
+    llava.build_stock(work, target, steps=2, count=100)
+    triplets.build(work, target, count=100)
+    llava.build_detector(work, target, steps=2)
+    return target
+
+
+def test_every_part_of_the_twin_can_be_built_from_nothing(built):
+    shipped = Path(find_preset("tiny-sdxl").base).parent
+    for name in ("sdxl/unet", "sdxl/vae", "sdxl/text_encoder_2", "image_encoder", "llava-detector", "ip_adapter"):
+        ours, theirs = (next(p for p in sorted(root.rglob("*.safetensors")) if name in str(p)) for root in (built, shipped))
+        a, b = read_weights(ours), read_weights(theirs)
+        assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}, name
+
+
+def test_preference_pairs_are_drawn_by_the_base_and_labelled_by_the_oracle(tmp_path):
+    preset = replace(find_preset("tiny-sdxl"), sampling_steps=6)
+    pairs.CHUNK, chunk = 24, pairs.CHUNK
+    try:
+        pairs.build(tmp_path, tmp_path, preset, chunks=2)
+    finally:
+        pairs.CHUNK = chunk
+    table = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
+    assert table
+    for row in table:
+        assert {row["label_0"], row["label_1"]} == {0.0, 1.0}
+        winner = row["model_0"] if row["label_0"] else row["model_1"]
+        assert winner == "corrected scene"
+
+
+def test_a_stopped_part_goes_on_to_the_same_weights(tmp_path):
+    def run(folder: Path, stop_at: int | None = None) -> torch.Tensor:
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"a": nn.Linear(4, 4)})
+
+        def loss_of_step(step: int) -> torch.Tensor:
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return model["a"](torch.randn(8, 4)).square().mean()
+
+        fit("part", model, loss_of_step, 20, folder, lr=0.1, save_seconds=0.0)
+        return model["a"].weight.detach()
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", stop_at=7)
+    assert torch.equal(run(tmp_path / "parts"), whole)
+    shutil.rmtree(tmp_path)
