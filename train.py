@@ -42,6 +42,7 @@ class Config:
     output_dir: str = option("outputs/train", "run folder")
     seed: int = option(0, "of initialisation, batches and the MLLM's questions")
     resume: bool = option(False, "go on from the checkpoint in the run folder")
+    overwrite: bool = option(False, "start anew in a run folder that already holds a run")
     guidance: str = option("mllm", "what guides the aligner", choices=["mllm", "stock", "text"])
     pairs: str | None = option(None, "preference pairs, parquet with Pick-a-Pic's columns; default: the preset's")
     batch_size: int | None = option(None, "pairs in a step; default: the preset's")
@@ -123,6 +124,18 @@ def load_features(config: Config, preset: Preset, painter: Painter, guide: Guida
     return data
 
 
+def check_same_run(before: dict, now: dict) -> None:
+    """Raises UserError if a run would be resumed with settings that change its numbers."""
+    free = {"train_steps", "steps", "resume", "overwrite", "output_dir", "cache_dir", "save_every", "eval_prompts"}
+    for part, values in now.items():
+        for name, value in values.items():
+            if name not in free and before[part].get(name) != value:
+                raise UserError(
+                    f"cannot resume with {name} {value!r}: the run began with {before[part].get(name)!r}; "
+                    "repeat its options (config.json in the run folder), or choose another --output-dir"
+                )
+
+
 def main() -> int:
     """Features, loop, curves, comparison."""
     config = parse(Config, __doc__)
@@ -137,7 +150,14 @@ def main() -> int:
     check(config.refresh_after > 0, f"--refresh-after is {config.refresh_after}, expected 1 or more")
     folder, began = writable_folder(config.output_dir), time.monotonic()
     writable_folder(config.cache_dir)
-    saved = load_checkpoint(folder / "checkpoint.pt") if config.resume else None
+    settings = {"config": asdict(config), "preset": asdict(preset)}
+    saved = None
+    if config.resume:
+        saved = load_checkpoint(folder / "checkpoint.pt")
+        check_same_run(json.loads((folder / "config.json").read_text()), settings)
+    elif not config.overwrite:
+        taken = (folder / "checkpoint.pt").exists()
+        check(not taken, f"{folder} holds a run; go on with --resume, or choose --overwrite or another --output-dir")
     quiet_libraries()
     painter = Painter.from_preset(preset)
     guide_path = {"mllm": preset.mllm, "stock": preset.stock_mllm, "text": preset.base}[config.guidance]
@@ -146,7 +166,6 @@ def main() -> int:
     print(f"{len(data)} samples, {int(data.validation.sum())} of them for validation; {preset.train_steps} steps")
 
     trainer = Trainer.new(preset, data, config.refresh_after, config.seed)
-    settings = {"config": asdict(config) | {"resume": False}, "preset": asdict(preset)}
     if saved:
         trainer.load_state_dict(saved)
         rows = [row for row in (folder / "metrics.jsonl").open() if json.loads(row)["step"] <= trainer.step]

@@ -58,6 +58,7 @@ class Config:
     passes: int | None = option(None, "applications of the aligner; default: the preset's")
     only_img: bool = option(False, "leave out the arms of text and stock MLLM")
     json: str | None = option(None, "also write the results to this file")
+    picture: str | None = option(None, "also draw before and after, of the first prompts that the base gets wrong")
 
 
 class Bench:
@@ -158,13 +159,24 @@ def print_comparison(img: IMG, count: int, picture: Path) -> None:
         f"strict alignment on {count} validation prompts: base {base:.3f}, IMG {ours:.3f}; win rate without ties "
         f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}] of {rate['decided']}"
     )
-    rows, after = [], to_pil(images)
-    for k in range(min(8, count)):
-        pair = [(bench.pictures[k], "base"), (after[k], "IMG")]
-        rows.append([(p, f"{arm}: {bench.verdicts[arm.lower()][k].words}") for p, arm in pair])
-    wide = [rows[k] + rows[k + 1] for k in range(0, len(rows) - 1, 2)] or rows
-    prompts = "; ".join(bench.captions[: min(8, count)])
-    labelled_grid(wide, picture, "Before and after, and what the oracle would still change", f"Prompts: {prompts}")
+    before_and_after(bench, images, picture)
+
+
+def before_and_after(bench: Bench, images: Tensor, path: Path | str, count: int = 6) -> None:
+    """The first prompts whose base image is wrong: both images, what the MLLM said, what the oracle says now."""
+    chosen = [k for k, verdict in enumerate(bench.verdicts["base"]) if not verdict.strict][:count]
+    pictures, captions = [bench.pictures[k] for k in chosen], [bench.captions[k] for k in chosen]
+    said = bench.img.mllm.explain(pictures, captions, random.Random(bench.seed)) if chosen else []
+    cells = []
+    for k, words in zip(chosen, said):
+        verdict = bench.verdicts["img"][k]
+        now = "right" if verdict.strict else f"still wrong: {verdict.words}"
+        cells.append([(bench.pictures[k], f'"{bench.captions[k]}"\nMLLM: {words}')])
+        cells[-1].append((to_pil(images[k : k + 1])[0], f"IMG, same seed\noracle: {now}"))
+    rows = [[cell for pair in cells[k : k + 3] for cell in pair] for k in range(0, len(cells), 3)]
+    if rows:
+        note = f"the first {len(chosen)} of {len(bench.prompts)} prompts that the base draws wrong, seed {bench.seed}"
+        labelled_grid(rows, path, caption=f"{bench.img.painter.preset.name}: {note}; not chosen by result")
 
 
 def main() -> int:
@@ -174,11 +186,12 @@ def main() -> int:
     check(config.prompts >= 5, f"--prompts is {config.prompts}, expected 5 or more")
     check(config.seed >= 0, f"--seed is {config.seed}, expected 0 or more")
     check(preset.world == "tiny", f"no judge for {preset.name} images yet; the tiny twins have an exact one")
-    if config.json:
-        try:
-            Path(config.json).touch()  # learn now, not after the work, that it cannot be written
-        except OSError as error:
-            raise UserError(f"{config.json}: cannot be written ({error.strerror}); choose another --json") from None
+    for option_name, path in (("--json", config.json), ("--picture", config.picture)):
+        if path:
+            try:
+                Path(path).touch()  # learn now, not after the work, that it cannot be written
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror}); choose another {option_name}") from None
     quiet_libraries()
     img = IMG.from_preset(preset, config.aligner)
     bench = Bench(img, benchmark(config.prompts, config.split, config.seed), config.seed)
@@ -188,7 +201,9 @@ def main() -> int:
         bench.aligned("text", painter, ImplicitAligner.from_file(preset.text_aligner))
         stock = MLLM.from_pretrained(preset.stock_mllm, device=img.painter.pipe.device)
         bench.aligned("stock_mllm", stock, ImplicitAligner.from_file(preset.stock_aligner))
-    bench.aligned("img", img.mllm, img.aligner)
+    images = bench.aligned("img", img.mllm, img.aligner)
+    if config.picture:
+        before_and_after(bench, images, config.picture)
     results = bench.results()
     results["settings"] = {"model": preset.name, "split": config.split, "seed": config.seed, "prompts": config.prompts,
                            "scale": preset.scale, "passes": preset.passes, "torch": torch.__version__}  # fmt: skip

@@ -33,7 +33,9 @@ def built(tmp_path_factory) -> Path:
 def test_every_part_of_the_twin_can_be_built_from_nothing(built):
     shipped = Path(find_preset("tiny-sdxl").base).parent
     for name in ("sdxl/unet", "sdxl/vae", "sdxl/text_encoder_2", "image_encoder", "llava-detector", "ip_adapter"):
-        ours, theirs = (next(p for p in sorted(root.rglob("*.safetensors")) if name in str(p)) for root in (built, shipped))
+        ours, theirs = (
+            next(p for p in sorted(root.rglob("*.safetensors")) if name in str(p)) for root in (built, shipped)
+        )
         a, b = read_weights(ours), read_weights(theirs)
         assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}, name
 

@@ -135,7 +135,10 @@ def test_train_stopped_by_sigterm_says_how_to_resume_and_resumes(tmp_path):
     # The features were computed once; a cache of another making is refused, not used.
     [kept] = cache.iterdir()
     shutil.copy(Path(small_pairs(tmp_path, rows=40)), kept)
-    assert_one_clear_line(call(*run), kept.name)
+    assert_one_clear_line(call(*run, "--overwrite"), kept.name)
+    # Nothing of a run is lost by accident: not to a second start, not to a resumption with other settings.
+    assert_one_clear_line(call(*run), "--resume", "--overwrite")
+    assert_one_clear_line(call(*run, "--resume", "--lr", "0.5"), "lr", "0.5")
 
 
 def small_pairs(folder: Path, rows: int = 60) -> Path:
