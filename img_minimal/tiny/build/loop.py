@@ -72,9 +72,9 @@ def fit(
 ) -> None:
     """Train `modules` in place for `steps` and leave the averaged weights in them.
 
-    `lr` may name one rate per module. A checkpoint of weights, optimiser, average and RNG is written every `save_seconds` to
-    `workdir/NAME.ckpt`, from which the next call goes on. `watch(step)` returns a line to print, seen with averaged
-    weights. Raises FloatingPointError when the loss is not finite.
+    `lr` may name one rate per module. Every `save_seconds` a checkpoint of weights, optimiser, average and RNG is
+    written to `workdir/NAME.ckpt`, from which the next call goes on. `watch(step)` returns a line to print, seen with
+    averaged weights. Raises FloatingPointError when the loss is not finite.
     """
     torch.manual_seed(seed)
     rates = lr if isinstance(lr, dict) else dict.fromkeys(modules, lr)
