@@ -11,7 +11,9 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from img_minimal.errors import UserError
 from img_minimal.evaluate import print_comparison
 from img_minimal.features import Features
 from img_minimal.mllm import MLLM
-from img_minimal.pairs import read_pairs
+from img_minimal.pairs import Pair, read_pairs
 from img_minimal.pictures import curves
 from img_minimal.pipeline import IMG, Guidance, Painter
 from img_minimal.preference import preference_loss, squared_distance
@@ -45,6 +47,7 @@ class Config:
     overwrite: bool = option(False, "start anew in a run folder that already holds a run")
     guidance: str = option("mllm", "what guides the aligner", choices=["mllm", "stock", "text"])
     pairs: str | None = option(None, "preference pairs, parquet with Pick-a-Pic's columns; default: the preset's")
+    max_pairs: int | None = option(None, "use only so many pairs, 0 for all; default: the preset's")
     batch_size: int | None = option(None, "pairs in a step; default: the preset's")
     lr: float | None = option(None, "learning rate of AdamW; default: the preset's")
     weight: float | None = option(None, "lambda, the weight of the preference term; default: the preset's")
@@ -110,16 +113,25 @@ def train(
 
 
 def load_features(config: Config, preset: Preset, painter: Painter, guide: Guidance, guide_path: str) -> Features:
-    """From the cache, or computed and cached. Raises UserError if a feature is not finite."""
-    mark = frozen.fingerprint(preset, guide_path, config.seed)
-    path = Path(config.cache_dir) / f"{preset.name}-{config.guidance}-{mark}.safetensors"
-    if path.exists():
-        data = frozen.load(path, mark)
-    else:
-        pairs, skipped = read_pairs(preset.pairs)
-        print(f"{len(pairs)} pairs ({skipped} ties or damaged rows skipped); computing frozen features once")
-        data = frozen.compute(pairs, painter, guide, preset.keep_share, config.seed)
-        frozen.save(data, path, mark)
+    """From the cache, or computed and cached: tokens, which all kinds of guidance share, and guidance.
+
+    Raises UserError if a feature is not finite.
+    """
+
+    @cache
+    def pairs() -> list[Pair]:
+        found, skipped = read_pairs(preset.pairs, preset.max_pairs)
+        print(f"{len(found)} pairs ({skipped} ties or damaged rows skipped); computing frozen features once")
+        return found
+
+    def keep(name: str, models: list[str], compute: Callable[[], dict]) -> dict:
+        mark = frozen.fingerprint(preset, models, config.seed)
+        return frozen.cached(Path(config.cache_dir) / f"{preset.name}-{name}-{mark}.safetensors", mark, compute)
+
+    share, image_models = preset.keep_share, [preset.image_encoder, preset.ip_adapter]
+    tokens = keep("tokens", image_models, lambda: frozen.compute_tokens(pairs(), painter, share))
+    guidance = keep(config.guidance, [guide_path], lambda: frozen.compute_guidance(pairs(), guide, share, config.seed))
+    data = Features(**tokens, **guidance)
     data.check_finite()
     return data
 
@@ -142,6 +154,7 @@ def main() -> int:
     preset = with_overrides(
         find_preset(config.model), train_steps=config.steps, batch_size=config.batch_size, lr=config.lr,
         weight=config.weight, norm=config.norm, pairs=config.pairs,
+        max_pairs=config.max_pairs,
     )  # fmt: skip
     check(config.seed >= 0, f"--seed is {config.seed}, expected 0 or more")
     check(preset.train_steps > 0, f"--steps is {preset.train_steps}, expected 1 or more")

@@ -6,6 +6,7 @@ its non-preferred image, and these are all that the training loop sees.
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -50,31 +51,34 @@ class Features:
                     )
 
 
-def compute(pairs: list[Pair], painter: Painter, guide: Guidance, keep_share: float, seed: int) -> Features:
-    """Features of all pairs, and of `keep_share` x as many winners that are their own target.
+def compute_tokens(pairs: list[Pair], painter: Painter, keep_share: float) -> dict[str, Tensor]:
+    """Image tokens of all pairs, and of `keep_share` x as many winners that are their own target.
 
     Without the latter (the paper has none) an aligner is only ever shown images that are wrong.
     """
     kept = pairs[: round(keep_share * len(pairs))]
-    losers = [p.loser for p in pairs] + [p.winner for p in kept]
-    prompts = [p.prompt for p in [*pairs, *kept]]
     winner = painter.tokens([p.winner for p in pairs], progress="tokens of winners")
     loser = painter.tokens([p.loser for p in pairs], progress="tokens of losers")
-    guidance, mask = look(guide, losers, prompts, seed, progress="MLLM features")
-    return Features(
-        guidance=guidance,
-        mask=mask,
-        loser=torch.cat([loser, winner[: len(kept)]]),
-        winner=torch.cat([winner, winner[: len(kept)]]),
-        validation=torch.tensor([p.validation for p in [*pairs, *kept]]),
-        kept=torch.arange(len(pairs) + len(kept)) >= len(pairs),
-    )
+    return {
+        "loser": torch.cat([loser, winner[: len(kept)]]),
+        "winner": torch.cat([winner, winner[: len(kept)]]),
+        "validation": torch.tensor([p.validation for p in [*pairs, *kept]]),
+        "kept": torch.arange(len(pairs) + len(kept)) >= len(pairs),
+    }
 
 
-def fingerprint(preset: Preset, guide_path: str, seed: int) -> str:
-    """Of everything the features depend on: models, pairs, question bank, shares, seed."""
-    parts = [QUESTIONS, preset.keep_share, seed]
-    parts += [_file_print(Path(p)) for p in (preset.image_encoder, preset.ip_adapter, guide_path, preset.pairs)]
+def compute_guidance(pairs: list[Pair], guide: Guidance, keep_share: float, seed: int) -> dict[str, Tensor]:
+    """Guidance features of the same samples, in the same order; `seed` draws the questions."""
+    kept = pairs[: round(keep_share * len(pairs))]
+    images = [p.loser for p in pairs] + [p.winner for p in kept]
+    guidance, mask = look(guide, images, [p.prompt for p in [*pairs, *kept]], seed, progress="guidance features")
+    return {"guidance": guidance, "mask": mask}
+
+
+def fingerprint(preset: Preset, models: list[str], seed: int) -> str:
+    """Of everything that features depend on: models, pairs, their number, question bank, share, seed."""
+    parts = [QUESTIONS, preset.keep_share, preset.max_pairs, seed]
+    parts += [_file_print(Path(p)) for p in (*models, preset.pairs)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -92,16 +96,18 @@ def _file_print(path: Path) -> list:
     return prints
 
 
-def save(features: Features, path: Path, mark: str) -> None:
-    """Write a cache file, atomically, marked with a fingerprint."""
-    write_safetensors(path, {f.name: getattr(features, f.name) for f in fields(features)}, {"fingerprint": mark})
+def cached(path: Path, mark: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `compute` returns, from the cache file if there is one; else computed, and written there atomically.
 
-
-def load(path: Path, mark: str) -> Features:
-    """Read a cache file. Raises UserError if it is damaged, or was made by other models, pairs or questions."""
+    Raises UserError if the file is damaged, or was made by other models, pairs, questions or seed (its `mark`).
+    """
+    if not path.exists():
+        state = compute()
+        write_safetensors(path, state, {"fingerprint": mark})
+        return state
     state = read_weights(path)
     if read_metadata(path).get("fingerprint") != mark:
         raise UserError(
             f"{path}: made by other models, pairs, questions or seed than this run's; delete it to recompute"
         )
-    return Features(**state)
+    return state

@@ -28,8 +28,8 @@ class Pair:
         return hashlib.sha256(self.prompt.encode()).digest()[0] % 10 == 0
 
 
-def read_pairs(path: str | Path) -> tuple[list[Pair], int]:
-    """All pairs with a preference, winner first, and the number of rows that were skipped.
+def read_pairs(path: str | Path, limit: int = 0) -> tuple[list[Pair], int]:
+    """The first `limit` pairs with a preference (0: all), winner first, and the number of rows that were skipped.
 
     Skipped are ties and rows whose image bytes are damaged. Raises UserError if the file is no such table.
     """
@@ -41,7 +41,11 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], int]:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not parquet with the columns {', '.join(COLUMNS)} ({reason})") from None
     pairs = []
-    for row in table:
+    seen = 0
+    for seen, row in enumerate(table, start=1):
+        if limit and len(pairs) == limit:
+            seen -= 1
+            break
         if {row["label_0"], row["label_1"]} != {0, 1}:
             continue
         first, second = ("jpg_0", "jpg_1") if row["label_0"] == 1 else ("jpg_1", "jpg_0")
@@ -51,4 +55,4 @@ def read_pairs(path: str | Path) -> tuple[list[Pair], int]:
             continue
     if not pairs:
         raise UserError(f"{path}: holds no pair with a preference; label_0 and label_1 must be 1 and 0")
-    return pairs, len(table) - len(pairs)
+    return pairs, seen - len(pairs)

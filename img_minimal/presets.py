@@ -22,6 +22,7 @@ class Preset:
     stock_aligner: str  # trained on the stock MLLM's features, for the ablation
     text_aligner: str  # trained on text embeddings instead of an MLLM's features, for the ablation
     pairs: str  # preference pairs, parquet with Pick-a-Pic's columns
+    max_pairs: int  # how many of them an aligner is trained on by default; 0 = all
     world: str | None  # "tiny" where the exact oracle can judge
     # sampling
     sampling_steps: int
@@ -53,6 +54,7 @@ PRESETS = {
         stock_aligner=str(TINY / "aligner-stock.safetensors"),
         text_aligner=str(TINY / "aligner-text.safetensors"),
         pairs=str(TINY / "pairs.parquet"),
+        max_pairs=10_000,
         world="tiny",
         sampling_steps=10,
         guidance_scale=4.0,
@@ -64,7 +66,7 @@ PRESETS = {
         constant_share=0.4,
         weight_decay=1e-4,
         weight=1.0,
-        norm="mean",
+        norm="sum",
         keep_share=0.25,
         depth=4,
         heads=2,

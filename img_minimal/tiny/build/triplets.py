@@ -59,11 +59,12 @@ def damage(scene: Scene, rng: random.Random) -> Scene:
 
 
 def free_cell(shapes: list[Shape], rng: random.Random) -> tuple[float, float]:
-    """A jittered place where nothing stands."""
-    while True:
+    """A jittered place where nothing stands; any place if the scene is too untidy to have one."""
+    for _ in range(200):
         x, y = (c + rng.uniform(-JITTER, JITTER) for c in rng.choice(CELLS))
         if not any(overlap(Shape("", "", x, y, LARGEST), s) for s in shapes):
-            return x, y
+            break
+    return x, y
 
 
 def sample_triplet(rng: random.Random) -> tuple[Scene, Prompt, str]:
