@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from img_minimal.aligner import ImplicitAligner
 from img_minimal.presets import TINY, find_preset
 from img_minimal.tiny.build import clip, llava, pairs, resampler, scenes, triplets, unet, vae
 
@@ -33,20 +34,11 @@ def train_aligners(workdir: Path, target: Path) -> None:
     """Run train.py once for each kind of guidance and keep the weights."""
     for guidance, name in (("mllm", "aligner"), ("stock", "aligner-stock"), ("text", "aligner-text")):
         folder = workdir / name
-        command = [
-            sys.executable,
-            "train.py",
-            "--guidance",
-            guidance,
-            "--output-dir",
-            str(folder),
-            "--eval-prompts",
-            "0",
-        ]
-        if (folder / "checkpoint.pt").exists():
-            command.append("--resume")
+        options = f"--guidance {guidance} --max-pairs 0 --steps 3000 --eval-prompts 0".split()
+        resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
+        command = [sys.executable, "train.py", *options, *resume, "--output-dir", str(folder)]
         subprocess.run(command, check=True)
-        (target / f"{name}.safetensors").write_bytes((folder / "aligner.safetensors").read_bytes())
+        ImplicitAligner.from_file(folder / "aligner.safetensors").half().save(target / f"{name}.safetensors")
 
 
 def main() -> None:
