@@ -179,6 +179,24 @@ def before_and_after(bench: Bench, images: Tensor, path: Path | str, count: int 
         labelled_grid(rows, path, caption=f"{bench.img.painter.preset.name}: {note}; not chosen by result")
 
 
+def ablations(bench: Bench) -> None:
+    """The arms guided by text and by the stock MLLM, each with an aligner of its own; left out where there is none."""
+    painter, preset = bench.img.painter, bench.img.painter.preset
+    arms = {
+        "text": (preset.text_aligner, lambda: painter),
+        "stock_mllm": (
+            preset.stock_aligner,
+            lambda: MLLM.from_pretrained(preset.stock_mllm, device=painter.pipe.device),
+        ),
+    }
+    for name, (path, guide) in arms.items():
+        if Path(path).exists():
+            bench.aligned(name, guide(), ImplicitAligner.from_file(path))
+        else:
+            kind = name.removesuffix("_mllm")
+            print(f"left out: {TITLES[name]}; {path} is not there, train it with: python train.py --guidance {kind}")
+
+
 def main() -> int:
     """All arms, the table, the JSON."""
     config = parse(Config, __doc__)
@@ -197,10 +215,7 @@ def main() -> int:
     bench = Bench(img, benchmark(config.prompts, config.split, config.seed), config.seed)
     bench.controls(img.mllm)
     if not config.only_img:
-        painter = img.painter
-        bench.aligned("text", painter, ImplicitAligner.from_file(preset.text_aligner))
-        stock = MLLM.from_pretrained(preset.stock_mllm, device=img.painter.pipe.device)
-        bench.aligned("stock_mllm", stock, ImplicitAligner.from_file(preset.stock_aligner))
+        ablations(bench)
     images = bench.aligned("img", img.mllm, img.aligner)
     if config.picture:
         before_and_after(bench, images, config.picture)

@@ -47,7 +47,8 @@ def test_diffusers_own_ip_adapter_loader_takes_our_file(pipe):
     own.image_encoder = CLIPVisionModelWithProjection.from_pretrained(PRESET.image_encoder, dtype=torch.float32)
     nested = {"image_proj": {k: v.float() for k, v in image_proj.items()},
               "ip_adapter": {k: v.float() for k, v in ip_adapter.items()}}  # fmt: skip
-    own.load_ip_adapter(nested, subfolder=None, weight_name=None, image_encoder_folder=None)
+    own.load_ip_adapter(nested, subfolder=None, weight_name=None, image_encoder_folder=None,
+                        low_cpu_mem_usage=False)  # fmt: skip
     names = {type(p).__name__ for p in own.unet.attn_processors.values()}
     assert "IPAdapterAttnProcessor2_0" in names
 

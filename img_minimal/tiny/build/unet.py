@@ -78,7 +78,7 @@ def image_tokens(vision: nn.Module, resampler: Resampler, pixels: Tensor) -> Ten
         ).float()
 
 
-def build(workdir: Path, target: Path, steps: int = 3600, batch: int = 96, watched: int = 100) -> None:
+def build(workdir: Path, target: Path, steps: int = 4200, batch: int = 96, watched: int = 100) -> None:
     """Train; save the pipeline folder and the IP-Adapter below `target`."""
     torch.manual_seed(40)
     data = torch.load(workdir / "scenes.pt", weights_only=True, mmap=True)
