@@ -78,6 +78,14 @@ def image_tokens(vision: nn.Module, resampler: Resampler, pixels: Tensor) -> Ten
         ).float()
 
 
+def four_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The Resampler's state with a fourth layer that adds zero: diffusers' loader knows no Resampler of three."""
+    fourth = {k.replace("layers.2.", "layers.3."): v.clone() for k, v in state.items() if k.startswith("layers.2.")}
+    for last in ("layers.3.0.to_out.weight", "layers.3.1.3.weight"):
+        fourth[last].zero_()
+    return state | fourth
+
+
 def build(workdir: Path, target: Path, steps: int = 4200, batch: int = 96, watched: int = 100) -> None:
     """Train; save the pipeline folder and the IP-Adapter below `target`."""
     torch.manual_seed(40)
@@ -134,7 +142,7 @@ def build(workdir: Path, target: Path, steps: int = 4200, batch: int = 96, watch
         )
 
     fit("unet", models, loss_of_step, steps, workdir, lr=1e-3, average=0.998, watch=watch, watch_every=1000, seed=42)
-    adapter = {f"image_proj.{k}": v for k, v in resampler.state_dict().items()}
+    adapter = {f"image_proj.{k}": v for k, v in four_layers(resampler.state_dict()).items()}
     adapter |= {f"ip_adapter.{k}": v for k, v in models["branch"].state_dict().items()}
     write_safetensors(target / "ip_adapter.safetensors", {k: v.bfloat16() for k, v in adapter.items()})
     assemble(target, unet).to(torch.bfloat16).save_pretrained(target / "sdxl")
