@@ -34,7 +34,7 @@ def train_aligners(workdir: Path, target: Path) -> None:
     """Run train.py once for each kind of guidance and keep the weights."""
     for guidance, name in (("mllm", "aligner"), ("stock", "aligner-stock"), ("text", "aligner-text")):
         folder = workdir / name
-        options = f"--guidance {guidance} --max-pairs 0 --steps 3000 --eval-prompts 0".split()
+        options = f"--guidance {guidance} --max-pairs 0 --steps 6000 --eval-prompts 0".split()
         resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
         command = [sys.executable, "train.py", *options, *resume, "--output-dir", str(folder)]
         subprocess.run(command, check=True)
