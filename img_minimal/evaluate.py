@@ -166,7 +166,9 @@ def before_and_after(bench: Bench, images: Tensor, path: Path | str, count: int 
     """The first prompts whose base image is wrong: both images, what the MLLM said, what the oracle says now."""
     chosen = [k for k, verdict in enumerate(bench.verdicts["base"]) if not verdict.strict][:count]
     pictures, captions = [bench.pictures[k] for k in chosen], [bench.captions[k] for k in chosen]
-    said = bench.img.mllm.explain(pictures, captions, random.Random(bench.seed)) if chosen else []
+    said = ["(guided by text: no MLLM looked)"] * len(chosen)
+    if isinstance(bench.img.mllm, MLLM):
+        said = bench.img.mllm.explain(pictures, captions, random.Random(bench.seed))
     cells = []
     for k, words in zip(chosen, said):
         verdict = bench.verdicts["img"][k]

@@ -1,8 +1,7 @@
 """Why does the tiny base model fail, and can the judge be trusted? `python -m img_minimal.tiny.diagnose`
 
 CLIP is shown a correct picture with its caption and a *foil*, a caption that differs in one respect, and should find
-the caption more alike. A text encoder that reads a bag of words tells another colour at once and cannot tell colours
-that are exchanged, because both captions hold the same words.
+the caption more alike. What the embedding does not tell apart, it cannot tell the UNet.
 """
 
 import random

@@ -20,12 +20,13 @@ ADDED_RADIUS = (SMALLEST + LARGEST) / 2
 
 def correct(found: Scene, prompt: Prompt) -> tuple[list[str], Scene]:
     """Edits in words (empty when the scene is right) and the corrected scene, shapes in the order of the prompt."""
-    kept, edits = _match(list(found), prompt)
+    changes = _changes(found, prompt)
+    kept, edits = _match(list(found), prompt, changes)
     added = [k for k, shape in enumerate(kept) if shape is None]
     edits += _counted("add", [prompt.kinds[k] for k in added])
     scene, moved = _arrange(kept, prompt)
     left = list((Counter(s.kind for s in found) - Counter(s.kind for s in kept if s)).elements())
-    changed_from = Counter(kind for kind, _ in _changes(list(found), prompt))
+    changed_from = Counter(kind for kind, _ in changes)
     edits += _counted("remove", list((Counter(left) - changed_from).elements()))
     if moved:
         first, second = prompt.groups
@@ -47,7 +48,7 @@ def _counted(verb: str, kinds: list[tuple[str, str]]) -> list[str]:
     return [f"{verb} {_the(group) if verb == 'remove' and group.count == 1 else group}" for group in groups]
 
 
-def _changes(found: list[Shape], prompt: Prompt) -> list[tuple[tuple[str, str], int]]:
+def _changes(found: Scene, prompt: Prompt) -> list[tuple[tuple[str, str], int]]:
     """Which left-over kinds turn into which missing places of the prompt: (kind, place), most alike first."""
     missing = list(range(len(prompt.kinds)))
     left = [shape.kind for shape in found]
@@ -67,9 +68,10 @@ def _changes(found: list[Shape], prompt: Prompt) -> list[tuple[tuple[str, str], 
     return changes
 
 
-def _match(found: list[Shape], prompt: Prompt) -> tuple[list[Shape | None], list[str]]:
+def _match(
+    found: list[Shape], prompt: Prompt, changes: list[tuple[tuple[str, str], int]]
+) -> tuple[list[Shape | None], list[str]]:
     """Give every place of the prompt a shape of the scene, recoloured or reshaped if need be, or None."""
-    changes = _changes(found, prompt)
     kept: list[Shape | None] = []
     for kind in prompt.kinds:
         shape = next((s for s in found if s.kind == kind), None)

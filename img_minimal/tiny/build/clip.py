@@ -1,8 +1,7 @@
 """CLIP: two small text encoders and one vision encoder, trained contrastively on pictures and captions.
 
-Batches are random, so a caption and its twin with the colours exchanged rarely meet: the text encoders learn what is
-in a picture far better than which colour goes with which form, let alone where. Real CLIP has the same habit, for the
-same reason, and SDXL's failures start there.
+Batches are random, so a caption rarely meets its twin with the relation reversed, and the text encoders do not learn to
+tell the two apart (`python -m img_minimal.tiny.diagnose`). Real CLIP has the same weakness, for the same reason.
 """
 
 from pathlib import Path
