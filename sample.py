@@ -2,27 +2,30 @@
 
     python sample.py --prompt "a red circle above a blue square"
     python sample.py --prompt "three green squares" --seed 7 --rounds 2 --explain
+    python sample.py --model sdxl --prompt "a robot penguin wearing a top hat" --offload
 
 Saves the first image, the last one, and both side by side.
 """
 
 from dataclasses import dataclass
 
-from img_minimal.cli import check, option, parse, quiet_libraries, run, writable_folder
+from img_minimal.cli import check, option, parse, quiet_libraries, run, warn, writable_folder
+from img_minimal.presets import PRESETS, ModelFlags, find_preset, with_overrides
 
 
 @dataclass
-class Config:
+class Config(ModelFlags):
     """The command line; None means: as the preset says."""
 
     prompt: str = option("a red circle above a blue square", "what to draw")
-    model: str = option("tiny-sdxl", "which model: " + "tiny-sdxl")
+    model: str = option("tiny-sdxl", "which models and settings", choices=list(PRESETS))
     seed: int = option(0, "of the first image; the same seed gives the same images")
     num_images: int = option(1, "images, from consecutive seeds")
     rounds: int = option(1, "times to look and draw again")
+    steps: int | None = option(None, "denoising steps; default: the preset's")
     passes: int | None = option(None, "applications of the aligner; default: the preset's")
     scale: float | None = option(None, "weight of the aligned image tokens; default: the preset's")
-    aligner: str | None = option(None, "aligner file, e.g. outputs/train/aligner.safetensors; default: the preset's")
+    aligner: str | None = option(None, "aligner file, e.g. outputs/train/aligner.safetensors, or on the hub")
     explain: bool = option(True, "decode what the MLLM says (guidance itself needs no decoding)")
     output: str = option("outputs/sample", "folder for the pictures")
 
@@ -34,12 +37,11 @@ def main() -> int:
     check(config.seed >= 0, f"--seed is {config.seed}, expected 0 or more")
     check(config.num_images >= 1, f"--num-images is {config.num_images}, expected 1 or more")
     check(config.rounds >= 1, f"--rounds is {config.rounds}, expected 1 or more")
+    check(config.steps is None or config.steps >= 1, f"--steps is {config.steps}, expected 1 or more")
     check(config.passes is None or config.passes >= 1, f"--passes is {config.passes}, expected 1 or more")
     check(config.scale is None or config.scale >= 0, f"--scale is {config.scale}, expected 0 or more")
 
-    from img_minimal.presets import find_preset  # imports wait for the checks: torch takes seconds
-
-    preset = find_preset(config.model)
+    preset = with_overrides(config.applied_to(find_preset(config.model)), sampling_steps=config.steps)
     wanted = None
     if preset.world == "tiny":
         from img_minimal.tiny.grammar import parse as parse_prompt
@@ -47,8 +49,9 @@ def main() -> int:
         wanted = parse_prompt(config.prompt)
     folder = writable_folder(config.output)
 
-    import random
+    import random  # imports wait for the checks: torch takes seconds
 
+    from img_minimal.diffusion import unread
     from img_minimal.images import to_pil
     from img_minimal.pictures import labelled_grid
     from img_minimal.pipeline import IMG
@@ -57,12 +60,15 @@ def main() -> int:
     img = IMG.from_preset(preset, config.aligner)
     prompt = str(wanted or config.prompt)
     prompts, seeds = [prompt] * config.num_images, [config.seed + k for k in range(config.num_images)]
-    stages = img(prompts, seeds, rounds=config.rounds, passes=config.passes, scale=config.scale)
+    cut, limit = unread(img.painter.pipe, prompt)
+    if cut:
+        warn(f"the text encoders read {limit} tokens and do not see the prompt's end, {cut!r}; shorten the prompt")
+    stages = img(prompts, seeds, rounds=config.rounds, passes=config.passes, scale=config.scale, progress=True)
     pictures = [to_pil(images) for images in stages]
     notes = [[""] * config.num_images for _ in stages]
     if config.explain:
         for k, images in enumerate(pictures[:-1]):
-            answers = img.mllm.explain(images, prompts, random.Random(config.seed + k))
+            answers = img.explain(images, prompts, random.Random(config.seed + k))
             notes[k] = [f"MLLM: {answer}" for answer in answers]
     if wanted:
         from img_minimal.tiny.oracle import judge

@@ -8,6 +8,7 @@
 The result is the input plus a correction whose last layer starts at zero: an untrained aligner changes nothing.
 """
 
+import json
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from img_minimal.attention import PerceiverLayers, layer_sizes
-from img_minimal.weights import WeightsError, fill, read_metadata, read_weights, write_safetensors
+from img_minimal.weights import WeightsError, fill, read_metadata, read_weights, write_safetensors, write_torch
 
 
 class ImplicitAligner(nn.Module):
@@ -67,7 +68,7 @@ class ImplicitAligner(nn.Module):
 
         Raises WeightsError if the file is missing, damaged, or holds something else.
         """
-        state = read_weights(path)
+        state = read_weights(path, holds="proj_in.weight")
         try:
             width, guidance_width = state["proj_in.weight"].shape
             sizes = layer_sizes(state, head_dim=int(read_metadata(path).get("head_dim", 64)))
@@ -79,5 +80,17 @@ class ImplicitAligner(nn.Module):
         return aligner.float()
 
     def save(self, path: str | Path) -> None:
-        """Write the weights as safetensors, atomically, in the key layout of the released files."""
+        """Write the weights, atomically, in the key layout of the released files.
+
+        A .pth is what the authors' code loads. Otherwise the file is safetensors, with the sizes as JSON beside it
+        (x.safetensors, x.json); `from_file` reads both and needs no JSON.
+        """
+        path = Path(path)
+        if path.suffix in (".pth", ".pt", ".bin"):
+            write_torch(path, self.state_dict())
+            return
         write_safetensors(path, self.state_dict(), {"head_dim": str(self.head_dim)})
+        sizes = {"width": self.width, "guidance_width": self.guidance_width} | layer_sizes(
+            self.state_dict(), self.head_dim
+        )
+        path.with_suffix(".json").write_text(json.dumps(sizes, indent=1) + "\n")

@@ -45,8 +45,10 @@ def parse(config: type[Config], description: str, argv: list[str] | None = None)
 def quiet_libraries() -> None:
     """Keep the loading bars and deprecation notes of transformers and diffusers out of our output."""
     import diffusers.utils.logging
+    import huggingface_hub.utils.logging
     import transformers.utils.logging
 
+    huggingface_hub.utils.logging.set_verbosity_error()
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
@@ -60,11 +62,23 @@ def run(main: Callable[[], int | None]) -> None:
         message = str(error)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:  # torch's, named without importing torch
+        if type(error).__name__ == "OutOfMemoryError":
+            message = "the GPU's memory is full; try --offload, --dtype fp16 or bf16, or close what else uses the GPU"
+        elif "can't allocate memory" in str(error) or "not enough memory" in str(error):
+            message = "the computer's memory is full; try --dtype bf16, which halves the models"
+        else:
+            raise
     except OSError as error:
         # Missing, unreadable or read-only files, a full disk, a model hub that cannot be reached.
         message = " ".join(str(error).split())
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def warn(message: str) -> None:
+    """One line on stderr about something that does not stop the program."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def check(condition: bool, message: str) -> None:

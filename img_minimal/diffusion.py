@@ -22,31 +22,54 @@ def draw(
     tokens: Tensor | None = None,
     negative: Tensor | None = None,
     scale: float = 0.0,
+    autocast: bool = True,
     batch_size: int = 64,
     progress: str | None = None,
 ) -> Tensor:
-    """One image per prompt, (B, 3, H, W) in [0, 1] on the CPU.
+    """One image per prompt, (B, 3, H, W) in [0, 1] on the CPU. There is no negative prompt: its embedding is zeros.
 
     Every image has its own CPU generator, so a seed gives the same start noise alone or in a batch, in the first pass
     or in the second, on every device. tokens (B, N, D) are injected with `scale` beside the text; `negative` (1, N, D)
-    takes their place in the unconditional half of classifier-free guidance.
+    takes their place in the unconditional half of classifier-free guidance. With `autocast` weights in fp32 compute in
+    bf16; otherwise all is done in the pipeline's dtype, but for the VAE: SDXL's overflows in fp16, so load it in fp32.
     """
     images = []
     starts = range(0, len(prompts), batch_size)
-    for start in tqdm(starts, desc=progress, disable=progress is None or len(starts) == 1, leave=False):
+    bar = tqdm(total=len(starts) * steps, desc=progress, disable=progress is None, leave=False, delay=1)
+
+    def tick(*_: object) -> dict:
+        bar.update()
+        return {}
+
+    for start in starts:
         part = slice(start, start + batch_size)
         context = nullcontext()
         if tokens is not None and scale != 0:
             positive = tokens[part].to(pipe.device)
             both = torch.cat([negative.to(positive).expand_as(positive), positive])
             context = inject(pipe.unet, branch, both if guidance_scale > 1 else positive, scale)
-        with context, torch.autocast(pipe.device.type, torch.bfloat16):
-            result = pipe(
+        with context, torch.autocast(pipe.device.type, torch.bfloat16, enabled=autocast):
+            latents = pipe(
                 prompt=prompts[part],
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
-                output_type="pt",
-            )
-        images.append(result.images.float().cpu())
+                output_type="latent",
+                callback_on_step_end=tick,
+            ).images
+            decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+            decoded = pipe.image_processor.postprocess(decoded, output_type="pt")
+        images.append(decoded.float().cpu())
+    bar.close()
     return torch.cat(images)
+
+
+def unread(pipe: StableDiffusionXLPipeline, prompt: str) -> tuple[str, int]:
+    """(end of the prompt that the text encoders do not see, "" if there is none; how many tokens they see)."""
+    cut, limit = "", 0
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        starts = [start for start, end in tokenizer(prompt, return_offsets_mapping=True).offset_mapping]
+        limit = tokenizer.model_max_length
+        if len(starts) > limit:  # both counts include the two that mark start and end of the text
+            cut = max(cut, prompt[starts[limit - 1] :], key=len)
+    return cut, limit

@@ -2,6 +2,7 @@
 
     python -m img_minimal.evaluate                       256 prompts of the test split
     python -m img_minimal.evaluate --prompts 640 --json results.json
+    python -m img_minimal.evaluate --prompt-file x.txt   prompts of your own, judged by CLIP models: compare.py
 
 Arms: the base model; the same compute spent on a new seed; the better of two seeds as picked by the MLLM, or by the
 oracle (which cheats); a second pass with the tokens of a correct picture (no aligner can do better); and the second
@@ -19,19 +20,20 @@ from torch import Tensor
 
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.cli import check, option, parse, quiet_libraries, run
+from img_minimal.compare import CompareOptions, compare
 from img_minimal.errors import UserError
+from img_minimal.image_folder import NEW_SEED
 from img_minimal.images import to_pil
 from img_minimal.mllm import MLLM
 from img_minimal.pictures import labelled_grid
 from img_minimal.pipeline import IMG, Guidance, align, look
-from img_minimal.presets import PRESETS, find_preset, with_overrides
+from img_minimal.presets import PRESETS, ModelFlags, find_preset, with_overrides
 from img_minimal.statistics import mean_interval, win_rate
 from img_minimal.tiny.edits import correct
 from img_minimal.tiny.grammar import CATEGORIES, Prompt, benchmark
 from img_minimal.tiny.oracle import Verdict, judge
 from img_minimal.tiny.world import render
 
-NEW_SEED = 1_000_000  # added to a seed for the control that spends IMG's compute on another try
 TITLES = {
     "base": "base model",
     "new_seed": "same compute, new seed",
@@ -46,11 +48,11 @@ TITLES = {
 
 
 @dataclass
-class Config:
+class Config(ModelFlags, CompareOptions):
     """The command line."""
 
     model: str = option("tiny-sdxl", "which model", choices=list(PRESETS))
-    prompts: int = option(256, "how many prompts; 95 % intervals shrink with its root")
+    prompts: int | None = option(None, "how many prompts; default: 256 of the twin's, or all of the --prompt-file")
     seed: int = option(0, "draws the prompts and numbers the images")
     split: str = option("test", "test for reporting, validation for choosing", choices=["test", "validation"])
     aligner: str | None = option(None, "another aligner file; default: the preset's")
@@ -202,10 +204,10 @@ def ablations(bench: Bench) -> None:
 def main() -> int:
     """All arms, the table, the JSON."""
     config = parse(Config, __doc__)
-    preset = with_overrides(find_preset(config.model), scale=config.scale, passes=config.passes)
-    check(config.prompts >= 5, f"--prompts is {config.prompts}, expected 5 or more")
+    preset = config.applied_to(find_preset(config.model))
+    preset = with_overrides(preset, scale=config.scale, passes=config.passes)
+    check(config.prompts is None or config.prompts >= 5, f"--prompts is {config.prompts}, expected 5 or more")
     check(config.seed >= 0, f"--seed is {config.seed}, expected 0 or more")
-    check(preset.world == "tiny", f"no judge for {preset.name} images yet; the tiny twins have an exact one")
     for option_name, path in (("--json", config.json), ("--picture", config.picture)):
         if path:
             try:
@@ -213,8 +215,13 @@ def main() -> int:
             except OSError as error:
                 raise UserError(f"{path}: cannot be written ({error.strerror}); choose another {option_name}") from None
     quiet_libraries()
+    if config.prompt_file or preset.world is None:
+        compare(config, preset, count=config.prompts, seed=config.seed, aligner=config.aligner, json_path=config.json,
+                picture=config.picture)  # fmt: skip
+        return 0
+    count = config.prompts or 256
     img = IMG.from_preset(preset, config.aligner)
-    bench = Bench(img, benchmark(config.prompts, config.split, config.seed), config.seed)
+    bench = Bench(img, benchmark(count, config.split, config.seed), config.seed)
     bench.controls(img.mllm)
     if not config.only_img:
         ablations(bench)
@@ -222,7 +229,7 @@ def main() -> int:
     if config.picture:
         before_and_after(bench, images, config.picture)
     results = bench.results()
-    results["settings"] = {"model": preset.name, "split": config.split, "seed": config.seed, "prompts": config.prompts,
+    results["settings"] = {"model": preset.name, "split": config.split, "seed": config.seed, "prompts": count,
                            "scale": preset.scale, "passes": preset.passes, "torch": torch.__version__}  # fmt: skip
     print_results(results)
     if config.json:

@@ -78,11 +78,11 @@ def compute_guidance(pairs: list[Pair], guide: Guidance, keep_share: float, seed
 def fingerprint(preset: Preset, models: list[str], seed: int) -> str:
     """Of everything that features depend on: models, pairs, their number, question bank, share, seed."""
     parts = [QUESTIONS, preset.keep_share, preset.max_pairs, seed]
-    parts += [_file_print(Path(p)) for p in (*models, preset.pairs)]
+    parts += [file_print(Path(p)) for p in (*models, preset.pairs)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _file_print(path: Path) -> list:
+def file_print(path: Path) -> list:
     """Name, size and three samples of every file below a path: fast for 26 GB, and different after a retraining."""
     files, prints = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path], []
     for file in files:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from img_minimal.attention import PerceiverLayers, layer_sizes
-from img_minimal.weights import WeightsError, fill, read_weights
+from img_minimal.hub import variant
+from img_minimal.weights import WeightsError, fill, opening, read_weights
 
 
 class Resampler(nn.Module):
@@ -66,16 +67,37 @@ class ImagePrompt(nn.Module):
         self.encoder, self.processor, self.resampler = encoder, processor, resampler
 
     @classmethod
-    def from_pretrained(cls, encoder_dir: str | Path, image_proj: dict[str, Tensor]) -> Self:
-        """`encoder_dir`: a folder with a CLIP vision model; `image_proj`: from `load_ip_adapter`.
+    def from_pretrained(
+        cls,
+        encoder_dir: str | Path,
+        image_proj: dict[str, Tensor],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """`encoder_dir`: a local folder with a CLIP vision model; `image_proj`: from `load_ip_adapter`.
 
-        IP-Adapter's own image_encoder folder has no processor settings; CLIP's defaults are meant then.
-        Raises OSError if the folder holds no model, WeightsError if `image_proj` is no Resampler.
+        The encoder gets `dtype`, the Resampler is small and stays in fp32. IP-Adapter's own image_encoder folder has
+        no processor settings; CLIP's defaults are meant then.
+        Raises WeightsError if the folder holds no such model, or `image_proj` is no Resampler.
         """
+        resampler = Resampler.from_state_dict({key: value.float() for key, value in image_proj.items()})
         settled = (Path(encoder_dir) / "preprocessor_config.json").exists()
-        processor = CLIPImageProcessorPil.from_pretrained(encoder_dir) if settled else CLIPImageProcessorPil()
-        encoder = CLIPVisionModelWithProjection.from_pretrained(encoder_dir).eval()
-        return cls(encoder, processor, Resampler.from_state_dict(image_proj))
+        with opening(encoder_dir, "CLIP vision model"):
+            processor = CLIPImageProcessorPil.from_pretrained(encoder_dir) if settled else CLIPImageProcessorPil()
+            encoder, report = CLIPVisionModelWithProjection.from_pretrained(
+                encoder_dir, dtype=dtype, variant=variant(encoder_dir, dtype), output_loading_info=True
+            )
+        # What comes after the penultimate layer is not used, and CLIP files without it are common.
+        missing = [key for key in report["missing_keys"] if key.startswith("vision_model.e")]
+        if missing:
+            raise WeightsError(f"{encoder_dir}: lacks {min(missing)!r} and more; use a CLIP vision model's folder")
+        width, expected = encoder.config.hidden_size, resampler.proj_in.in_features
+        if width != expected:
+            raise WeightsError(
+                f"{encoder_dir}: its features have width {width}, the Resampler expects {expected}; use the image "
+                "encoder that the IP-Adapter was trained with (CLIP ViT-H for ip-adapter-plus_sdxl_vit-h)"
+            )
+        return cls(encoder.eval(), processor, resampler).to(device).requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -106,16 +128,25 @@ class ImagePrompt(nn.Module):
         return self.resampler(self.encode(torch.zeros(1, 3, side, side)).to(self.resampler.latents.dtype))
 
 
-def load_ip_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def load_ip_adapter(
+    path: str | Path, resampler: str | Path | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """An IP-Adapter file -> (state of its Resampler, state of its `ImageBranch`).
 
-    .bin files nest two dicts, .safetensors files put the same two names before the keys. Raises WeightsError if the
-    file is missing, damaged, or lacks a part.
+    .bin files nest two dicts, .safetensors files put the same two names before the keys. `resampler` names a file that
+    holds the Resampler apart, as IMG's release has it; what the adapter file has under `image_proj` is then ignored.
+    Raises WeightsError if a file is missing, damaged, or lacks a part.
     """
-    state, parts = read_weights(path), []
-    for part in ("image_proj", "ip_adapter"):
-        flat = {key.removeprefix(f"{part}."): value for key, value in state.items() if key.startswith(f"{part}.")}
-        parts.append(state.get(part, flat))
-        if not parts[-1]:
-            raise WeightsError(f"{path}: has no {part!r} weights, so it is not an IP-Adapter; check which file it is")
-    return parts[0], parts[1]
+    state = read_weights(path)
+    branch = _part(state, "ip_adapter", path)
+    if not resampler:
+        return _part(state, "image_proj", path), branch
+    state = read_weights(resampler, holds="latents")
+    return (state if "latents" in state else _part(state, "image_proj", resampler)), branch
+
+
+def _part(state: dict, name: str, path: str | Path) -> dict[str, Tensor]:
+    flat = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+    if part := state.get(name, flat):
+        return part
+    raise WeightsError(f"{path}: has no {name!r} weights, so it is not an IP-Adapter; check which file it is")

@@ -5,41 +5,120 @@ forward pass, no decoding. `explain` decodes the same model's answer, for people
 """
 
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoTokenizer,
+    BatchFeature,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
+from img_minimal.errors import UserError
+from img_minimal.hub import folder as find_folder
+from img_minimal.llava_layout import is_original, open_original_llava
+from img_minimal.pretrained import build, read_config, read_shards
 from img_minimal.questions import ask
+from img_minimal.qwen import open_qwen
+from img_minimal.weights import opening
 
-CONVERSATION = "USER: <image>\n{question} ASSISTANT:"
+CONVERSATION = "USER: <image>\n{question} ASSISTANT:"  # LLaVA-1.5 as transformers asks it, and the twins
+CONVERSATION_V0 = (  # the first conversation of LLaVA, with which the release asks its own
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the human's questions.###Human: <image>\n{question}###Assistant:"
+)
+CONVERSATION_QWEN = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    "<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def open_llava(
+    folder: Path, settings: dict, dtype: torch.dtype, device: torch.device | str
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Model and processor from a folder in the llava-hf layout. Raises UserError if a file is missing or damaged."""
+    with opening(folder, "LLaVA"):
+        config = LlavaConfig(**settings)
+        processor = LlavaProcessor(
+            # LLaVA-1.5 was trained on images padded to a square; some folders' settings would cut them instead.
+            image_processor=LlavaImageProcessorPil.from_pretrained(folder, do_pad=True),
+            tokenizer=AutoTokenizer.from_pretrained(folder),
+            patch_size=config.vision_config.patch_size,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            num_additional_image_tokens=1,
+        )
+    return build(LlavaForConditionalGeneration, config, read_shards(folder), folder, dtype, device), processor
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between MLLMs: how a folder is opened, how a question is put, and where an answer ends."""
+
+    open: Callable[[Path, dict, torch.dtype, torch.device | str], tuple[PreTrainedModel, ProcessorMixin]]
+    conversation: str
+    stop: str | None = None  # beside the end-of-text token
+
+
+FAMILIES = {
+    "llava": Family(open_llava, CONVERSATION),
+    "llava, original layout": Family(open_original_llava, CONVERSATION_V0, stop="###"),
+    "qwen2_5_vl": Family(open_qwen, CONVERSATION_QWEN),
+}
+
+
+def find_family(config: dict, what: str | Path) -> Family:
+    """The family of a model by its config.json. Raises UserError if it is none of ours; `what` is for the message."""
+    kind = config.get("model_type")
+    name = "llava, original layout" if kind in ("llava", "llava_llama") and is_original(config) else kind
+    if name not in FAMILIES:
+        raise UserError(f"{what}: model_type {kind!r} is no MLLM known here; expected one of: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
 
 
 class MLLM:
-    """A LLaVA model and its processor, frozen."""
+    """A multimodal LLM and its processor, frozen."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor):
-        self.model, self.processor = model.eval().requires_grad_(False), processor
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, family: Family = FAMILIES["llava"]):
+        self.model, self.processor, self.family = model.eval().requires_grad_(False), processor, family
         self.processor.tokenizer.padding_side = "right"  # features of a prompt do not depend on its batch
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls, location: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Self:
-        """Open a folder in the llava-hf layout. Raises OSError if there is no model."""
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device)
-        return cls(model, LlavaProcessor.from_pretrained(folder))
+        """Open a folder, or a hub id: LLaVA (llava-hf or original layout) or Qwen2.5-VL.
+
+        Raises UserError if the model cannot be had or is of another kind, or a file is missing or damaged.
+        """
+        folder = find_folder(str(location), "--mllm")
+        config = read_config(folder)
+        family = find_family(config, location)
+        mllm = cls(*family.open(folder, config, dtype, device), family)
+        # A tokenizer whose file is absent opens as an empty one.
+        if mllm.processor.image_token_id != mllm.model.config.image_token_id:
+            raise UserError(f"{location}: its tokenizer lacks the model's image token; download the tokenizer again")
+        return mllm
 
     @property
     def width(self) -> int:
         """H, the width of the guidance features."""
         return self.model.config.text_config.hidden_size
 
-    def _inputs(self, images: list[Image], questions: list[str]) -> dict[str, Tensor]:
-        text = [CONVERSATION.format(question=question) for question in questions]
+    def inputs(self, images: list[Image], questions: list[str]) -> BatchFeature:
+        """What the model is called with: `input_ids` and `attention_mask` (B, L), padded on the right, and pixels."""
+        marker = self.processor.image_token  # in a prompt it would stand for an image that is not there
+        text = [self.family.conversation.format(question=question.replace(marker, "")) for question in questions]
+        images = [image.convert("RGB") for image in images]
         inputs = self.processor(images=images, text=text, padding=True, return_tensors="pt")
         inputs.pop("token_type_ids", None)
         return inputs.to(self.model.device, self.model.dtype)
@@ -50,9 +129,9 @@ class MLLM:
 
         Sequences are padded on the right to the longest of the batch.
         """
-        inputs = self._inputs(images, [ask(prompt, rng) for prompt in prompts])
+        inputs = self.inputs(images, [ask(prompt, rng) for prompt in prompts])
         # The inner model returns post-norm states; asking for all hidden states would keep a list of every layer.
-        states = self.model.model(**inputs).last_hidden_state
+        states = self.model.model(**inputs, use_cache=False).last_hidden_state
         return states, inputs["attention_mask"].bool()
 
     @torch.no_grad()
@@ -64,7 +143,7 @@ class MLLM:
         scores = []
         for k in range(0, len(images), batch_size):
             states, mask = self.guidance(images[k : k + batch_size], prompts[k : k + batch_size], rng)
-            last = states[torch.arange(len(states)), mask.sum(1) - 1]
+            last = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
             scores += self.model.lm_head(last).float().log_softmax(-1)[:, nothing].tolist()
         return scores
 
@@ -73,10 +152,13 @@ class MLLM:
         self, images: list[Image], prompts: list[str], rng: random.Random, max_new_tokens: int = 60
     ) -> list[str]:
         """The MLLM's answers in words, decoded greedily, one image at a time."""
-        answers = []
+        answers, tokenizer, stop = [], self.processor.tokenizer, self.family.stop
         for image, prompt in zip(images, prompts, strict=True):
-            inputs = self._inputs([image], [ask(prompt, rng)])
-            out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            tokens = out[0, inputs["input_ids"].shape[1] :]
-            answers.append(self.processor.tokenizer.decode(tokens, skip_special_tokens=True).replace(" ,", ",").strip())
+            inputs = self.inputs([image], [ask(prompt, rng)])
+            out = self.model.generate(
+                **inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id, stop_strings=stop, tokenizer=tokenizer,
+            )  # fmt: skip
+            answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            answers.append((answer.split(stop)[0] if stop else answer).replace(" ,", ",").strip())
         return answers

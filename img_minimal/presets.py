@@ -1,21 +1,43 @@
 """Models by name: where their files are and which numbers go with them. Presets differ in nothing else."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from img_minimal.cli import option
 from img_minimal.errors import UserError
 
 TINY = Path(__file__).parent / "tiny" / "twins"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Finetuning:
+    """How `train.py --stage mllm` makes a detector of misalignment from the stock MLLM."""
+
+    steps: int
+    batch_size: int
+    micro_batch: int  # samples at once; gradients of a batch are accumulated
+    lr: float
+    warmup: int  # steps
+    constant_share: float  # of the steps at full rate, then linear to zero
+    weight_decay: float
+    lora_rank: int  # 0: all weights but the vision encoder's are trained
+    chunk: int  # triplets of a stream that are at hand at once; 0 = all
+    save_every: int  # steps between checkpoints
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Paths (local folders or files), and the settings of sampling and of training an aligner."""
+    """Locations, and the settings of sampling and of training an aligner.
+
+    A location is a local folder or file, or a place on the Hugging Face hub, see img_minimal/hub.py.
+    """
 
     name: str
     base: str  # diffusers pipeline folder
+    unet: str | None = None  # instead of the base's own, which is then not loaded
     image_encoder: str  # CLIP vision model of the image prompt
     ip_adapter: str  # IP-Adapter Plus file: Resampler, and keys and values of every cross-attention
+    resampler: str | None = None  # file that replaces the Resampler in the IP-Adapter file
     mllm: str  # LLaVA finetuned to see misalignment
     stock_mllm: str  # the same LLaVA before finetuning, for the ablation
     aligner: str
@@ -29,6 +51,11 @@ class Preset:
     guidance_scale: float
     scale: float  # of the image tokens in the second pass
     passes: int  # applications of the aligner
+    dtype: str | None = None  # fp32, bf16, fp16, mixed; None: by device, see img_minimal/devices.py
+    offload: bool = False  # one big model on the GPU at a time
+    draw_batch: int  # images drawn at once
+    look_batch: int  # images the MLLM sees at once
+    encode_batch: int  # images the CLIP encoder sees at once
     # training
     train_steps: int
     batch_size: int
@@ -40,6 +67,11 @@ class Preset:
     keep_share: float  # share of samples in which the winner is its own target; 0 in the paper
     depth: int
     heads: int
+    save_every: int  # steps between checkpoints
+    cache_dir: str  # where frozen features are kept; "none": they are computed as pairs stream by
+    chunk_pairs: int  # pairs of a stream that are at hand at once; 0 = all
+    triplets: str  # for finetuning the MLLM: images, prompts and edit instructions in InstructPix2Pix's columns
+    finetuning: Finetuning
 
 
 PRESETS = {
@@ -60,6 +92,10 @@ PRESETS = {
         guidance_scale=4.0,
         scale=0.5,
         passes=1,
+        dtype="mixed",
+        draw_batch=64,
+        look_batch=64,
+        encode_batch=250,
         train_steps=1200,
         batch_size=64,
         lr=1e-3,
@@ -70,8 +106,96 @@ PRESETS = {
         keep_share=0.25,
         depth=4,
         heads=2,
+        save_every=200,
+        cache_dir="outputs/features",
+        chunk_pairs=0,
+        triplets=str(TINY / "triplets.parquet"),
+        finetuning=Finetuning(
+            steps=2000,
+            batch_size=64,
+            micro_batch=64,
+            lr=1.5e-3,
+            warmup=100,
+            constant_share=0.3,
+            weight_decay=0.02,
+            lora_rank=0,
+            chunk=0,
+            save_every=200,
+        ),
+    ),
+    # What the authors released, with the settings of their sampler and of the paper's training.
+    "sdxl": Preset(
+        name="sdxl",
+        base="stabilityai/stable-diffusion-xl-base-1.0",
+        image_encoder="shi-labs/IMG/image_encoder",
+        ip_adapter="shi-labs/IMG/ip-adapter-plus_sdxl_vit-h.bin",
+        resampler="shi-labs/IMG/resampler.pth",
+        mllm="shi-labs/IMG/llava",
+        stock_mllm="llava-hf/llava-1.5-13b-hf",
+        aligner="shi-labs/IMG/aligner_sdxl.pth",
+        stock_aligner="outputs/sdxl-stock/aligner.safetensors",
+        text_aligner="outputs/sdxl-text/aligner.safetensors",
+        pairs="yuvalkirstain/pickapic_v2",
+        max_pairs=0,
+        world=None,
+        sampling_steps=50,
+        guidance_scale=7.5,
+        scale=0.2,
+        passes=3,
+        draw_batch=1,
+        look_batch=8,
+        encode_batch=32,
+        train_steps=100_000,
+        batch_size=8,
+        lr=1e-4,
+        constant_share=1.0,
+        weight_decay=1e-4,
+        weight=1.0,
+        norm="sum",
+        keep_share=0.0,
+        depth=4,
+        heads=20,
+        save_every=1000,
+        cache_dir="none",
+        chunk_pairs=512,
+        triplets="timbrooks/instructpix2pix-clip-filtered",
+        # LLaVA's published settings for LoRA; one epoch of 313 K triplets.
+        finetuning=Finetuning(
+            steps=2446,
+            batch_size=128,
+            micro_batch=8,
+            lr=2e-4,
+            warmup=73,
+            constant_share=0.0,
+            weight_decay=0.0,
+            lora_rank=128,
+            chunk=2048,
+            save_every=50,
+        ),
     ),
 }
+# The aligner belongs to the base's IP-Adapter, not to its UNet, so a finetuned UNet shares it.
+PRESETS["sdxl-dpo"] = replace(PRESETS["sdxl"], name="sdxl-dpo", unet="mhdang/dpo-sdxl-text2image-v1/unet")
+
+
+@dataclass
+class ModelFlags:
+    """Flags that every command shares: other locations than the preset's, and how to compute. Inherit to have them."""
+
+    base: str | None = option(None, "base model: SDXL pipeline as a folder or hub id; default: the preset's")
+    unet: str | None = option(None, "UNet instead of the base's, e.g. mhdang/dpo-sdxl-text2image-v1/unet")
+    image_encoder: str | None = option(None, "CLIP vision model, folder or hub id; default: the preset's")
+    ip_adapter: str | None = option(None, "IP-Adapter Plus file (.bin, .safetensors); default: the preset's")
+    resampler: str | None = option(None, "file that replaces the adapter's Resampler; '' keeps the adapter's own")
+    mllm: str | None = option(None, "LLaVA or other multimodal LLM, folder or hub id; default: the preset's")
+    dtype: str | None = option(
+        None, "precision of the big models; default: by device", choices=["fp32", "bf16", "fp16", "mixed"]
+    )
+    offload: bool = option(False, "keep one big model on the GPU at a time, the others in the computer's memory")
+
+    def applied_to(self, preset: Preset) -> Preset:
+        """The preset with what these flags change."""
+        return with_overrides(preset, **{field.name: getattr(self, field.name) for field in fields(ModelFlags)})
 
 
 def find_preset(name: str) -> Preset:

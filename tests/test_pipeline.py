@@ -61,7 +61,7 @@ def test_guidance_features_of_a_padded_batch_equal_those_of_each_prompt_alone(im
 
 def test_guidance_features_are_the_last_hidden_states_after_the_final_norm(img, images):
     states, _ = img.mllm.guidance(to_pil(images)[:1], PROMPTS[:1], random.Random(5))
-    inputs = img.mllm._inputs(to_pil(images)[:1], [ask(PROMPTS[0], random.Random(5))])
+    inputs = img.mllm.inputs(to_pil(images)[:1], [ask(PROMPTS[0], random.Random(5))])
     everything = img.mllm.model(**inputs, output_hidden_states=True)
     assert torch.allclose(states, everything.hidden_states[-1], atol=1e-5)
     assert torch.allclose(img.mllm.model.lm_head(states), everything.logits, atol=1e-4)

@@ -1,0 +1,128 @@
+"""A bounded cache of features: safetensors shards in a folder, one a chunk, and a note of everything that made them.
+
+It pays for ablations. SDXL's features take 6.8 MB a sample, so a cache holds the first pairs of a stream and not all.
+A cache of another making is refused and named, never used and never silently replaced.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from img_minimal.errors import UserError
+from img_minimal.features import Features
+from img_minimal.pairs import Pair
+from img_minimal.stream import START, Place, Stream, ahead
+from img_minimal.weights import read_metadata, read_weights, write_safetensors
+
+
+class Shards:
+    """The samples of several files as one `Features`-like sequence, read from disk when they are asked for."""
+
+    def __init__(self, parts: list[Features]):
+        self.parts = parts
+        self.ends = torch.tensor(list(accumulate(len(part) for part in parts)))
+        self.validation = torch.cat([part.validation for part in parts])
+
+    def __len__(self) -> int:
+        return len(self.validation)
+
+    def __getitem__(self, index: Tensor) -> Features:
+        """The samples of `index` (B,), in memory."""
+        if len(self.parts) == 1:
+            return self.parts[0][index]
+        part = torch.bucketize(index, self.ends, right=True).tolist()
+        row = [i - int(self.ends[p]) + len(self.parts[p]) for i, p in zip(index.tolist(), part)]
+        return Features.join([self.parts[p][r : r + 1] for p, r in zip(part, row)])
+
+
+class FeatureCache:
+    """A folder `root/name` of shards that holds at most `limit` bytes, with all caches of the same root.
+
+    `making` says in words what the features depend on. Raises UserError if the folder was made otherwise, naming the
+    first thing that differs, or if its note is unreadable.
+    """
+
+    def __init__(self, root: Path, name: str, making: dict[str, str], limit: float):
+        self.root, self.folder, self.limit = root, root / name, limit
+        self.note, self.state = self.folder / "cache.json", {"making": making, "complete": False}
+        if self.note.exists():
+            self._compare(making)
+
+    def _compare(self, making: dict[str, str]) -> None:
+        try:
+            found = json.loads(self.note.read_text())
+            before = found["making"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.note}: unreadable; delete {self.folder}, or choose another --cache-dir") from None
+        for key in [*making, *(key for key in before if key not in making)]:
+            if before.get(key) != making.get(key):
+                raise UserError(
+                    f"{self.folder}: these features were made with {key} {before.get(key)}, this run has "
+                    f"{making.get(key)}; delete the folder to compute them anew, or choose another --cache-dir"
+                )
+        self.state = found
+
+    @property
+    def files(self) -> list[Path]:
+        """The shards that are there, in order."""
+        return sorted(self.folder.glob("[0-9]*.safetensors"))
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left to compute: every pair is in it, or another shard would not fit."""
+        return bool(self.files) and (self.state["complete"] or self.state.get("full_at", 0) >= self._room())
+
+    def _room(self) -> float:
+        """Bytes that this cache may take: the limit less what others of the same root take."""
+        others = set(self.root.rglob("*.safetensors")) - set(self.files)
+        return self.limit - sum(file.stat().st_size for file in others)
+
+    def collect(self, stream: Stream[Pair], encoder: Callable[[list[Pair], int], Features]) -> None:
+        """Compute and keep what is missing, until the stream ends or the cache is full; goes on where it stopped.
+
+        Raises UserError if not even the first chunk fits.
+        """
+        place = START
+        if self.files:
+            place = Place(**json.loads(self._read(self.files[-1])[1]["after"]))
+        for chunk in ahead(stream.chunks(place)):
+            features = encoder(chunk.items, chunk.place.chunk)
+            size, room = sum(x.nbytes for x in features.state_dict().values()), self._room()
+            if sum(file.stat().st_size for file in self.files) + size + 4096 > room:  # a file has a header
+                if not self.files:
+                    raise UserError(
+                        f"{self.root}: the features of {len(chunk.items)} pairs take {size / 1e9:.3g} GB, and there is "
+                        f"room for {max(0.0, room) / 1e9:.3g}; raise --cache-gb, lower --max-pairs, delete old caches "
+                        "there, or compute features in every epoch with --cache-dir none"
+                    )
+                self._write_note(full_at=room)
+                return
+            self._write_note()
+            after = {"after": json.dumps(asdict(chunk.after))}
+            write_safetensors(self.folder / f"{chunk.place.chunk:05d}.safetensors", features.state_dict(), after)
+        self._write_note(complete=True)
+
+    def open(self) -> Shards:
+        """All samples. Raises UserError if a shard is damaged, or if there is none."""
+        if not self.files:
+            raise UserError(f"{self.folder}: holds no features; there was no pair to compute them of")
+        return Shards([self._read(file)[0] for file in self.files])
+
+    def _read(self, file: Path) -> tuple[Features, dict[str, str]]:
+        try:
+            return Features(**read_weights(file)), read_metadata(file)
+        except (UserError, TypeError) as error:
+            raise UserError(f"{file}: damaged ({error}); delete it and run again") from None
+
+    def _write_note(self, **changes: object) -> None:
+        self.state |= changes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.note.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps(self.state, indent=1))
+        os.replace(partial, self.note)
