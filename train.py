@@ -1,82 +1,85 @@
-"""Train an Implicit Aligner.
+"""Train an Implicit Aligner, or finetune the MLLM that guides it.
 
     python train.py                                  the tiny twin, on a CPU, in minutes
     python train.py --resume                         go on where a stopped run left off, to the same numbers
     python train.py --weight 0 --output-dir ...      an ablation: L_base alone
+    python train.py --model sdxl                     the paper's run, from a stream of Pick-a-Pic, on one GPU
+    python train.py --model sdxl --max-pairs 10000 --cache-dir features --cache-gb 70     ablations, features kept
+    python train.py --stage mllm                     an MLLM that says how to make an image match its prompt
 
-The run folder holds config.json, metrics.jsonl, curves.png, samples.png, checkpoint.pt and aligner.safetensors.
+The run folder holds config.json, metrics.jsonl, curves.png, samples.png, checkpoint.pt and aligner.safetensors (of an
+MLLM: the folder mllm/). No UNet and no VAE is loaded for training.
 """
 
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from img_minimal import features as frozen
-from img_minimal.checkpoint import load_checkpoint, save_checkpoint
-from img_minimal.cli import check, option, parse, quiet_libraries, run, writable_folder
+from img_minimal.checkpoint import RunFolder, save_checkpoint
+from img_minimal.cli import check, option, parse, quiet_libraries, run
+from img_minimal.data import training_data
 from img_minimal.errors import UserError
 from img_minimal.evaluate import print_comparison
 from img_minimal.features import Features
+from img_minimal.finetune import finetune
 from img_minimal.mllm import MLLM
-from img_minimal.pairs import Pair, read_pairs
 from img_minimal.pictures import curves
-from img_minimal.pipeline import IMG, Guidance, Painter
+from img_minimal.pipeline import IMG, Painter
+from img_minimal.plan import aligner_plan, mllm_plan
 from img_minimal.preference import preference_loss, squared_distance
-from img_minimal.presets import PRESETS, Preset, find_preset, with_overrides
-from img_minimal.training import Stop, Trainer, batch_indices, validate
+from img_minimal.presets import PRESETS, ModelFlags, Preset, find_preset, with_overrides
+from img_minimal.training import Batches, Stop, Trainer, validate
 
 
 @dataclass
-class Config:
+class Config(ModelFlags):
     """The command line; None means: as the preset says."""
 
     model: str = option("tiny-sdxl", "which model to train an aligner for", choices=list(PRESETS))
+    stage: str = option("aligner", "what is trained: the aligner, or its MLLM", choices=["aligner", "mllm"])
     steps: int | None = option(None, "training steps; default: the preset's")
-    output_dir: str = option("outputs/train", "run folder")
+    output_dir: str | None = option(None, "run folder; default: outputs/train, for --stage mllm outputs/mllm")
     seed: int = option(0, "of initialisation, batches and the MLLM's questions")
     resume: bool = option(False, "go on from the checkpoint in the run folder")
     overwrite: bool = option(False, "start anew in a run folder that already holds a run")
     guidance: str = option("mllm", "what guides the aligner", choices=["mllm", "stock", "text"])
-    pairs: str | None = option(None, "preference pairs, parquet with Pick-a-Pic's columns; default: the preset's")
+    pairs: str | None = option(None, "preference pairs in Pick-a-Pic's columns: hub id, folder or parquet file")
     max_pairs: int | None = option(None, "use only so many pairs, 0 for all; default: the preset's")
-    batch_size: int | None = option(None, "pairs in a step; default: the preset's")
+    triplets: str | None = option(None, "for --stage mllm: InstructPix2Pix's columns, as hub id, folder or file")
+    batch_size: int | None = option(None, "samples in a step; default: the preset's")
     lr: float | None = option(None, "learning rate of AdamW; default: the preset's")
     weight: float | None = option(None, "lambda, the weight of the preference term; default: the preset's")
     dpo: bool = option(True, "the DPO part of the preference term")
     spin: bool = option(True, "the SPIN part of the preference term")
     norm: str | None = option(None, "squared distances: mean or sum over elements", choices=["mean", "sum"])
     refresh_after: int = option(10, "k, wins in a row after which the reference is refreshed")
-    cache_dir: str = option("outputs/features", "where frozen features are kept between runs")
-    save_every: int = option(200, "steps between checkpoints")
+    cache_dir: str | None = option(None, "keep frozen features here; none: compute them as pairs stream by")
+    cache_gb: float = option(70.0, "what the cache may take; pairs that do not fit are not trained on")
+    save_every: int | None = option(None, "steps between checkpoints; default: the preset's")
     eval_prompts: int = option(100, "prompts of the closing comparison; 0 leaves it out")
 
 
 def train(
-    trainer: Trainer, data: Features, preset: Preset, folder: Path, *, steps: int, seed: int = 0, dpo: bool = True,
-    spin: bool = True, save_every: int = 200, stop: Stop | None = None,
+    trainer: Trainer, batches: Batches, unseen: Features, preset: Preset, folder: Path, *, steps: int,
+    dpo: bool = True, spin: bool = True, save_every: int = 200, stop: Stop | None = None,
 ) -> bool:  # fmt: skip
-    """The loop: batch, forward, loss, backward, clip, step, refresh; now and then validate and save.
+    """The loop: batch, forward, loss, backward, clip, step, refresh; now and then validate on `unseen` and save.
 
     Continues from `trainer.step` and returns False if it was told to stop before `steps`. bf16 compute, fp32 weights
     and loss. Raises UserError with step and samples when the loss is not finite; the last checkpoint stays as it is.
     """
     device = next(trainer.aligner.parameters()).device
-    samples = (~data.validation).nonzero().flatten()
-    unseen = data[data.validation.nonzero().flatten()]
-    log = (folder / "metrics.jsonl").open("a")
+    log, source = (folder / "metrics.jsonl").open("a"), iter(batches)
     with tqdm(range(trainer.step, steps), desc="train", initial=trainer.step, total=steps) as bar, log:
         for step in bar:
-            index = batch_indices(step, preset.batch_size, samples, seed)
-            batch = data[index]
+            batch: Features = next(source)
             h, mask, loser, winner = (x.to(device) for x in (batch.guidance, batch.mask, batch.loser, batch.winner))
             with torch.autocast(device.type, torch.bfloat16):
                 aligned = trainer.aligner(h.float(), loser, mask)
@@ -87,7 +90,7 @@ def train(
             )
             if not torch.isfinite(loss):
                 raise UserError(
-                    f"the loss of step {step} is {loss.item()} (samples {index.tolist()[:8]}...); the last checkpoint "
+                    f"the loss of step {step} is {loss.item()} ({batches.where}); the last checkpoint "
                     f"is kept in {folder}. Lower --lr, or check these samples' features"
                 )
             trainer.optimizer.zero_grad(set_to_none=True)
@@ -104,7 +107,7 @@ def train(
             stopping = stop is not None and stop.asked
             if (step + 1) % save_every == 0 or step + 1 == steps or stopping:
                 row |= validate(trainer, unseen)
-                save_checkpoint(folder / "checkpoint.pt", trainer.state_dict())
+                save_checkpoint(folder / "checkpoint.pt", trainer.state_dict() | {"data": batches.state_dict()})
             log.write(json.dumps(row) + "\n")
             bar.set_postfix(error=f"{row['error']:.4f}", refreshes=row["refreshes"], refresh=False)
             if stopping and step + 1 < steps:
@@ -112,96 +115,83 @@ def train(
     return True
 
 
-def load_features(config: Config, preset: Preset, painter: Painter, guide: Guidance, guide_path: str) -> Features:
-    """From the cache, or computed and cached: tokens, which all kinds of guidance share, and guidance.
+def train_aligner(config: Config, preset: Preset, run_folder: RunFolder) -> bool:
+    """Features, loop, curves, comparison; False if it was told to stop."""
+    folder = run_folder.path
+    data = training_data(preset, config.guidance, config.seed, config.cache_gb)
+    trainer = Trainer.new(preset, data.widths, config.refresh_after, config.seed)
+    batches = Batches(data.parts, preset.batch_size, config.seed)
+    print(f"{data.description}; {preset.train_steps} steps of {preset.batch_size}", flush=True)
+    if run_folder.saved:
+        trainer.load_state_dict(run_folder.saved)
+        batches.resume(run_folder.saved.get("data"), trainer.step)
+    run_folder.begin(trainer.step)
+    with Stop().listening() as stop:
+        finished = train(
+            trainer, batches, data.unseen, preset, folder, steps=preset.train_steps, dpo=config.dpo,
+            spin=config.spin, save_every=preset.save_every, stop=stop,
+        )  # fmt: skip
+    curves(folder / "metrics.jsonl", folder / "curves.png")
+    if data.stream.skips():
+        print(data.stream.skips())
+    if not finished:
+        return False
+    trainer.aligner.save(folder / "aligner.safetensors")
+    print(", ".join(f"{name} {value:.4f}" for name, value in validate(trainer, data.unseen).items()))
+    if config.eval_prompts and preset.world == "tiny":
+        painter = Painter.from_preset(preset)
+        path = preset.stock_mllm if config.guidance == "stock" else preset.mllm
+        guide = painter if config.guidance == "text" else MLLM.from_pretrained(path, device=painter.pipe.device)
+        print_comparison(IMG(painter, guide, trainer.aligner), config.eval_prompts, folder / "samples.png")
+    print(f"saved to {folder}/aligner.safetensors")
+    return True
 
-    Raises UserError if a feature is not finite.
-    """
 
-    @cache
-    def pairs() -> list[Pair]:
-        found, skipped = read_pairs(preset.pairs, preset.max_pairs)
-        print(f"{len(found)} pairs ({skipped} ties or damaged rows skipped); computing frozen features once")
-        return found
-
-    def keep(name: str, models: list[str], compute: Callable[[], dict]) -> dict:
-        mark = frozen.fingerprint(preset, models, config.seed)
-        return frozen.cached(Path(config.cache_dir) / f"{preset.name}-{name}-{mark}.safetensors", mark, compute)
-
-    share, image_models = preset.keep_share, [preset.image_encoder, preset.ip_adapter]
-    tokens = keep("tokens", image_models, lambda: frozen.compute_tokens(pairs(), painter, share))
-    guidance = keep(config.guidance, [guide_path], lambda: frozen.compute_guidance(pairs(), guide, share, config.seed))
-    data = Features(**tokens, **guidance)
-    data.check_finite()
-    return data
-
-
-def check_same_run(before: dict, now: dict) -> None:
-    """Raises UserError if a run would be resumed with settings that change its numbers."""
-    free = {"train_steps", "steps", "resume", "overwrite", "output_dir", "cache_dir", "save_every", "eval_prompts"}
-    for part, values in now.items():
-        for name, value in values.items():
-            if name not in free and before[part].get(name) != value:
-                raise UserError(
-                    f"cannot resume with {name} {value!r}: the run began with {before[part].get(name)!r}; "
-                    "repeat its options (config.json in the run folder), or choose another --output-dir"
-                )
+def chosen_preset(config: Config) -> Preset:
+    """The preset with what the command line changes. Raises UserError for values that cannot be."""
+    preset = config.applied_to(find_preset(config.model))
+    names = "pairs max_pairs triplets cache_dir save_every weight norm"
+    preset = with_overrides(preset, **{name: getattr(config, name) for name in names.split()})
+    both = dict(batch_size=config.batch_size, lr=config.lr, save_every=config.save_every)
+    if config.stage == "mllm":
+        preset = replace(preset, stock_mllm=config.mllm or preset.stock_mllm)
+        preset = replace(preset, finetuning=with_overrides(preset.finetuning, steps=config.steps, **both))
+        steps, batch_size, save_every = (getattr(preset.finetuning, n) for n in ("steps", "batch_size", "save_every"))
+    else:
+        preset = with_overrides(preset, train_steps=config.steps, **both)
+        steps, batch_size, save_every = preset.train_steps, preset.batch_size, preset.save_every
+    at_least_one = {"steps": steps, "batch-size": batch_size, "save-every": save_every}
+    for name, value in (at_least_one | {"refresh-after": config.refresh_after}).items():
+        check(value > 0, f"--{name} is {value}, expected 1 or more")
+    check(preset.max_pairs >= 0, f"--max-pairs is {preset.max_pairs}, expected 0 (all) or more")
+    check(config.seed >= 0, f"--seed is {config.seed}, expected 0 or more")
+    half = config.stage == "mllm" and preset.dtype == "fp16"
+    check(not half, "--stage mllm cannot train with --dtype fp16, whose gradients vanish; choose bf16")
+    check(config.cache_gb > 0, f"--cache-gb is {config.cache_gb}, expected more than 0; --cache-dir none for no cache")
+    return preset
 
 
 def main() -> int:
-    """Features, loop, curves, comparison."""
+    """Plan, then the stage that is asked for."""
     config = parse(Config, __doc__)
-    preset = with_overrides(
-        find_preset(config.model), train_steps=config.steps, batch_size=config.batch_size, lr=config.lr,
-        weight=config.weight, norm=config.norm, pairs=config.pairs,
-        max_pairs=config.max_pairs,
-    )  # fmt: skip
-    check(config.seed >= 0, f"--seed is {config.seed}, expected 0 or more")
-    check(preset.train_steps > 0, f"--steps is {preset.train_steps}, expected 1 or more")
-    check(preset.batch_size > 0, f"--batch-size is {preset.batch_size}, expected 1 or more")
-    check(config.save_every > 0, f"--save-every is {config.save_every}, expected 1 or more")
-    check(config.refresh_after > 0, f"--refresh-after is {config.refresh_after}, expected 1 or more")
-    folder, began = writable_folder(config.output_dir), time.monotonic()
-    writable_folder(config.cache_dir)
+    preset, began = chosen_preset(config), time.monotonic()
     settings = {"config": asdict(config), "preset": asdict(preset)}
-    saved = None
-    if config.resume:
-        saved = load_checkpoint(folder / "checkpoint.pt")
-        check_same_run(json.loads((folder / "config.json").read_text()), settings)
-    elif not config.overwrite:
-        taken = (folder / "checkpoint.pt").exists()
-        check(not taken, f"{folder} holds a run; go on with --resume, or choose --overwrite or another --output-dir")
+    default = "outputs/mllm" if config.stage == "mllm" else "outputs/train"
+    run_folder = RunFolder.open(config.output_dir or default, settings, config.resume, config.overwrite)
     quiet_libraries()
-    painter = Painter.from_preset(preset)
-    guide_path = {"mllm": preset.mllm, "stock": preset.stock_mllm, "text": preset.base}[config.guidance]
-    guide = painter if config.guidance == "text" else MLLM.from_pretrained(guide_path, device=painter.pipe.device)
-    data = load_features(config, preset, painter, guide, guide_path)
-    print(f"{len(data)} samples, {int(data.validation.sum())} of them for validation; {preset.train_steps} steps")
-
-    trainer = Trainer.new(preset, data, config.refresh_after, config.seed)
-    if saved:
-        trainer.load_state_dict(saved)
-        rows = [row for row in (folder / "metrics.jsonl").open() if json.loads(row)["step"] <= trainer.step]
-        (folder / "metrics.jsonl").write_text("".join(rows))
+    if config.stage == "mllm":
+        print(mllm_plan(preset, run_folder.path), flush=True)
+        finished = finetune(preset, run_folder, config.seed)
     else:
-        (folder / "metrics.jsonl").write_text("")
-    (folder / "config.json").write_text(json.dumps(settings, indent=1))
-    with Stop().listening() as stop:
-        finished = train(
-            trainer, data, preset, folder, steps=preset.train_steps, seed=config.seed, dpo=config.dpo,
-            spin=config.spin, save_every=config.save_every, stop=stop,
-        )  # fmt: skip
-    curves(folder / "metrics.jsonl", folder / "curves.png")
+        print(aligner_plan(preset, config.guidance, run_folder.path, config.cache_gb), flush=True)
+        finished = train_aligner(config, preset, run_folder)
     if not finished:
         again = " ".join(a for a in sys.argv if a != "--resume")
-        print(f"stopped and saved at step {trainer.step}; go on with: python {again} --resume")
+        print(f"stopped and saved in {run_folder.path}; go on with: python {again} --resume")
         return 130
-    trainer.aligner.save(folder / "aligner.safetensors")
-    print(", ".join(f"{name} {value:.4f}" for name, value in validate(trainer, data[data.validation]).items()))
-    if config.eval_prompts:
-        print_comparison(IMG(painter, guide, trainer.aligner), config.eval_prompts, folder / "samples.png")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{folder}/aligner.safetensors, {time.monotonic() - began:.0f} s, peak memory {peak:.1f} GiB")
+    on_gpu = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if torch.cuda.is_available() else ""
+    print(f"{time.monotonic() - began:.0f} s, peak memory {peak:.1f} GiB{on_gpu}")
     return 0
 
 

@@ -28,13 +28,14 @@ class Shards:
         self.parts = parts
         self.ends = torch.tensor(list(accumulate(len(part) for part in parts)))
         self.validation = torch.cat([part.validation for part in parts])
+        self.widths = parts[0].loser.shape[-1], parts[0].guidance.shape[-1]  # D, H
 
     def __len__(self) -> int:
         return len(self.validation)
 
     def __getitem__(self, index: Tensor) -> Features:
         """The samples of `index` (B,), in memory."""
-        if len(self.parts) == 1:
+        if len(self.parts) == 1 or not len(index):
             return self.parts[0][index]
         part = torch.bucketize(index, self.ends, right=True).tolist()
         row = [i - int(self.ends[p]) + len(self.parts[p]) for i, p in zip(index.tolist(), part)]

@@ -1,24 +1,31 @@
-"""Frozen features for training the aligner, computed once and kept with a fingerprint of what made them.
+"""Frozen features for training the aligner: all that the training loop sees of a preference pair.
 
 No diffusion model takes part in aligner training: a pair becomes two sets of image tokens and the MLLM's features of
-its non-preferred image, and these are all that the training loop sees.
+its non-preferred image. So an `Encoder` holds a vision encoder, a Resampler and an MLLM, and neither UNet nor VAE.
 """
 
 import hashlib
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Self
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
+from torch.nn.functional import pad
+from tqdm import tqdm
 
+from img_minimal.devices import Precision, best_device
 from img_minimal.errors import UserError
+from img_minimal.hub import fetch
+from img_minimal.image_prompt import ImagePrompt, load_ip_adapter
+from img_minimal.mllm import MLLM
 from img_minimal.pairs import Pair
 from img_minimal.pipeline import Guidance, Painter, look
 from img_minimal.presets import Preset
-from img_minimal.questions import QUESTIONS
-from img_minimal.weights import read_metadata, read_weights, write_safetensors
+
+NEXT_CHUNK = 1_000_003  # between the seeds of two chunks' questions
 
 
 @dataclass
@@ -35,9 +42,22 @@ class Features:
     def __len__(self) -> int:
         return len(self.loser)
 
-    def __getitem__(self, i: Tensor) -> "Features":
+    def __getitem__(self, i: Tensor | slice) -> "Features":
         """The samples of index `i`."""
         return Features(*(getattr(self, field.name)[i] for field in fields(self)))
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """All samples of the parts, guidance padded to the longest."""
+        length = max(part.mask.shape[1] for part in parts)
+        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
+        columns["guidance"] = [pad(h, (0, 0, 0, length - h.shape[1])) for h in columns["guidance"]]
+        columns["mask"] = [pad(m, (0, length - m.shape[1])) for m in columns["mask"]]
+        return cls(**{name: torch.cat(column) for name, column in columns.items()})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """For a file; `Features(**state)` is the inverse."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def check_finite(self) -> None:
         """Raises UserError naming the first sample that holds a NaN or an infinity."""
@@ -51,14 +71,65 @@ class Features:
                     )
 
 
-def compute_tokens(pairs: list[Pair], painter: Painter, keep_share: float) -> dict[str, Tensor]:
+@dataclass
+class Encoder:
+    """The frozen models, and how they are asked; calling it makes features of pairs."""
+
+    image_prompt: ImagePrompt
+    guide: Guidance
+    keep_share: float  # as many winners as this share of the pairs become samples that are their own target
+    seed: int  # draws the questions
+    encode_batch: int = 250  # images that the vision encoder sees at once
+    look_batch: int = 64  # images that the MLLM sees at once
+
+    @classmethod
+    def from_preset(cls, preset: Preset, guidance: str, seed: int) -> Self:
+        """Load what `guidance` ("mllm", "stock" or "text") needs; only "text" needs the base model.
+
+        Raises UserError if a file is missing or wrong.
+        """
+        settings = dict(keep_share=preset.keep_share, seed=seed, encode_batch=preset.encode_batch)
+        settings["look_batch"] = preset.look_batch
+        if guidance == "text":
+            painter = Painter.from_preset(preset)
+            return cls(painter.image_prompt, painter, **settings)
+        device = best_device()
+        precision = Precision.named(preset.dtype, device)
+        preset = replace(preset, mllm=preset.stock_mllm if guidance == "stock" else preset.mllm)
+        names = ("ip_adapter", "resampler", "image_encoder", "mllm")
+        preset = fetch(preset, names, half=precision.weights != torch.float32)
+        image_proj, _ = load_ip_adapter(preset.ip_adapter, preset.resampler)
+        image_prompt = ImagePrompt.from_pretrained(preset.image_encoder, image_proj, precision.weights, device)
+        return cls(image_prompt, MLLM.from_pretrained(preset.mllm, precision.mllm, device), **settings)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """D of the tokens and H of the guidance features."""
+        return self.image_prompt.resampler.proj_out.out_features, self.guide.width
+
+    def __call__(self, pairs: list[Pair], chunk: int = 0) -> Features:
+        """Features of a chunk's pairs; its number draws other questions. Raises UserError if one is not finite."""
+        tokens = compute_tokens(pairs, self.image_prompt, self.keep_share, self.encode_batch)
+        seed = self.seed + NEXT_CHUNK * chunk
+        guidance = compute_guidance(pairs, self.guide, self.keep_share, seed, self.look_batch)
+        features = Features(**tokens, **guidance)
+        features.check_finite()
+        return features
+
+
+def compute_tokens(
+    pairs: list[Pair], image_prompt: ImagePrompt, keep_share: float, batch_size: int = 250
+) -> dict[str, Tensor]:
     """Image tokens of all pairs, and of `keep_share` x as many winners that are their own target.
 
-    Without the latter (the paper has none) an aligner is only ever shown images that are wrong.
+    Without the latter (the paper has none) an aligner is only ever shown images that are wrong. An image that stands
+    in several pairs is encoded once.
     """
     kept = pairs[: round(keep_share * len(pairs))]
-    winner = painter.tokens([p.winner for p in pairs], progress="tokens of winners")
-    loser = painter.tokens([p.loser for p in pairs], progress="tokens of losers")
+    images, number = distinct([p.winner for p in pairs] + [p.loser for p in pairs])
+    starts = tqdm(range(0, len(images), batch_size), desc="image tokens", leave=False)
+    tokens = torch.cat([image_prompt.tokens(images[k : k + batch_size]).float().cpu() for k in starts])[number]
+    winner, loser = tokens.split(len(pairs))
     return {
         "loser": torch.cat([loser, winner[: len(kept)]]),
         "winner": torch.cat([winner, winner[: len(kept)]]),
@@ -67,19 +138,23 @@ def compute_tokens(pairs: list[Pair], painter: Painter, keep_share: float) -> di
     }
 
 
-def compute_guidance(pairs: list[Pair], guide: Guidance, keep_share: float, seed: int) -> dict[str, Tensor]:
+def compute_guidance(
+    pairs: list[Pair], guide: Guidance, keep_share: float, seed: int, batch_size: int = 64
+) -> dict[str, Tensor]:
     """Guidance features of the same samples, in the same order; `seed` draws the questions."""
     kept = pairs[: round(keep_share * len(pairs))]
     images = [p.loser for p in pairs] + [p.winner for p in kept]
-    guidance, mask = look(guide, images, [p.prompt for p in [*pairs, *kept]], seed, progress="guidance features")
+    prompts = [p.prompt for p in [*pairs, *kept]]
+    guidance, mask = look(guide, images, prompts, seed, batch_size, progress="guidance features")
     return {"guidance": guidance, "mask": mask}
 
 
-def fingerprint(preset: Preset, models: list[str], seed: int) -> str:
-    """Of everything that features depend on: models, pairs, their number, question bank, share, seed."""
-    parts = [QUESTIONS, preset.keep_share, preset.max_pairs, seed]
-    parts += [file_print(Path(p)) for p in (*models, preset.pairs)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+def distinct(images: list[Image]) -> tuple[list[Image], list[int]]:
+    """Each image object once, and for every image the place of its object; equal bytes were read as one object."""
+    place: dict[int, int] = {}
+    number = [place.setdefault(id(image), len(place)) for image in images]
+    objects = {id(image): image for image in images}
+    return list(objects.values()), number
 
 
 def file_print(path: Path) -> list:
@@ -94,20 +169,3 @@ def file_print(path: Path) -> list:
                 samples.update(stream.read(65_536))
         prints.append([file.name, size, samples.hexdigest()])
     return prints
-
-
-def cached(path: Path, mark: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What `compute` returns, from the cache file if there is one; else computed, and written there atomically.
-
-    Raises UserError if the file is damaged, or was made by other models, pairs, questions or seed (its `mark`).
-    """
-    if not path.exists():
-        state = compute()
-        write_safetensors(path, state, {"fingerprint": mark})
-        return state
-    state = read_weights(path)
-    if read_metadata(path).get("fingerprint") != mark:
-        raise UserError(
-            f"{path}: made by other models, pairs, questions or seed than this run's; delete it to recompute"
-        )
-    return state

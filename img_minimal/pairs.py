@@ -27,7 +27,9 @@ class Pair:
 
 
 def parse_pair(row: dict, decode: Decode) -> Pair:
-    """A row, winner first. Raises Skipped for a tie, OSError for damaged images."""
+    """A row, winner first. Raises Skipped for a tie or without a prompt, OSError for damaged images."""
+    if not row["caption"]:
+        raise Skipped("without a prompt")
     if {row["label_0"], row["label_1"]} != {0, 1}:
         raise Skipped("ties")
     first, second = ("jpg_0", "jpg_1") if row["label_0"] == 1 else ("jpg_1", "jpg_0")

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - the backend must be chosen first
+import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 # Okabe and Ito's palette, safe for colour-blind readers.
@@ -39,38 +40,57 @@ def labelled_grid(
 
 
 def curves(metrics: Path, path: Path) -> None:
-    """Four panels from metrics.jsonl: errors, preference, gradient norm, size of the correction."""
+    """Four panels from an aligner's metrics.jsonl: errors, preference, gradient norm, size of the correction."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     if not rows:
         return
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
-
-    def draw(axis: plt.Axes, name: str, label: str, colour: str, marker: str | None = None) -> None:
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        smooth = 0.95 if marker is None else 0.0
-        steps, values, mean = [], [], None
-        for step, value in points:
-            mean = value if mean is None else smooth * mean + (1 - smooth) * value
-            steps.append(step)
-            values.append(mean)
-        axis.plot(steps, values, label=label, color=colour, marker=marker)
-
-    draw(axes[0, 0], "error", "f, training", BLUE)
-    draw(axes[0, 0], "reference_error", "f_ref, training", ORANGE)
-    draw(axes[0, 0], "validation_error", "f, unseen prompts", GREEN, "o")
-    draw(axes[0, 0], "identity_error", "doing nothing, unseen prompts", GREY, "x")
+    _line(axes[0, 0], rows, "error", "f, training", BLUE)
+    _line(axes[0, 0], rows, "reference_error", "f_ref, training", ORANGE)
+    _line(axes[0, 0], rows, "validation_error", "f, unseen prompts", GREEN, "o")
+    _line(axes[0, 0], rows, "identity_error", "doing nothing, unseen prompts", GREY, "x")
     axes[0, 0].set_ylabel("squared distance to c_w")
-    draw(axes[0, 1], "implicit_accuracy", "implicit accuracy", BLUE)
-    draw(axes[0, 1], "nearer", "losers moved nearer to c_w, unseen prompts", GREEN, "o")
+    _line(axes[0, 1], rows, "implicit_accuracy", "implicit accuracy", BLUE)
+    _line(axes[0, 1], rows, "nearer", "losers moved nearer to c_w, unseen prompts", GREEN, "o")
     axes[0, 1].set_ylabel("share")
-    draw(axes[1, 0], "gradient_norm", "gradient norm", BLUE)
-    draw(axes[1, 1], "correction", "||f(c) - c_l||^2", BLUE)
+    _line(axes[1, 0], rows, "gradient_norm", "gradient norm", BLUE)
+    _line(axes[1, 1], rows, "correction", "||f(c) - c_l||^2", BLUE)
     refreshes = axes[1, 1].twinx()
     refreshes.plot([r["step"] for r in rows], [r["refreshes"] for r in rows], color=PINK)
     refreshes.set_ylabel("refreshes of the reference", color=PINK)
+    _save(figure, axes, path)
+
+
+def detector_curves(metrics: Path, path: Path) -> None:
+    """Two panels from the metrics.jsonl of a finetuned MLLM: loss of the answers, accuracy on held-out triplets."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    if not rows:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), squeeze=False, layout="constrained")
+    _line(axes[0, 0], rows, "loss", "cross-entropy of the instruction, training", BLUE)
+    _line(axes[0, 1], rows, "exact", "instruction worded exactly", GREEN, "o")
+    _line(axes[0, 1], rows, "decided", "edit or nothing, decided rightly", BLUE, "o")
+    _line(axes[0, 1], rows, "always_edit", "always an edit", GREY, "x")
+    axes[0, 1].set_ylabel("share of held-out triplets")
+    _save(figure, axes, path)
+
+
+def _line(axis: plt.Axes, rows: list[dict], name: str, label: str, colour: str, marker: str | None = None) -> None:
+    """One metric over the steps; smoothed, unless it has markers."""
+    smooth = 0.95 if marker is None else 0.0
+    steps, values, mean = [], [], None
+    for row in rows:
+        if name in row:
+            mean = row[name] if mean is None else smooth * mean + (1 - smooth) * row[name]
+            steps.append(row["step"])
+            values.append(mean)
+    axis.plot(steps, values, label=label, color=colour, marker=marker)
+
+
+def _save(figure: plt.Figure, axes: np.ndarray, path: Path) -> None:
     for axis in axes.flat:
         axis.legend(fontsize=8)
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("step")
     figure.savefig(path, dpi=110)
     plt.close(figure)

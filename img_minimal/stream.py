@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from img_minimal.cli import warn
 from img_minimal.errors import UserError
 from img_minimal.images import decode
 
@@ -42,6 +43,7 @@ class Place:
 
 
 START = Place()
+DAMAGED = "with damaged images"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Stream(Generic[Item]):
         self.source, self.parse, self.size, self.limit = source, parse, size, limit
         self.table = open_table(source, columns)
         order = torch.randperm(self.table.num_shards, generator=torch.Generator().manual_seed(seed))
-        self.files, self.skipped = order.tolist(), Counter()
+        self.files, self.skipped, self.warned = order.tolist(), Counter(), 0
 
     def _rows(self, place: Place) -> Iterator[tuple[int, int, dict]]:
         for file in range(place.file, len(self.files)):
@@ -97,7 +99,7 @@ class Stream(Generic[Item]):
             except Skipped as reason:
                 return file, row, str(reason)
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what PIL raises for bad bytes
-                return file, row, "damaged images"
+                return file, row, DAMAGED
 
         for file, row, item in in_threads(attempt, self._rows(place)):
             if isinstance(item, str):
@@ -105,19 +107,26 @@ class Stream(Generic[Item]):
                 continue
             items.append(item)
             taken += 1
-            full = len(items) == self.size or taken == self.limit
-            if full:
+            if len(items) == self.size or taken == self.limit:
                 after = Place(begin.chunk + 1, file, row + 1, taken)
+                self._warn()
                 yield Chunk(items, begin, after)
                 if taken == self.limit:
                     return
                 items, begin, pictures.seen = [], after, {}
+        self._warn()
         if items:
             yield Chunk(items, begin, Place(begin.chunk + 1, len(self.files), 0, taken))
 
+    def _warn(self) -> None:
+        if self.skipped[DAMAGED] > self.warned:
+            self.warned = self.skipped[DAMAGED]
+            warn(f"{self.source}: skipped {self.warned} rows with damaged images so far")
+
     def skips(self) -> str:
-        """What was skipped so far, for people: "120 ties, 1 damaged images"."""
-        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
+        """What was skipped so far, for people: "rows skipped: 120 ties, 1 with damaged images"; "" if nothing was."""
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()) if count)
+        return counts and f"rows skipped: {counts}"
 
 
 class _DecodeOnce:

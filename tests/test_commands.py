@@ -133,7 +133,7 @@ def test_train_stopped_by_sigterm_says_how_to_resume_and_resumes(tmp_path):
     made = {p.name for p in (tmp_path / "run").iterdir()}
     assert made >= {"config.json", "metrics.jsonl", "curves.png", "samples.png", "checkpoint.pt", "aligner.safetensors"}
     # The features were computed once; a cache of another making is refused, not used.
-    [kept] = cache.glob("*-mllm-*")
+    [kept] = cache.glob("*-mllm-*/*.safetensors")
     shutil.copy(Path(small_pairs(tmp_path, rows=40)), kept)
     assert_one_clear_line(call(*run, "--overwrite"), kept.name)
     # Nothing of a run is lost by accident: not to a second start, not to a resumption with other settings.

@@ -1,24 +1,29 @@
-"""The training loop: resumable to the bit, and safe against bad numbers and signals."""
+"""The training loop: resumable to the bit from a set or a stream, and safe against bad numbers and signals."""
 
 import copy
 import dataclasses
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import train as script
-from img_minimal.checkpoint import load_checkpoint, save_checkpoint
+from img_minimal.checkpoint import RunFolder, load_checkpoint, save_checkpoint
 from img_minimal.errors import UserError
 from img_minimal.features import Features
 from img_minimal.presets import find_preset
-from img_minimal.training import Stop, Trainer, batch_indices
+from img_minimal.stream import Place
+from img_minimal.training import Batches, Part, Stop, Trainer, batch_indices, validate
 
 PRESET = dataclasses.replace(find_preset("tiny-sdxl"), train_steps=12, batch_size=8, depth=1, heads=1)
 
 
-def some_features(count: int = 60) -> Features:
-    generator = torch.Generator().manual_seed(1)
+def some_features(count: int = 60, seed: int = 1) -> Features:
+    generator = torch.Generator().manual_seed(seed)
     loser = torch.randn(count, 4, 64, generator=generator)
     return Features(
         guidance=torch.randn(count, 7, 32, generator=generator).bfloat16(),
@@ -30,58 +35,108 @@ def some_features(count: int = 60) -> Features:
     )
 
 
-def fresh(data: Features, seed: int = 0) -> Trainer:
-    return Trainer.new(PRESET, data, refresh_after=2, seed=seed)
+def part(data: Features, chunk: int = 0) -> Part:
+    return Part(data, (~data.validation).nonzero().flatten(), Place(chunk=chunk))
 
 
-def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
-    data = some_features()
-    whole = fresh(data)
-    script.train(whole, data, PRESET, tmp_path, steps=12)
+def batches(*chunks: Features, seed: int = 0) -> Batches:
+    def parts(place: Place) -> Iterator[Part]:
+        yield from (part(data, k) for k, data in enumerate(chunks) if k >= place.chunk)
 
-    first = fresh(data)
-    script.train(first, data, PRESET, tmp_path, steps=5, save_every=5)
+    return Batches(parts, PRESET.batch_size, seed)
+
+
+def unseen(data: Features) -> Features:
+    return data[data.validation]
+
+
+def fresh(seed: int = 0) -> Trainer:
+    return Trainer.new(PRESET, (64, 32), refresh_after=2, seed=seed)
+
+
+def run(trainer: Trainer, data: Features, folder: Path, steps: int, source: Batches | None = None, **more) -> bool:
+    return script.train(trainer, source or batches(data), unseen(data), PRESET, folder, steps=steps, **more)
+
+
+def assert_equal_weights(one: Trainer, other: Trainer) -> None:
+    for a, b in ((one.aligner, other.aligner), (one.reference, other.reference)):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, chunks):
+    data = [some_features(60 // chunks, seed) for seed in range(chunks)]
+    whole = fresh()
+    run(whole, data[0], tmp_path, 12, batches(*data))
+
+    first = fresh()
+    run(first, data[0], tmp_path, 5, batches(*data), save_every=5)
     torch.rand(100)  # the world goes on between the two processes
-    second = fresh(data, seed=99)
-    second.load_state_dict(load_checkpoint(tmp_path / "checkpoint.pt"))
+    second, saved, source = fresh(seed=99), load_checkpoint(tmp_path / "checkpoint.pt"), batches(*data)
+    second.load_state_dict(saved)
+    source.resume(saved["data"], second.step)
     assert second.step == 5
-    script.train(second, data, PRESET, tmp_path, steps=12)
+    run(second, data[0], tmp_path, 12, source)
 
     assert whole.refresh.refreshes == second.refresh.refreshes > 0
-    for one, other in ((whole.aligner, second.aligner), (whole.reference, second.reference)):
-        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
-    assert any((p != q).any() for p, q in zip(whole.aligner.parameters(), fresh(data).aligner.parameters()))
+    assert_equal_weights(whole, second)
+    assert any((p != q).any() for p, q in zip(whole.aligner.parameters(), fresh().aligner.parameters()))
+
+
+def test_a_checkpoint_without_a_position_in_the_data_resumes_at_its_step(tmp_path):
+    data, whole, first, second = some_features(), fresh(), fresh(), fresh(seed=9)
+    run(whole, data, tmp_path, 12)
+    run(first, data, tmp_path, 7, save_every=7)
+    second.load_state_dict(load_checkpoint(tmp_path / "checkpoint.pt"))
+    source = batches(data)
+    source.resume(None, second.step)
+    run(second, data, tmp_path, 12, source)
+    assert_equal_weights(whole, second)
+
+
+def test_a_run_folder_is_not_resumed_with_other_settings_and_drops_rows_after_its_checkpoint(tmp_path):
+    settings = {"config": {"seed": 0, "output_dir": "a"}, "preset": {"lr": 1.0, "finetuning": {"lr": 1.0}}}
+    folder = RunFolder.open(tmp_path, settings, resume=False, overwrite=False)
+    folder.begin(0)
+    save_checkpoint(tmp_path / "checkpoint.pt", {"step": 2})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    with pytest.raises(UserError, match="--resume.*--overwrite"):
+        RunFolder.open(tmp_path, settings, resume=False, overwrite=False)
+    moved = {"config": {"seed": 0, "output_dir": "b", "new": 5}, "preset": settings["preset"]}
+    RunFolder.open(tmp_path, moved, resume=True, overwrite=False).begin(2)
+    assert [json.loads(row)["step"] for row in (tmp_path / "metrics.jsonl").open()] == [1, 2]
+    other = {"config": settings["config"], "preset": {"lr": 1.0, "finetuning": {"lr": 2.0}}}
+    with pytest.raises(UserError, match=r"lr 2.0: the run began with 1.0"):
+        RunFolder.open(tmp_path, other, resume=True, overwrite=False)
 
 
 def test_training_lowers_the_error_on_what_it_trains_on(tmp_path):
     data = some_features()
     data.winner = data.loser + 1.0
     preset = dataclasses.replace(PRESET, train_steps=100, lr=1e-2)
-    trainer = Trainer.new(preset, data, refresh_after=2, seed=0)
-    script.train(trainer, data, preset, tmp_path, steps=100)
+    trainer = Trainer.new(preset, (64, 32), refresh_after=2, seed=0)
+    script.train(trainer, batches(data), unseen(data), preset, tmp_path, steps=100)
     errors = [json.loads(line)["error"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(errors) == 100
     assert sum(errors[-5:]) < 0.3 * sum(errors[:5])
 
 
 def test_a_stop_signal_saves_a_checkpoint_and_ends_the_loop(tmp_path):
-    data, stop = some_features(), Stop()
-    trainer = fresh(data)
+    stop, trainer = Stop(), fresh()
     stop.asked = True
-    assert script.train(trainer, data, PRESET, tmp_path, steps=12, stop=stop) is False
+    assert run(trainer, some_features(), tmp_path, 12, stop=stop) is False
     assert trainer.step == 1
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 1
 
 
 def test_a_loss_that_is_not_finite_names_step_and_samples_and_keeps_the_last_checkpoint(tmp_path):
-    data = some_features()
-    trainer = fresh(data)
-    script.train(trainer, data, PRESET, tmp_path, steps=3, save_every=3)
+    data, trainer = some_features(), fresh()
+    run(trainer, data, tmp_path, 3, save_every=3)
     before = (tmp_path / "checkpoint.pt").read_bytes()
     broken = copy.deepcopy(data)
     broken.winner[:] = torch.nan
     with pytest.raises(UserError, match=r"step 3 is nan \(samples \["):
-        script.train(trainer, broken, PRESET, tmp_path, steps=6)
+        run(trainer, broken, tmp_path, 6)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
@@ -102,6 +157,12 @@ def test_a_truncated_checkpoint_is_one_clear_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="cannot be written.*--resume") as caught:
+        save_checkpoint(tmp_path / "gone" / "checkpoint.pt", {"step": 1})
+    assert "\n" not in str(caught.value)
+
+
 def test_every_sample_is_seen_once_an_epoch_in_an_order_of_its_own():
     samples = torch.arange(100, 140)
     epochs = [torch.cat([batch_indices(8 * e + k, 5, samples, seed=0) for k in range(8)]) for e in range(2)]
@@ -111,9 +172,75 @@ def test_every_sample_is_seen_once_an_epoch_in_an_order_of_its_own():
     assert torch.equal(batch_indices(3, 5, samples, seed=0), epochs[0][15:20])
 
 
+def test_batches_go_through_the_chunks_in_order_and_through_each_chunk_in_an_order_of_its_own():
+    def parts(place: Place) -> Iterator[Part]:
+        yield from (Part(torch.arange(16) + 100 * k, torch.arange(16), Place(chunk=k)) for k in range(place.chunk, 2))
+
+    source = iter(Batches(parts, batch_size=8, seed=0))
+    seen = [next(source).tolist() for _ in range(8)]
+    assert [batch[0] // 100 for batch in seen] == [0, 0, 1, 1, 0, 0, 1, 1]
+    orders = [[i % 100 for i in seen[k] + seen[k + 1]] for k in range(0, 8, 2)]
+    assert all(sorted(order) == list(range(16)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_data_without_a_sample_to_train_on_is_refused_instead_of_searched_forever():
+    data = some_features()
+    data.validation[:] = True
+    with pytest.raises(UserError, match="nothing to train on"):
+        next(iter(batches(data)))
+
+
 def test_the_reference_gets_no_gradient_and_validation_samples_are_not_trained_on(tmp_path):
     data = some_features()
     data.winner[data.validation] = torch.nan  # would stop the run if it were trained on
-    trainer = fresh(data)
-    script.train(trainer, data, PRESET, tmp_path, steps=12)
+    trainer = fresh()
+    run(trainer, data, tmp_path, 12)
     assert all(p.grad is None for p in trainer.reference.parameters())
+
+
+def test_validation_measures_what_it_says_and_is_silent_without_samples():
+    data, trainer = some_features(), fresh()  # an untrained aligner changes nothing
+    found = validate(trainer, unseen(data))
+    wrong = unseen(data)[~unseen(data).kept]
+    expected = (wrong.winner - wrong.loser).square().mean().item()
+    assert found["validation_error"] == pytest.approx(expected) == pytest.approx(found["identity_error"])
+    assert found["nearer"] == 0 and found["kept_error"] == pytest.approx(
+        (unseen(data).winner - unseen(data).loser)[unseen(data).kept].square().mean().item()
+    )
+    assert validate(trainer, data[torch.zeros(0, dtype=torch.long)]) == {}
+
+
+TRUE_SIZE = """
+import resource, sys, torch
+import train as script
+from dataclasses import replace
+from pathlib import Path
+from train import Batches, Features, Trainer, find_preset, train
+from img_minimal.training import Part
+script.save_checkpoint = lambda path, state: None  # 3 GB that nobody reads
+preset = replace(find_preset("sdxl"), batch_size=2)
+h, tokens = torch.randn(2, 64, 5120).bfloat16(), torch.randn(2, 16, 2048)
+no = torch.zeros(2, dtype=torch.bool)
+data = Features(h, ~torch.zeros(2, 64, dtype=torch.bool), tokens, tokens.flip(1), no, no)
+trainer = Trainer.new(preset, (2048, 5120), refresh_after=1, seed=0)
+batches = Batches(lambda place: iter([Part(data, torch.arange(2))]), 2, 0)
+before = trainer.aligner.zero_linear.weight.clone()
+train(trainer, batches, data[no], preset, Path(sys.argv[1]), steps=3, save_every=1000)
+assert (trainer.aligner.zero_linear.weight != before).any()
+print(sum(p.numel() for p in trainer.aligner.parameters()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_the_aligner_of_true_size_trains_three_steps_on_this_machine(tmp_path, capsys):
+    """In a process of its own, so that the peak is its own; 195 M parameters x 20 bytes are 3.9 GB."""
+    command = [sys.executable, "-c", TRUE_SIZE, str(tmp_path)]
+    result = subprocess.run(command, cwd=Path(script.__file__).parent, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    parameters, peak = map(int, result.stdout.split()[-2:])
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    with capsys.disabled():
+        print(f"\n{parameters / 1e6:.1f} M parameters, 3 steps, peak memory {peak / 2**20:.2f} GiB")
+    assert round(parameters / 1e6, 1) == 195.1
+    assert peak < 6 * 2**20
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[2]["error"] < rows[0]["error"]

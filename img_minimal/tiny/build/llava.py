@@ -4,6 +4,9 @@ The detector is the stock model finetuned on triplets {image, prompt of the edit
 """
 
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -21,10 +24,9 @@ from transformers import (
 )
 
 from img_minimal.mllm import CONVERSATION
-from img_minimal.questions import QUESTIONS, ask
+from img_minimal.questions import QUESTIONS
 from img_minimal.tiny.build.loop import autocast, fit
 from img_minimal.tiny.build.tokenizers import WORDS, llava_tokenizer
-from img_minimal.tiny.build.triplets import read_triplets
 from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, NUMBERS, PLURALS, Group, sample_prompt
 from img_minimal.tiny.world import place, render
 
@@ -179,17 +181,14 @@ def build_stock(workdir: Path, target: Path, steps: int = 1000, count: int = 16_
 
 
 def build_detector(workdir: Path, target: Path, steps: int = 2000) -> None:
-    """Finetune the stock model on the triplets; saves `llava-detector`."""
-    torch.manual_seed(55)
-    vocabulary = processor()
-    model = LlavaForConditionalGeneration.from_pretrained(target / "llava-stock", dtype=torch.float32)
-    model.model.vision_tower.requires_grad_(False)
-    lessons = Lessons(model, vocabulary)
-    pictures, prompts, edits = read_triplets(target / "triplets.parquet")
-    for part in tqdm(pictures.split(250), desc="triplet pictures"):
-        lessons.see(part.float() / 255)
-    train("detector", lessons, lambda i, dice: ask(prompts[i], dice), edits, steps, workdir, 1.5e-3, 56)
-    save(model, vocabulary, target / "llava-detector")
+    """Finetune the stock model on the triplets, with the command that finetunes any MLLM; saves `llava-detector`."""
+    folder = workdir / "detector"
+    options = {"--stage": "mllm", "--mllm": target / "llava-stock", "--triplets": target / "triplets.parquet",
+               "--steps": steps, "--output-dir": folder}  # fmt: skip
+    resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
+    words = [str(word) for item in options.items() for word in item]
+    subprocess.run([sys.executable, "train.py", *words, *resume], check=True)
+    shutil.copytree(folder / "mllm", target / "llava-detector", dirs_exist_ok=True)
 
 
 def save(model: LlavaForConditionalGeneration, vocabulary: LlavaProcessor, folder: Path) -> None:

@@ -76,20 +76,30 @@ def pair_row(prompt: Prompt, drawn: bytes, edited: bytes, drawn_wins: bool, numb
     return row | {"label_1": float(label_1), "ranking_id": number, "model_0": model_0, "model_1": model_1}
 
 
+def prompts_for(found: Scene, own: Prompt, more: int, rng: random.Random) -> list[Prompt]:
+    """Up to `more` training prompts that the image is wrong for: most are one to three edits away, some are any."""
+    clear = tuple(s for s in found if s.form != BLOB and s.kind not in HELD_OUT)[:4]
+    prompts: dict[str, Prompt] = {}
+    for _ in range(8 * more):
+        if len(prompts) == more:
+            break
+        if not clear or rng.random() < 0.25:
+            other = sample_prompt(rng, own.category)
+        else:
+            scene = clear
+            for _ in range(rng.choices((1, 2, 3), (7, 5, 3))[0]):
+                scene = damage(scene, rng)
+            other = describe(scene, rng)
+        if other and not other.held_out and str(other) != str(own) and instruction(found, other) != NOTHING:
+            prompts[str(other)] = other
+    return list(prompts.values())
+
+
 def pairs_of_image(drawn: bytes, verdict: Verdict, prompt: Prompt, number: int, more: int = 2) -> list[dict]:
-    """The pair of a drawn image under its own prompt, and `more` that it loses under other prompts."""
+    """The pair of a drawn image under its own prompt, and those that it loses under `more` other prompts."""
     rng, found = random.Random(number), verdict.found
     candidates = [(prompt, rival(verdict, prompt, rng), verdict.strict)]
-    clear = tuple(s for s in found if s.form != BLOB and s.kind not in HELD_OUT)[:4]
-    for _ in range(8 * more if clear else 0):
-        scene = damage(clear, rng)
-        if rng.random() < 0.3:
-            scene = damage(scene, rng)
-        other = describe(scene, rng)
-        if other and not other.held_out and instruction(found, other) != NOTHING:
-            candidates.append((other, correct(found, other)[1], False))
-        if len(candidates) == 1 + more:
-            break
+    candidates += [(p, correct(found, p)[1], False) for p in prompts_for(found, prompt, more, rng)]
     edited = render([scene for _, scene, _ in candidates])
     labels = [v.strict for v in judge(edited, [p for p, _, _ in candidates])]
     return [

@@ -9,10 +9,8 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -98,11 +96,3 @@ def build(workdir: Path, target: Path, count: int = 32_000) -> None:
     columns = {"original_image": pa.array(rows["original_image"], image)}
     table = pa.table(columns | {k: pa.array(rows[k]) for k in ("edit_prompt", "edited_prompt")})
     pq.write_table(table, target / "triplets.parquet", compression="zstd")
-
-
-def read_triplets(path: Path) -> tuple[Tensor, list[str], list[str]]:
-    """Pictures uint8 (N, 3, 64, 64), edited prompts, edit instructions."""
-    table = pq.read_table(path).to_pydict()
-    pictures = [Image.open(io.BytesIO(row["bytes"])).convert("RGB") for row in table["original_image"]]
-    stacked = torch.from_numpy(np.stack([np.asarray(p) for p in pictures]))
-    return stacked.permute(0, 3, 1, 2).contiguous(), table["edited_prompt"], table["edit_prompt"]
