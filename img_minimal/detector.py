@@ -6,6 +6,7 @@ model and output layer are trained, or, with a LoRA rank, low-rank additions to 
 
 import random
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,8 @@ def prepare(model: PreTrainedModel, lora_rank: int) -> Callable[[], object]:
         import peft  # takes seconds, and only this needs it
 
         settings = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=ADAPTED)
-        return peft.get_peft_model(model, settings).merge_and_unload
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft asks by a name of yesterday
+            return peft.get_peft_model(model, settings).merge_and_unload
     model.requires_grad_(True)
     tower = "vision_tower" if hasattr(model.model, "vision_tower") else "visual"
     getattr(model.model, tower).requires_grad_(False)
