@@ -105,10 +105,13 @@ def train(
             row = {"step": step + 1, "loss": loss.item(), "refreshes": trainer.refresh.refreshes}
             row |= {name: float(value) for name, value in metrics.items()}
             stopping = stop is not None and stop.asked
-            if (step + 1) % save_every == 0 or step + 1 == steps or stopping:
+            saving = (step + 1) % save_every == 0 or step + 1 == steps or stopping
+            if saving:
                 row |= validate(trainer, unseen)
-                save_checkpoint(folder / "checkpoint.pt", trainer.state_dict() | {"data": batches.state_dict()})
             log.write(json.dumps(row) + "\n")
+            if saving:
+                log.flush()  # rows before checkpoint, so that a killed run leaves no hole
+                save_checkpoint(folder / "checkpoint.pt", trainer.state_dict() | {"data": batches.state_dict()})
             bar.set_postfix(error=f"{row['error']:.4f}", refreshes=row["refreshes"], refresh=False)
             if stopping and step + 1 < steps:
                 return False
@@ -163,6 +166,9 @@ def chosen_preset(config: Config) -> Preset:
     at_least_one = {"steps": steps, "batch-size": batch_size, "save-every": save_every}
     for name, value in (at_least_one | {"refresh-after": config.refresh_after}).items():
         check(value > 0, f"--{name} is {value}, expected 1 or more")
+    rate = preset.finetuning.lr if config.stage == "mllm" else preset.lr
+    check(rate > 0, f"--lr is {rate}, expected more than 0")
+    check(preset.weight >= 0, f"--weight is {preset.weight}, expected 0 or more")
     check(preset.max_pairs >= 0, f"--max-pairs is {preset.max_pairs}, expected 0 (all) or more")
     check(config.seed >= 0, f"--seed is {config.seed}, expected 0 or more")
     half = config.stage == "mllm" and preset.dtype == "fp16"

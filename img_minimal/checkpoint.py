@@ -33,7 +33,7 @@ class RunFolder:
         folder = writable_folder(path)
         if resume:
             saved = load_checkpoint(folder / "checkpoint.pt")
-            check_same_run(json.loads((folder / "config.json").read_text()), settings)
+            check_same_run(read_settings(folder / "config.json"), settings)
             return cls(folder, settings, saved)
         taken = not overwrite and (folder / "checkpoint.pt").exists()
         check(not taken, f"{folder} holds a run; go on with --resume, or choose --overwrite or another --output-dir")
@@ -43,8 +43,17 @@ class RunFolder:
         """Write the settings, and drop what a killed run logged after its last checkpoint, at `step`."""
         metrics = self.path / "metrics.jsonl"
         rows = metrics.read_text().splitlines() if step and metrics.exists() else []
-        metrics.write_text("".join(f"{row}\n" for row in rows if json.loads(row)["step"] <= step))
+        kept = (row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step)  # the last may be cut
+        metrics.write_text("".join(f"{row}\n" for row in kept))
         (self.path / "config.json").write_text(json.dumps(self.settings, indent=1))
+
+
+def read_settings(path: Path) -> dict[str, dict]:
+    """What `RunFolder.begin` wrote. Raises UserError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{path}: missing or damaged, so the run cannot go on; start without --resume") from None
 
 
 def check_same_run(before: dict, now: dict) -> None:

@@ -132,10 +132,13 @@ def learn(
             course.step = step + 1
             row = {"step": step + 1, "loss": loss, "gradient_norm": float(norm)}
             stopping = stop is not None and stop.asked
-            if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stopping:
+            saving = (step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stopping
+            if saving:
                 row |= detector.accuracy(held_out, seed, size)
-                save_checkpoint(folder / "checkpoint.pt", course.state_dict() | {"data": batches.state_dict()})
             log.write(json.dumps(row) + "\n")
+            if saving:
+                log.flush()  # rows before checkpoint, so that a killed run leaves no hole
+                save_checkpoint(folder / "checkpoint.pt", course.state_dict() | {"data": batches.state_dict()})
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             if stopping and step + 1 < settings.steps:
                 return False

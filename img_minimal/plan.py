@@ -101,7 +101,7 @@ def aligner_plan(preset: Preset, guidance: str, folder: Path, cache_gb: float) -
         costs.insert(0, Cost("MLLM", parameters, parameters * precision.mllm.itemsize, location))
         without = "no UNet and no VAE"
     with torch.device("meta"):
-        aligner = count(ImplicitAligner(width, height, preset.depth, preset.heads))
+        aligner = count(ImplicitAligner(width, height, preset.depth, preset.heads, preset.head_dim))
     note = "fp32 weights, reference, gradients, two moments of AdamW"
     costs.append(Cost("aligner", aligner, aligner * 20, note))
     guidance_bytes, token_bytes = length * (2 * height + 1), 2 * 4 * tokens * width

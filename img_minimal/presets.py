@@ -67,6 +67,8 @@ class Preset:
     keep_share: float  # share of samples in which the winner is its own target; 0 in the paper
     depth: int
     heads: int
+    head_dim: int = 64
+    optimizer: str = "adamw"  # or "muon", see img_minimal/optimizer.py
     save_every: int  # steps between checkpoints
     cache_dir: str  # where frozen features are kept; "none": they are computed as pairs stream by
     chunk_pairs: int  # pairs of a stream that are at hand at once; 0 = all
@@ -98,14 +100,16 @@ PRESETS = {
         encode_batch=250,
         train_steps=1200,
         batch_size=64,
-        lr=1e-3,
+        lr=2e-3,
         constant_share=0.4,
         weight_decay=1e-4,
         weight=1.0,
         norm="sum",
         keep_share=0.25,
         depth=4,
-        heads=2,
+        heads=4,
+        head_dim=32,
+        optimizer="muon",
         save_every=200,
         cache_dir="outputs/features",
         chunk_pairs=0,

@@ -15,6 +15,7 @@ from img_minimal.aligner import ImplicitAligner
 from img_minimal.devices import best_device
 from img_minimal.errors import UserError
 from img_minimal.features import Features
+from img_minimal.optimizer import new_optimizer
 from img_minimal.pipeline import align
 from img_minimal.preference import ReferenceRefresh, squared_distance
 from img_minimal.presets import Preset
@@ -36,9 +37,9 @@ class Trainer:
     def new(cls, preset: Preset, widths: tuple[int, int], refresh_after: int, seed: int) -> Self:
         """A fresh aligner for tokens and guidance of these widths (D, H), and its reference, which starts as a copy."""
         torch.manual_seed(seed)
-        aligner = ImplicitAligner(*widths, preset.depth, preset.heads).to(best_device())
+        aligner = ImplicitAligner(*widths, preset.depth, preset.heads, preset.head_dim).to(best_device())
         reference = copy.deepcopy(aligner).requires_grad_(False)
-        optimizer = torch.optim.AdamW(aligner.parameters(), preset.lr, weight_decay=preset.weight_decay)
+        optimizer = new_optimizer(preset.optimizer, aligner.parameters(), preset.lr, preset.weight_decay)
         hold, steps = preset.constant_share, preset.train_steps
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda s: 1.0 if s <= hold * steps else max(0.02, (steps - s) / ((1 - hold) * steps))

@@ -95,6 +95,8 @@ def _replace(path: str | Path, write: Callable[[Path], object]) -> None:
     try:
         write(partial)
         os.replace(partial, path)
+    except SafetensorError as error:  # so it calls a full disk
+        raise WeightsError(f"{path}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -294,7 +294,8 @@ def test_a_run_may_be_resumed_with_offloading(whole, prompt_file, clip):
 def test_every_field_of_a_preset_is_known_to_change_its_images_or_not_to():
     not_drawing = """
         stock_mllm stock_aligner text_aligner pairs max_pairs world offload train_steps batch_size lr constant_share
-        weight_decay weight norm keep_share depth heads save_every cache_dir chunk_pairs triplets finetuning
+        weight_decay weight norm keep_share depth heads head_dim optimizer save_every cache_dir chunk_pairs triplets
+        finetuning
     """.split()
     unknown = {field.name for field in fields(Preset)} - set(DRAWN_BY) - set(not_drawing)
     assert not unknown, "new: if it changes images, name it in DRAWN_BY, so that no folder mixes two runs; else here"

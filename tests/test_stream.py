@@ -359,6 +359,25 @@ def test_a_damaged_shard_is_named(tmp_path, shards):
         cached(tmp_path / "cache", source)
 
 
+def test_a_full_disk_is_one_clear_line_and_keeps_what_was_cached(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    from img_minimal import weights
+
+    source, save, written = write(tmp_path / "pairs", rows(20)), weights.save_file, []
+
+    def full(*arguments, **more) -> None:
+        if len(written) == 2:
+            raise SafetensorError("Error while serializing: No space left on device")
+        written.append(save(*arguments, **more))
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(UserError, match="00002.safetensors: cannot be written.*No space left.*full") as caught:
+        cached(tmp_path / "cache", source, size=5)
+    assert "\n" not in str(caught.value)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
+
+
 def test_a_stale_cache_is_refused_and_the_reason_is_what_differs(tmp_path):
     source = write(tmp_path / "pairs", rows(6))
     cached(tmp_path / "cache", source)

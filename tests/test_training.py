@@ -99,7 +99,7 @@ def test_a_run_folder_is_not_resumed_with_other_settings_and_drops_rows_after_it
     folder = RunFolder.open(tmp_path, settings, resume=False, overwrite=False)
     folder.begin(0)
     save_checkpoint(tmp_path / "checkpoint.pt", {"step": 2})
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     with pytest.raises(UserError, match="--resume.*--overwrite"):
         RunFolder.open(tmp_path, settings, resume=False, overwrite=False)
     moved = {"config": {"seed": 0, "output_dir": "b", "new": 5}, "preset": settings["preset"]}
@@ -108,6 +108,30 @@ def test_a_run_folder_is_not_resumed_with_other_settings_and_drops_rows_after_it
     other = {"config": settings["config"], "preset": {"lr": 1.0, "finetuning": {"lr": 2.0}}}
     with pytest.raises(UserError, match=r"lr 2.0: the run began with 1.0"):
         RunFolder.open(tmp_path, other, resume=True, overwrite=False)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json: missing or damaged"):
+        RunFolder.open(tmp_path, settings, resume=True, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr", "-1"], "--lr is -1"),
+        (["--lr", "0", "--stage", "mllm"], "--lr is 0"),
+        (["--weight", "-1"], "--weight"),
+        (["--max-pairs", "-1"], "--max-pairs"),
+        (["--cache-gb", "0"], "--cache-dir none"),
+        (["--stage", "mllm", "--dtype", "fp16"], "choose bf16"),
+        (["--pairs", "no.parquet"], "no.parquet: no such file or folder"),
+        (["--mllm", "/no/such/mllm"], "/no/such/mllm"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line_before_any_work(tmp_path, monkeypatch, flags, words):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output-dir", str(tmp_path), "--cache-dir", str(tmp_path), *flags])
+    with pytest.raises(UserError) as caught:
+        script.main()
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_training_lowers_the_error_on_what_it_trains_on(tmp_path):
