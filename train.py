@@ -54,7 +54,7 @@ class Config(ModelFlags):
     max_pairs: int | None = option(None, "use only so many pairs, 0 for all; default: the preset's")
     triplets: str | None = option(None, "for --stage mllm: InstructPix2Pix's columns, as hub id, folder or file")
     batch_size: int | None = option(None, "samples in a step; default: the preset's")
-    lr: float | None = option(None, "learning rate of AdamW; default: the preset's")
+    lr: float | None = option(None, "learning rate; default: the preset's")
     weight: float | None = option(None, "lambda, the weight of the preference term; default: the preset's")
     dpo: bool = option(True, "the DPO part of the preference term")
     spin: bool = option(True, "the SPIN part of the preference term")

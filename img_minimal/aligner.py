@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from img_minimal.attention import PerceiverLayers, layer_sizes
+from img_minimal.files import write_whole
 from img_minimal.weights import WeightsError, fill, read_metadata, read_weights, write_safetensors, write_torch
 
 
@@ -93,4 +94,4 @@ class ImplicitAligner(nn.Module):
         sizes = {"width": self.width, "guidance_width": self.guidance_width} | layer_sizes(
             self.state_dict(), self.head_dim
         )
-        path.with_suffix(".json").write_text(json.dumps(sizes, indent=1) + "\n")
+        write_whole(path.with_suffix(".json"), json.dumps(sizes, indent=1) + "\n")

@@ -1,7 +1,6 @@
 """Run folders and training checkpoints: everything a killed run needs to go on to the same numbers."""
 
 import json
-import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 
 from img_minimal.cli import check, writable_folder
 from img_minimal.errors import UserError
+from img_minimal.files import replacing
 
 # Settings that may change when a run goes on, because no number depends on them.
 FREE = set("train_steps steps resume overwrite output_dir cache_dir cache_gb save_every eval_prompts".split())
@@ -33,7 +33,7 @@ class RunFolder:
         folder = writable_folder(path)
         if resume:
             saved = load_checkpoint(folder / "checkpoint.pt")
-            check_same_run(read_settings(folder / "config.json"), settings)
+            check_same_run(_began_with(folder / "config.json"), settings)
             return cls(folder, settings, saved)
         taken = not overwrite and (folder / "checkpoint.pt").exists()
         check(not taken, f"{folder} holds a run; go on with --resume, or choose --overwrite or another --output-dir")
@@ -48,7 +48,7 @@ class RunFolder:
         (self.path / "config.json").write_text(json.dumps(self.settings, indent=1))
 
 
-def read_settings(path: Path) -> dict[str, dict]:
+def _began_with(path: Path) -> dict[str, dict]:
     """What `RunFolder.begin` wrote. Raises UserError if it is missing or damaged."""
     try:
         return json.loads(path.read_text())
@@ -74,13 +74,10 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
 
     Raises UserError if it cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        torch.save(state, partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            torch.save(state, partial)
     except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
-        partial.unlink(missing_ok=True)
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{path}: cannot be written ({reason}); an older one is still whole: free some space and --resume"

@@ -14,7 +14,6 @@ then all of them are let go, and the judges come one after another.
 import gc
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,7 +21,8 @@ from tqdm import tqdm
 
 from img_minimal.cli import check, option, warn, writable_folder
 from img_minimal.diffusion import unread
-from img_minimal.image_folder import ARMS, Batch, ImageFolder, content, write_whole
+from img_minimal.files import write_whole
+from img_minimal.image_folder import ARMS, Batch, ImageFolder, content
 from img_minimal.judges import JUDGES, Judge, JudgeFiles
 from img_minimal.pictures import labelled_grid
 from img_minimal.pipeline import IMG, align, look
@@ -185,7 +185,7 @@ def compare(
         print_table(one.title, results["judges"][one.files.name])
     print(f"\n{len(prompts)} prompts; images, scores and results.json in {images.folder}")
     for path in filter(None, (images.folder / "results.json", json_path)):
-        write_whole(Path(path), json.dumps(results, indent=1).encode())
+        write_whole(path, json.dumps(results, indent=1))
     if picture:
         before_and_after(images, scores, picture)
     return results

@@ -22,7 +22,6 @@ from img_minimal.questions import ask
 from img_minimal.triplets import Triplet
 
 IGNORE = -100  # the label of tokens that do not count, as in transformers
-NOTHING = "nothing"  # the instruction for an image that matches
 ADAPTED = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # what LoRA adds to
 
 
@@ -148,8 +147,7 @@ class Detector:
 
         `always_edit` is what the second is for a model that never says "nothing".
         """
-        tokenizer, rng, before = self.mllm.processor.tokenizer, random.Random(seed), self.model.training
-        nothing = tokenizer(NOTHING, add_special_tokens=False).input_ids[0]
+        nothing, rng, before = self.mllm.nothing, random.Random(seed), self.model.training
         exact, decided, edits = 0, 0, 0
         self.model.eval()
         for k in range(0, len(lessons), batch_size):

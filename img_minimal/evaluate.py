@@ -22,11 +22,11 @@ from img_minimal.aligner import ImplicitAligner
 from img_minimal.cli import check, option, parse, quiet_libraries, run
 from img_minimal.compare import CompareOptions, compare
 from img_minimal.errors import UserError
-from img_minimal.image_folder import NEW_SEED
+from img_minimal.image_folder import FIRST_SEED, NEW_SEED
 from img_minimal.images import to_pil
 from img_minimal.mllm import MLLM
 from img_minimal.pictures import labelled_grid
-from img_minimal.pipeline import IMG, Guidance, align, look
+from img_minimal.pipeline import IMG, Guidance
 from img_minimal.presets import PRESETS, ModelFlags, find_preset, with_overrides
 from img_minimal.statistics import mean_interval, win_rate
 from img_minimal.tiny.edits import correct
@@ -69,7 +69,7 @@ class Bench:
     def __init__(self, img: IMG, prompts: list[Prompt], seed: int, progress: bool = True):
         self.img, self.prompts, self.progress = img, prompts, progress
         self.captions = [str(p) for p in prompts]
-        self.seed, self.seeds = seed, [100_000 * (seed + 1) + k for k in range(len(prompts))]
+        self.seed, self.seeds = seed, [FIRST_SEED * (seed + 1) + k for k in range(len(prompts))]
         self.base = self._draw("base")
         self.pictures = to_pil(self.base)
         self.own = img.painter.tokens(self.pictures)
@@ -87,8 +87,8 @@ class Bench:
 
     def aligned(self, name: str, guide: Guidance, aligner: ImplicitAligner) -> Tensor:
         """The second pass of an aligner with its guide."""
-        features, mask = look(guide, self.pictures, self.captions, self.seed)
-        return self.second_pass(name, align(aligner, self.own, features, mask, self.img.painter.preset.passes))
+        img = IMG(self.img.painter, guide, aligner)
+        return self.second_pass(name, img.align(self.base, self.captions, self.seed))
 
     def controls(self, mllm: MLLM) -> None:
         """The arms that need no aligner."""

@@ -5,7 +5,6 @@ A cache of another making is refused and named, never used and never silently re
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import accumulate
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from img_minimal.errors import UserError
 from img_minimal.features import Features
+from img_minimal.files import write_whole
 from img_minimal.pairs import Pair
 from img_minimal.stream import START, Place, Stream, ahead
 from img_minimal.weights import read_metadata, read_weights, write_safetensors
@@ -124,6 +124,4 @@ class FeatureCache:
     def _write_note(self, **changes: object) -> None:
         self.state |= changes
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.note.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(self.state, indent=1))
-        os.replace(partial, self.note)
+        write_whole(self.note, json.dumps(self.state, indent=1))

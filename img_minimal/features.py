@@ -13,7 +13,6 @@ from typing import Self
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from torch.nn.functional import pad
 from tqdm import tqdm
 
 from img_minimal.devices import Precision, best_device
@@ -22,7 +21,7 @@ from img_minimal.hub import fetch
 from img_minimal.image_prompt import ImagePrompt, load_ip_adapter
 from img_minimal.mllm import MLLM
 from img_minimal.pairs import Pair
-from img_minimal.pipeline import Guidance, Painter, look
+from img_minimal.pipeline import Guidance, Painter, cat_padded, look
 from img_minimal.presets import Preset
 
 NEXT_CHUNK = 1_000_003  # between the seeds of two chunks' questions
@@ -49,11 +48,9 @@ class Features:
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
         """All samples of the parts, guidance padded to the longest."""
-        length = max(part.mask.shape[1] for part in parts)
         columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
-        columns["guidance"] = [pad(h, (0, 0, 0, length - h.shape[1])) for h in columns["guidance"]]
-        columns["mask"] = [pad(m, (0, length - m.shape[1])) for m in columns["mask"]]
-        return cls(**{name: torch.cat(column) for name, column in columns.items()})
+        join = {"guidance": cat_padded, "mask": cat_padded}
+        return cls(**{name: join.get(name, torch.cat)(column) for name, column in columns.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
         """For a file; `Features(**state)` is the inverse."""
@@ -88,11 +85,10 @@ class Encoder:
 
         Raises UserError if a file is missing or wrong.
         """
-        settings = dict(keep_share=preset.keep_share, seed=seed, encode_batch=preset.encode_batch)
-        settings["look_batch"] = preset.look_batch
+        settings = (preset.keep_share, seed, preset.encode_batch, preset.look_batch)
         if guidance == "text":
             painter = Painter.from_preset(preset)
-            return cls(painter.image_prompt, painter, **settings)
+            return cls(painter.image_prompt, painter, *settings)
         device = best_device()
         precision = Precision.named(preset.dtype, device)
         preset = replace(preset, mllm=preset.stock_mllm if guidance == "stock" else preset.mllm)
@@ -100,7 +96,7 @@ class Encoder:
         preset = fetch(preset, names, half=precision.weights != torch.float32)
         image_proj, _ = load_ip_adapter(preset.ip_adapter, preset.resampler)
         image_prompt = ImagePrompt.from_pretrained(preset.image_encoder, image_proj, precision.weights, device)
-        return cls(image_prompt, MLLM.from_pretrained(preset.mllm, precision.mllm, device), **settings)
+        return cls(image_prompt, MLLM.from_pretrained(preset.mllm, precision.mllm, device), *settings)
 
     @property
     def widths(self) -> tuple[int, int]:

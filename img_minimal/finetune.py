@@ -19,6 +19,7 @@ from img_minimal.devices import Precision, best_device
 from img_minimal.errors import UserError
 from img_minimal.hub import fetch
 from img_minimal.mllm import MLLM
+from img_minimal.optimizer import warmup_constant_decay
 from img_minimal.pictures import detector_curves
 from img_minimal.presets import Finetuning, Preset
 from img_minimal.stream import START, Place, Stream, ahead
@@ -72,10 +73,8 @@ class Course:
         self.optimizer = torch.optim.AdamW(
             detector.trained.values(), settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay
         )
-        hold, steps, warmup = settings.constant_share, settings.steps, max(1, settings.warmup)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda s: min(1.0, (s + 1) / warmup, max(0.03, (steps - s) / ((1 - hold) * steps)))
-        )
+        factor = warmup_constant_decay(settings.steps, max(1, settings.warmup), settings.constant_share, floor=0.03)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.before: dict[str, float] = {}  # accuracy of the stock model
 
     def state_dict(self) -> dict:

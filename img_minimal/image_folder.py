@@ -6,7 +6,6 @@ images of two runs never mix.
 
 import io
 import json
-import os
 from pathlib import Path
 
 from PIL import Image
@@ -14,10 +13,12 @@ from torch import Tensor
 
 from img_minimal.errors import UserError
 from img_minimal.features import file_print
+from img_minimal.files import write_whole
 from img_minimal.images import to_pil
 from img_minimal.prompt_files import FilePrompt
 
 NEW_SEED = 1_000_000  # added to a seed for the control that spends IMG's compute on another try
+FIRST_SEED = 100_000  # times the run's seed plus one: images of two runs share none
 ARMS = {
     "base": "base model",
     "new_seed": "same compute, new seed",
@@ -37,7 +38,7 @@ class ImageFolder:
 
     def seeds(self, batch: Batch, arm: str = "base") -> list[int]:
         """Of the images of an arm: the same in every arm but the one that is about seeds."""
-        offset = 100_000 * (self.seed + 1) + (NEW_SEED if arm == "new_seed" else 0)
+        offset = FIRST_SEED * (self.seed + 1) + (NEW_SEED if arm == "new_seed" else 0)
         return [offset + prompt.index for prompt in batch]
 
     def path(self, prompt: FilePrompt, arm: str) -> Path:
@@ -80,19 +81,12 @@ class ImageFolder:
                     f"{self.folder} holds a run with another {name} ({_short(kept.get(name))}; now "
                     f"{_short(settings.get(name))}); repeat that run's options, or choose another --output"
                 )
-        write_whole(note, json.dumps(settings, indent=1).encode())
+        write_whole(note, json.dumps(settings, indent=1))
 
 
 def content(value: object) -> object:
     """What files at a location hold, in short, so that a retrained model is another one; anything else as it is."""
     return file_print(Path(value)) if isinstance(value, str) and value and Path(value).exists() else value
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that `path` is at any moment either the old file or the whole new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def _short(value: object) -> str:

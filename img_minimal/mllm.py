@@ -32,6 +32,7 @@ from img_minimal.questions import ask
 from img_minimal.qwen import open_qwen
 from img_minimal.weights import opening
 
+NOTHING = "nothing"  # the answer about an image that matches its prompt
 CONVERSATION = "USER: <image>\n{question} ASSISTANT:"  # LLaVA-1.5 as transformers asks it, and the twins
 CONVERSATION_V0 = (  # the first conversation of LLaVA, with which the release asks its own
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -85,6 +86,12 @@ def find_family(config: dict, what: str | Path) -> Family:
     return FAMILIES[name]
 
 
+def announced_width(folder: str | Path) -> int | None:
+    """H as a local folder's config.json has it, without loading the MLLM; None if it leaves that to a default."""
+    config = read_config(Path(folder))
+    return config.get("text_config", config).get("hidden_size")
+
+
 class MLLM:
     """A multimodal LLM and its processor, frozen."""
 
@@ -114,6 +121,11 @@ class MLLM:
         """H, the width of the guidance features."""
         return self.model.config.text_config.hidden_size
 
+    @property
+    def nothing(self) -> int:
+        """The token that an answer begins with if the image matches."""
+        return self.processor.tokenizer(NOTHING, add_special_tokens=False).input_ids[0]
+
     def inputs(self, images: list[Image], questions: list[str]) -> BatchFeature:
         """What the model is called with: `input_ids` and `attention_mask` (B, L), padded on the right, and pixels."""
         marker = self.processor.image_token  # in a prompt it would stand for an image that is not there
@@ -139,12 +151,11 @@ class MLLM:
         self, images: list[Image], prompts: list[str], rng: random.Random, batch_size: int = 64
     ) -> list[float]:
         """Log-probability that the answer begins with "nothing" (is wrong), for picking the better of two images."""
-        nothing = self.processor.tokenizer("nothing", add_special_tokens=False).input_ids[0]
         scores = []
         for k in range(0, len(images), batch_size):
             states, mask = self.guidance(images[k : k + batch_size], prompts[k : k + batch_size], rng)
             last = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
-            scores += self.model.lm_head(last).float().log_softmax(-1)[:, nothing].tolist()
+            scores += self.model.lm_head(last).float().log_softmax(-1)[:, self.nothing].tolist()
         return scores
 
     @torch.no_grad()

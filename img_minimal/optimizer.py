@@ -1,10 +1,10 @@
-"""The optimisers of aligner training: AdamW, as in the paper, or Muon, which needs about half of the steps.
+"""Every run's schedule, and the optimisers of aligner training: AdamW, or Muon, which needs about half of the steps.
 
 Muon makes every update of a matrix orthogonal, so that all of its directions learn at one pace. It is meant for
 matrices; biases, gains and the like stay with AdamW.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -44,8 +44,18 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
-def new_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float):
-    """ "adamw" or "muon" over `parameters`. Raises KeyError for another name."""
-    kinds = {"adamw": lambda p: torch.optim.AdamW(p, lr, weight_decay=weight_decay),
-             "muon": lambda p: MuonAdamW(p, lr, weight_decay)}  # fmt: skip
-    return kinds[name](parameters)
+def new_optimizer(
+    name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """The optimiser of that name, adamw or muon, over `parameters`. Raises KeyError for another name."""
+    return {"adamw": torch.optim.AdamW, "muon": MuonAdamW}[name](parameters, lr=lr, weight_decay=weight_decay)
+
+
+def warmup_constant_decay(steps: int, warmup: int, hold: float, floor: float) -> Callable[[int], float]:
+    """Learning-rate factor by step: linear up, constant until `hold` of the run, then linear down to `floor`."""
+
+    def factor(step: int) -> float:
+        decay = 1.0 if step <= hold * steps else max(floor, (steps - step) / ((1 - hold) * steps))
+        return min(1.0, (step + 1) / warmup, decay)
+
+    return factor

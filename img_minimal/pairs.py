@@ -6,7 +6,6 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from img_minimal.errors import UserError
 from img_minimal.stream import Decode, Skipped, Stream
 
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
@@ -39,15 +38,3 @@ def parse_pair(row: dict, decode: Decode) -> Pair:
 def pair_stream(source: str | Path, size: int = 0, limit: int = 0, seed: int = 0) -> Stream[Pair]:
     """Pairs of a hub data set, a folder or a file, in chunks. Raises UserError if the source is no such table."""
     return Stream(str(source), COLUMNS, parse_pair, size, limit, seed)
-
-
-def read_pairs(path: str | Path, limit: int = 0) -> tuple[list[Pair], int]:
-    """The first `limit` pairs with a preference (0: all), winner first, and the number of rows that were skipped.
-
-    Skipped are ties and rows whose image bytes are damaged. Raises UserError if the file is no such table.
-    """
-    stream = pair_stream(path, limit=limit)
-    pairs = [pair for chunk in stream.chunks() for pair in chunk.items]
-    if not pairs:
-        raise UserError(f"{path}: holds no pair with a preference; label_0 and label_1 must be 1 and 0")
-    return pairs, stream.skipped.total()

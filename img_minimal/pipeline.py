@@ -6,7 +6,7 @@
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -15,6 +15,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL.Image import Image
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from img_minimal.aligner import ImplicitAligner
@@ -25,9 +26,8 @@ from img_minimal.hub import fetch, variant
 from img_minimal.image_prompt import ImagePrompt, load_ip_adapter
 from img_minimal.images import to_pil
 from img_minimal.injection import ImageBranch
-from img_minimal.mllm import MLLM
+from img_minimal.mllm import MLLM, announced_width
 from img_minimal.presets import Preset, with_overrides
-from img_minimal.pretrained import read_config
 from img_minimal.weights import fill, opening
 
 
@@ -142,12 +142,13 @@ def look(
         h, mask = guide.guidance(images[k : k + batch_size], prompts[k : k + batch_size], rng)
         features.append(h.to("cpu", torch.bfloat16))
         masks.append(mask.cpu())
-    length = max(mask.shape[1] for mask in masks)
-    pad = torch.nn.functional.pad
-    return (
-        torch.cat([pad(h, (0, 0, 0, length - h.shape[1])) for h in features]),
-        torch.cat([pad(mask, (0, length - mask.shape[1])) for mask in masks]),
-    )
+    return cat_padded(features), cat_padded(masks)
+
+
+def cat_padded(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (B_i, L_i, ...) -> (sum of B_i, longest L, ...), padded with zeros after their own length."""
+    length = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part, (0, 0) * (part.ndim - 2) + (0, length - part.shape[1])) for part in parts])
 
 
 @torch.no_grad()
@@ -187,8 +188,7 @@ class IMG:
         Locations and headers of all files are checked first, then that aligner, image prompt and MLLM belong
         together, and only then is anything big loaded. Raises UserError in one line.
         """
-        placement = Placement(best_device(), preset.offload)
-        precision = Precision.named(preset.dtype, placement.device)
+        precision = Precision.named(preset.dtype, best_device())
         names = ("aligner", "resampler", "ip_adapter", "image_encoder", "mllm", "unet", "base")
         preset = fetch(with_overrides(preset, aligner=aligner), names, precision.weights != torch.float32)
         aligner = ImplicitAligner.from_file(preset.aligner)
@@ -203,7 +203,7 @@ class IMG:
         bar = tqdm(total=4, desc="loading models", leave=False, delay=2)
         painter = Painter.from_preset(preset, adapter, bar.update)
         with opening(preset.mllm, "multimodal LLM"), bar:
-            mllm = MLLM.from_pretrained(preset.mllm, dtype=precision.mllm, device=placement.waiting)
+            mllm = MLLM.from_pretrained(preset.mllm, dtype=precision.mllm, device=painter.placement.waiting)
         check_width(aligner, mllm.width, preset.mllm)
         return cls(painter, mllm, aligner)
 
@@ -242,12 +242,6 @@ class IMG:
             title = f"round {k + 1}" if progress else None
             images.append(self.painter.draw(prompts, seeds, tokens, scale, title))
         return images
-
-
-def announced_width(folder: str | Path) -> int | None:
-    """H as an MLLM's config.json has it, without loading the MLLM; None if it leaves that to a default."""
-    config = read_config(Path(folder))
-    return config.get("text_config", config).get("hidden_size")
 
 
 def check_width(aligner: ImplicitAligner, width: int | None, mllm: str) -> None:

@@ -3,13 +3,11 @@
 Counted from the models' settings alone (a config.json each), so it takes seconds and downloads next to nothing.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -27,6 +25,8 @@ from img_minimal.image_prompt import Resampler, load_ip_adapter
 from img_minimal.llava_layout import is_original, transformers_config
 from img_minimal.mllm import find_family
 from img_minimal.presets import Preset
+from img_minimal.pretrained import read_config
+from img_minimal.true_sizes import parameters
 
 TEXT_TOKENS = 64  # about what question and prompt take, beside the image's tokens
 NATIVE_TOKENS = 1369  # of an image of 1024 x 1024 for MLLMs that see images at their own size (Qwen2.5-VL)
@@ -47,16 +47,7 @@ class Cost:
 
 def read_settings(location: str, flag: str) -> dict:
     """A model's config.json, of a local folder or on the hub. Raises UserError if it cannot be had."""
-    path = Path(location) / "config.json" if Path(location).is_dir() else file(f"{location}/config.json", flag)
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable settings of a model ({type(error).__name__}); check {flag}") from None
-
-
-def count(model: nn.Module) -> int:
-    """Its parameters; a model on the meta device takes no memory."""
-    return sum(p.numel() for p in model.parameters())
+    return read_config(Path(location) if Path(location).is_dir() else file(f"{location}/config.json", flag).parent)
 
 
 def mllm_model(location: str) -> PreTrainedModel:
@@ -73,7 +64,7 @@ def mllm_sizes(location: str) -> tuple[int, int, int]:
     model = mllm_model(location)
     vision = model.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2 if hasattr(vision, "image_size") else NATIVE_TOKENS
-    return count(model), model.config.text_config.hidden_size, patches + TEXT_TOKENS
+    return parameters(model), model.config.text_config.hidden_size, patches + TEXT_TOKENS
 
 
 def image_prompt_sizes(preset: Preset) -> tuple[int, int, int, int]:
@@ -84,7 +75,7 @@ def image_prompt_sizes(preset: Preset) -> tuple[int, int, int, int]:
         resampler = Resampler(config.hidden_size, 2048)  # SDXL's, if the file is not here to be asked
     if all(Path(path).is_file() for path in (preset.ip_adapter, preset.resampler or preset.ip_adapter)):
         resampler = Resampler.from_state_dict(load_ip_adapter(preset.ip_adapter, preset.resampler)[0])
-    return count(encoder), count(resampler), resampler.latents.shape[1], resampler.proj_out.out_features
+    return parameters(encoder), parameters(resampler), resampler.latents.shape[1], resampler.proj_out.out_features
 
 
 def aligner_plan(preset: Preset, guidance: str, folder: Path, cache_gb: float) -> str:
@@ -97,12 +88,12 @@ def aligner_plan(preset: Preset, guidance: str, folder: Path, cache_gb: float) -
         height, length, without = width, 77, f"and the whole of {preset.base}, for its text encoders"
     else:
         location = preset.stock_mllm if guidance == "stock" else preset.mllm
-        parameters, height, length = mllm_sizes(location)
-        costs.insert(0, Cost("MLLM", parameters, parameters * precision.mllm.itemsize, location))
+        number, height, length = mllm_sizes(location)
+        costs.insert(0, Cost("MLLM", number, number * precision.mllm.itemsize, location))
         without = "no UNet and no VAE"
     with torch.device("meta"):
-        aligner = count(ImplicitAligner(width, height, preset.depth, preset.heads, preset.head_dim))
-    note = "fp32 weights, reference, gradients, two moments of AdamW"
+        aligner = parameters(ImplicitAligner(width, height, preset.depth, preset.heads, preset.head_dim))
+    note = "fp32 weights, reference, gradients, two moments (Muon has one)"
     costs.append(Cost("aligner", aligner, aligner * 20, note))
     guidance_bytes, token_bytes = length * (2 * height + 1), 2 * 4 * tokens * width
     check_disk(folder, aligner * (2 * 16 + 4))  # a checkpoint is replaced by a whole new one
@@ -133,16 +124,16 @@ def mllm_plan(preset: Preset, folder: Path) -> str:
     """The plan of `--stage mllm`. Raises UserError if settings cannot be read or the disk is too small."""
     settings, precision = preset.finetuning, Precision.named(preset.dtype, best_device())
     model = mllm_model(preset.stock_mllm)
-    parameters = count(model)
+    number = parameters(model)
     prepare(model, settings.lora_rank)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     how = f"LoRA of rank {settings.lora_rank}" if settings.lora_rank else "all but the vision encoder"
     added = learned if settings.lora_rank else 0
     costs = [
-        Cost("MLLM", parameters, parameters * precision.mllm.itemsize, preset.stock_mllm),
+        Cost("MLLM", number, number * precision.mllm.itemsize, preset.stock_mllm),
         Cost("learned", learned, learned * 12 + added * 4, f"{how}: fp32 gradients and two moments of AdamW"),
     ]
-    disk = {"checkpoint.pt": learned * 12, "mllm/": parameters * 2}
+    disk = {"checkpoint.pt": learned * 12, "mllm/": number * 2}
     check_disk(folder, 2 * sum(disk.values()))
     return "\n".join([
         f"plan: a detector from {preset.stock_mllm}, {settings.steps:,} steps of {settings.batch_size}",

@@ -10,10 +10,11 @@ import numpy as np
 from tqdm import tqdm
 
 from img_minimal.cli import check
+from img_minimal.devices import best_device
 from img_minimal.errors import UserError
-from img_minimal.image_folder import ARMS, Batch, ImageFolder, content, write_whole
+from img_minimal.files import write_whole
+from img_minimal.image_folder import ARMS, Batch, ImageFolder, content
 from img_minimal.judges import JUDGES, Judge, JudgeFiles
-from img_minimal.pipeline import best_device
 from img_minimal.statistics import mean_interval, win_rate
 
 
@@ -40,7 +41,7 @@ class Scores:
                 raise UserError(f"{self.path}, line {number}: damaged; delete the file, the images are kept") from None
             check(same, f"{self.path} was made with other files of the judge; give the same ones, or choose another "
                         "--output, or delete it to judge the images anew")  # fmt: skip
-        write_whole(self.path, "".join(lines).encode())
+        write_whole(self.path, "".join(lines))
 
     @property
     def missing(self) -> list[Batch]:

@@ -15,7 +15,7 @@ from img_minimal.aligner import ImplicitAligner
 from img_minimal.devices import best_device
 from img_minimal.errors import UserError
 from img_minimal.features import Features
-from img_minimal.optimizer import new_optimizer
+from img_minimal.optimizer import new_optimizer, warmup_constant_decay
 from img_minimal.pipeline import align
 from img_minimal.preference import ReferenceRefresh, squared_distance
 from img_minimal.presets import Preset
@@ -40,10 +40,8 @@ class Trainer:
         aligner = ImplicitAligner(*widths, preset.depth, preset.heads, preset.head_dim).to(best_device())
         reference = copy.deepcopy(aligner).requires_grad_(False)
         optimizer = new_optimizer(preset.optimizer, aligner.parameters(), preset.lr, preset.weight_decay)
-        hold, steps = preset.constant_share, preset.train_steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda s: 1.0 if s <= hold * steps else max(0.02, (steps - s) / ((1 - hold) * steps))
-        )
+        factor = warmup_constant_decay(preset.train_steps, warmup=1, hold=preset.constant_share, floor=0.02)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return cls(aligner, reference, optimizer, schedule, ReferenceRefresh(refresh_after))
 
     def state_dict(self) -> dict:

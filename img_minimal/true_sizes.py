@@ -25,6 +25,7 @@ from transformers import (
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.image_prompt import Resampler
 from img_minimal.injection import ImageBranch
+from img_minimal.llava_layout import CLIP_336_CONFIG
 
 SDXL_UNET = {
     "sample_size": 128,
@@ -56,10 +57,6 @@ VIT_H = {
     "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
     "projection_dim": 1024, "image_size": 224, "patch_size": 14,
 }  # fmt: skip
-VIT_L_336 = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-    "projection_dim": 768, "image_size": 336, "patch_size": 14,
-}  # fmt: skip
 VICUNA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 VICUNA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
 QWEN_7B = {
@@ -76,7 +73,9 @@ def build_mllm(name: str) -> nn.Module:
         config = Qwen2_5_VLConfig(text_config=QWEN_7B, vision_config=QWEN_VISION, tie_word_embeddings=False)
         return Qwen2_5_VLForConditionalGeneration(config)
     text = LlamaConfig(vocab_size=32064, **MLLMS[name])
-    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=CLIPVisionConfig(**VIT_L_336)))
+    return LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=CLIPVisionConfig(**CLIP_336_CONFIG))
+    )
 
 
 @cache

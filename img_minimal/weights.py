@@ -1,6 +1,5 @@
 """Weight files: read and write safetensors and torch files, and say clearly what is wrong with a file."""
 
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import OutOfMemoryError, Tensor, load, nn, save
 
 from img_minimal.errors import UserError
+from img_minimal.files import replacing
 
 
 class WeightsError(UserError):
@@ -89,16 +89,12 @@ def write_torch(path: str | Path, state: dict[str, Tensor]) -> None:
 
 
 def _replace(path: str | Path, write: Callable[[Path], object]) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder, so that the rename is atomic
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
-        write(partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            write(partial)
     except SafetensorError as error:  # so it calls a full disk
         raise WeightsError(f"{path}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

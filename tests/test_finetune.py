@@ -14,10 +14,10 @@ from mllm_folders import write_llava_hf, write_original_llava, write_qwen
 from PIL import Image
 
 import train as script
-from img_minimal.detector import IGNORE, NOTHING, Detector, Lesson
+from img_minimal.detector import IGNORE, Detector, Lesson
 from img_minimal.errors import UserError
 from img_minimal.finetune import Course, Lessons, learn
-from img_minimal.mllm import FAMILIES, MLLM
+from img_minimal.mllm import FAMILIES, MLLM, NOTHING
 from img_minimal.plan import mllm_plan
 from img_minimal.presets import Finetuning, find_preset
 from img_minimal.questions import ask

@@ -5,26 +5,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
+from release_folder import UNET
 from torch import nn
 
 from img_minimal.injection import DecoupledAttention, ImageBranch, cross_attentions, inject
 
 B, N, D = 2, 4, 32
-TINY = {
-    "sample_size": 8,
-    "block_out_channels": (16, 32),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "transformer_layers_per_block": (1, 2),
-    "attention_head_dim": (2, 4),
-    "cross_attention_dim": D,
-    "norm_num_groups": 8,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 24 + 6 * 8,
-    "use_linear_projection": True,
-}
+TINY = UNET | {"cross_attention_dim": D}
 
 
 def new_unet() -> UNet2DConditionModel:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pair_files import read_pairs
 from PIL import Image
 
 import train as script
@@ -19,7 +20,7 @@ from img_minimal.errors import UserError
 from img_minimal.feature_cache import FeatureCache
 from img_minimal.features import Features, compute_guidance, compute_tokens, distinct
 from img_minimal.mllm import MLLM
-from img_minimal.pairs import Pair, pair_stream, read_pairs
+from img_minimal.pairs import Pair, pair_stream
 from img_minimal.plan import aligner_plan
 from img_minimal.presets import find_preset
 from img_minimal.stream import Place, ahead, in_threads

@@ -6,10 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from pair_files import read_pairs
 from transformers import CLIPVisionModelWithProjection, LlavaForConditionalGeneration, LlavaProcessor
 
 from img_minimal.image_prompt import load_ip_adapter
-from img_minimal.pairs import read_pairs
 from img_minimal.presets import TINY, find_preset
 from img_minimal.tiny.build.tokenizers import WORDS
 from img_minimal.tiny.diagnose import oracle_accuracy

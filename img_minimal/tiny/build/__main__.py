@@ -7,14 +7,13 @@ Every part has a fixed seed and goes on where it was stopped. Times are for two 
 """
 
 import argparse
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.presets import TINY, find_preset
 from img_minimal.tiny.build import clip, llava, pairs, resampler, scenes, triplets, unet, vae
+from img_minimal.tiny.build.loop import run_train
 
 PARTS = {
     "vae": "pictures <-> latents",
@@ -34,10 +33,7 @@ def train_aligners(workdir: Path, target: Path) -> None:
     """Run train.py once for each kind of guidance and keep the weights."""
     for guidance, name in (("mllm", "aligner"), ("stock", "aligner-stock"), ("text", "aligner-text")):
         folder = workdir / name
-        options = f"--guidance {guidance} --max-pairs 0 --steps 6000 --eval-prompts 0".split()
-        resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
-        command = [sys.executable, "train.py", *options, *resume, "--output-dir", str(folder)]
-        subprocess.run(command, check=True)
+        run_train(folder, "--guidance", guidance, "--max-pairs", 0, "--steps", 6000, "--eval-prompts", 0)
         ImplicitAligner.from_file(folder / "aligner.safetensors").half().save(target / f"{name}.safetensors")
 
 

@@ -5,8 +5,6 @@ The detector is the stock model finetuned on triplets {image, prompt of the edit
 
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -25,7 +23,7 @@ from transformers import (
 
 from img_minimal.mllm import CONVERSATION
 from img_minimal.questions import QUESTIONS
-from img_minimal.tiny.build.loop import autocast, fit
+from img_minimal.tiny.build.loop import autocast, fit, run_train
 from img_minimal.tiny.build.tokenizers import WORDS, llava_tokenizer
 from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, NUMBERS, PLURALS, Group, sample_prompt
 from img_minimal.tiny.world import place, render
@@ -183,11 +181,8 @@ def build_stock(workdir: Path, target: Path, steps: int = 1000, count: int = 16_
 def build_detector(workdir: Path, target: Path, steps: int = 2000) -> None:
     """Finetune the stock model on the triplets, with the command that finetunes any MLLM; saves `llava-detector`."""
     folder = workdir / "detector"
-    options = {"--stage": "mllm", "--mllm": target / "llava-stock", "--triplets": target / "triplets.parquet",
-               "--steps": steps, "--output-dir": folder}  # fmt: skip
-    resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
-    words = [str(word) for item in options.items() for word in item]
-    subprocess.run([sys.executable, "train.py", *words, *resume], check=True)
+    places = ("--mllm", target / "llava-stock", "--triplets", target / "triplets.parquet")
+    run_train(folder, "--stage", "mllm", *places, "--steps", steps)
     shutil.copytree(folder / "mllm", target / "llava-detector", dirs_exist_ok=True)
 
 

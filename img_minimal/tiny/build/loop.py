@@ -3,7 +3,8 @@
 Each part of the build supplies its modules and a function `step -> loss`; this file supplies the rest.
 """
 
-import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from img_minimal.files import replacing
+from img_minimal.optimizer import warmup_constant_decay
+
 
 @contextmanager
 def autocast() -> Iterator[None]:
@@ -23,13 +27,6 @@ def autocast() -> Iterator[None]:
     """
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         yield
-
-
-def warmup_constant_decay(
-    steps: int, warmup: int = 100, hold: float = 0.6, floor: float = 0.03
-) -> Callable[[int], float]:
-    """Learning-rate factor: linear up, constant until `hold` of the run, then linear down to `floor`."""
-    return lambda step: min(1.0, (step + 1) / warmup, max(floor, (steps - step) / ((1 - hold) * steps)))
 
 
 class WeightAverage:
@@ -83,7 +80,9 @@ def fit(
     optimizer = torch.optim.AdamW(
         [{"params": trained[key], "lr": rates[key]} for key in modules], betas=(0.9, 0.98), weight_decay=weight_decay
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_constant_decay(steps, hold=hold))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, warmup_constant_decay(steps, warmup=100, hold=hold, floor=0.03)
+    )
     ema, start, path = WeightAverage(parameters, average), 0, workdir / f"{name}.ckpt"
     if path.exists():
         state = torch.load(path, weights_only=True)
@@ -118,8 +117,15 @@ def fit(
                     modules=modules.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(),
                     average=ema.average, count=ema.count, step=step + 1, rng=torch.get_rng_state(),
                 )  # fmt: skip
-                torch.save(state, path.with_suffix(".tmp"))
-                os.replace(path.with_suffix(".tmp"), path)
+                with replacing(path) as partial:
+                    torch.save(state, partial)
     ema.swap()
     if watch:
         print(f"{name} done: loss {shown:.4f}, {watch(steps)}", flush=True)
+
+
+def run_train(folder: Path, *options: object) -> None:
+    """`python train.py` with these options, into a run folder; a run that was stopped goes on."""
+    resume = ["--resume"] if (folder / "checkpoint.pt").exists() else []
+    command = [sys.executable, "train.py", "--output-dir", folder, *options, *resume]
+    subprocess.run([str(word) for word in command], check=True)

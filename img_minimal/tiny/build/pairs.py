@@ -5,8 +5,8 @@ image is wrong, damaged in one respect if it is right. Two unrelated images of o
 regression from one to the other learns an average; a pair that shares its layout differs in what is wrong. The oracle
 labels both; equal labels are ties and are dropped.
 
-An image also loses under prompts that it was not drawn for. Two such prompts for each image, one or two edits away
-from what it shows, treble the pairs without drawing: with 12,000 pairs an aligner of this size over-fits.
+An image also loses under prompts that it was not drawn for. Two such prompts for each image, most of them one to three
+edits away from what it shows, treble the pairs without drawing: with 12,000 pairs an aligner of this size over-fits.
 """
 
 import io

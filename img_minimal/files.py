@@ -1,0 +1,24 @@
+"""Files that are at any moment either the old one or the whole new one, however a program ends."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to in this block; at its end the file takes the place of `path`, if it fails nothing does."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder, so that the rename is atomic
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, text: str | bytes) -> None:
+    """Replace a file by one that holds `text`."""
+    with replacing(path) as partial:
+        partial.write_bytes(text.encode() if isinstance(text, str) else text)
