@@ -5,8 +5,9 @@ image is wrong, damaged in one respect if it is right. Two unrelated images of o
 regression from one to the other learns an average; a pair that shares its layout differs in what is wrong. The oracle
 labels both; equal labels are ties and are dropped.
 
-An image also loses under prompts that it was not drawn for. Two such prompts for each image, most of them one to three
-edits away from what it shows, treble the pairs without drawing: with 12,000 pairs an aligner of this size over-fits.
+An image also loses under prompts that it was not drawn for. Up to eight such prompts for each image, most of them one to
+three edits away from what it shows, make many pairs without drawing: with 12,000 pairs an aligner of this size over-fits.
+All of them stay in the work folder, for the aligners that ship; the repository ships a part.
 """
 
 import io
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from img_minimal.files import replacing
 from img_minimal.images import to_pil
 from img_minimal.pipeline import Painter
 from img_minimal.presets import Preset
@@ -31,6 +33,7 @@ from img_minimal.tiny.world import Scene, render, satisfied
 
 CHUNK = 400  # images between two files, so that a stopped build goes on
 FIRST_SEED = 50_000_000  # far from those of the evaluation
+SHIPPED_IMAGES, SHIPPED_PAIRS = 12_000, 3  # the first images, and pairs of each: 15 MB
 
 
 def to_jpeg(image: Image.Image) -> bytes:
@@ -40,15 +43,13 @@ def to_jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def rival(verdict: Verdict, prompt: Prompt, rng: random.Random) -> Scene:
-    """The scene of a drawn image, corrected or damaged; whichever makes it the other half of a pair."""
-    if not verdict.strict:
-        return correct(verdict.found, prompt)[1]
+def damaged(scene: Scene, prompt: Prompt, rng: random.Random) -> Scene:
+    """The scene with a mistake that makes it wrong for the prompt."""
     for _ in range(20):
-        scene = damage(verdict.found, rng)
-        if instruction(scene, prompt) != NOTHING:
+        other = damage(scene, rng)
+        if instruction(other, prompt) != NOTHING:
             break
-    return scene
+    return other
 
 
 def describe(scene: Scene, rng: random.Random) -> Prompt | None:
@@ -95,11 +96,17 @@ def prompts_for(found: Scene, own: Prompt, more: int, rng: random.Random) -> lis
     return list(prompts.values())
 
 
-def pairs_of_image(drawn: bytes, verdict: Verdict, prompt: Prompt, number: int, more: int = 2) -> list[dict]:
-    """The pair of a drawn image under its own prompt, and those that it loses under `more` other prompts."""
+def pairs_of_image(drawn: bytes, verdict: Verdict, prompt: Prompt, number: int, more: int = 8) -> list[dict]:
+    """The pair of a drawn image under its own prompt, one that it wins under a prompt that says what it shows, and
+    those that it loses under `more` other prompts."""
     rng, found = random.Random(number), verdict.found
-    candidates = [(prompt, rival(verdict, prompt, rng), verdict.strict)]
-    candidates += [(p, correct(found, p)[1], False) for p in prompts_for(found, prompt, more, rng)]
+    won = [prompt] if verdict.strict else []
+    shown = describe(found, rng) if all(s.form != BLOB and s.kind not in HELD_OUT for s in found) else None
+    if shown and not shown.held_out and str(shown) != str(prompt) and instruction(found, shown) == NOTHING:
+        won.append(shown)
+    lost = [] if verdict.strict else [prompt]
+    lost += prompts_for(found, prompt, more, rng)
+    candidates = [(p, damaged(found, p, rng), True) for p in won] + [(p, correct(found, p)[1], False) for p in lost]
     edited = render([scene for _, scene, _ in candidates])
     labels = [v.strict for v in judge(edited, [p for p, _, _ in candidates])]
     return [
@@ -122,8 +129,8 @@ def chunk_of_pairs(painter: Painter, chunk: int) -> tuple[list[dict], int]:
     return rows, sum(v.strict for v in verdicts)
 
 
-def build(workdir: Path, target: Path, preset: Preset, chunks: int = 30, shard: int = 0, shards: int = 1) -> None:
-    """Draw 12,000 images and write `target/pairs.parquet`.
+def build(workdir: Path, target: Path, preset: Preset, chunks: int = 60, shard: int = 0, shards: int = 1) -> None:
+    """Draw 24,000 images; write all pairs to `workdir/pairs.parquet` and a part of them to `target/pairs.parquet`.
 
     Several processes can share the work, each with its own `shard` of `shards`; the last call joins the chunks.
     """
@@ -136,10 +143,23 @@ def build(workdir: Path, target: Path, preset: Preset, chunks: int = 30, shard: 
             continue
         rows, right = chunk_of_pairs(painter, chunk)
         tqdm.write(f"chunk {chunk}: {right} of {CHUNK} right, {len(rows)} pairs")
-        pq.write_table(pa.Table.from_pylist(rows), path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").rename(path)
+        with replacing(path) as partial:
+            pq.write_table(pa.Table.from_pylist(rows), partial)
     parts = [folder / f"{chunk:03d}.parquet" for chunk in range(chunks)]
     if all(p.exists() for p in parts):
-        table = pa.concat_tables([pq.read_table(p) for p in parts])
-        pq.write_table(table, target / "pairs.parquet", compression="zstd", compression_level=19)
-        print(f"{table.num_rows} pairs, {(target / 'pairs.parquet').stat().st_size / 1e6:.1f} MB")
+        rows = [row for p in parts for row in pq.read_table(p).to_pylist()]
+        for path, chosen in ((workdir / "pairs.parquet", rows), (target / "pairs.parquet", shipped(rows))):
+            with replacing(path) as partial:
+                pq.write_table(pa.Table.from_pylist(chosen), partial, compression="zstd", compression_level=19)
+            print(f"{len(chosen)} pairs in {path}, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def shipped(rows: list[dict]) -> list[dict]:
+    """The part that the repository can carry."""
+    seen: Counter[int] = Counter()
+    chosen = []
+    for row in rows:
+        seen[row["ranking_id"]] += 1
+        if row["ranking_id"] < SHIPPED_IMAGES and seen[row["ranking_id"]] <= SHIPPED_PAIRS:
+            chosen.append(row)
+    return chosen
