@@ -24,15 +24,15 @@ from tqdm import tqdm
 
 from img_minimal.checkpoint import RunFolder, save_checkpoint
 from img_minimal.cli import check, option, parse, quiet_libraries, run
-from img_minimal.data import training_data
+from img_minimal.data.sources import training_data
 from img_minimal.errors import UserError
 from img_minimal.evaluate import print_comparison
 from img_minimal.features import Features
-from img_minimal.finetune import finetune
+from img_minimal.finetuning.finetune import finetune
 from img_minimal.mllm import MLLM
+from img_minimal.models.plan import aligner_plan, mllm_plan
 from img_minimal.pictures import curves
 from img_minimal.pipeline import IMG, Painter
-from img_minimal.plan import aligner_plan, mllm_plan
 from img_minimal.preference import preference_loss, squared_distance
 from img_minimal.presets import PRESETS, ModelFlags, Preset, find_preset, with_overrides
 from img_minimal.training import Batches, Stop, Trainer, validate

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from img_minimal.attention import PerceiverLayers, layer_sizes
 from img_minimal.files import write_whole
-from img_minimal.weights import WeightsError, fill, read_metadata, read_weights, write_safetensors, write_torch
+from img_minimal.models.weights import WeightsError, fill, read_metadata, read_weights, write_safetensors, write_torch
 
 
 class ImplicitAligner(nn.Module):

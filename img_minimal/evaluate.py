@@ -20,10 +20,10 @@ from torch import Tensor
 
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.cli import check, option, parse, quiet_libraries, run
-from img_minimal.compare import CompareOptions, compare
 from img_minimal.errors import UserError
-from img_minimal.image_folder import FIRST_SEED, NEW_SEED
 from img_minimal.images import to_pil
+from img_minimal.judging.compare import CompareOptions, compare
+from img_minimal.judging.image_folder import FIRST_SEED, NEW_SEED
 from img_minimal.mllm import MLLM
 from img_minimal.pictures import labelled_grid
 from img_minimal.pipeline import IMG, Guidance

@@ -15,12 +15,12 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from img_minimal.devices import Precision, best_device
+from img_minimal.data.pairs import Pair
 from img_minimal.errors import UserError
-from img_minimal.hub import fetch
 from img_minimal.image_prompt import ImagePrompt, load_ip_adapter
 from img_minimal.mllm import MLLM
-from img_minimal.pairs import Pair
+from img_minimal.models.devices import Precision, best_device
+from img_minimal.models.hub import fetch
 from img_minimal.pipeline import Guidance, Painter, cat_padded, look
 from img_minimal.presets import Preset
 
@@ -105,40 +105,45 @@ class Encoder:
 
     def __call__(self, pairs: list[Pair], chunk: int = 0) -> Features:
         """Features of a chunk's pairs; its number draws other questions. Raises UserError if one is not finite."""
-        tokens = compute_tokens(pairs, self.image_prompt, self.keep_share, self.encode_batch)
+        kept = self_targets(pairs, self.keep_share)
+        tokens = compute_tokens(pairs, self.image_prompt, kept, self.encode_batch)
         seed = self.seed + NEXT_CHUNK * chunk
-        guidance = compute_guidance(pairs, self.guide, self.keep_share, seed, self.look_batch)
+        guidance = compute_guidance(pairs, self.guide, kept, seed, self.look_batch)
         features = Features(**tokens, **guidance)
         features.check_finite()
         return features
 
 
-def compute_tokens(
-    pairs: list[Pair], image_prompt: ImagePrompt, keep_share: float, batch_size: int = 250
-) -> dict[str, Tensor]:
-    """Image tokens of all pairs, and of `keep_share` x as many winners that are their own target.
+def self_targets(pairs: list[Pair], keep_share: float) -> list[Pair]:
+    """Pairs, up to this share, whose winner is also to be its own target.
 
-    Without the latter (the paper has none) an aligner is only ever shown images that are wrong. An image that stands
-    in several pairs is encoded once.
+    Without them (the paper has none) an aligner is only ever shown images that are wrong. They are those whose winner
+    loses under another prompt: what wins everywhere may be of a kind that the aligner is never asked about.
     """
-    kept = pairs[: round(keep_share * len(pairs))]
-    images, number = distinct([p.winner for p in pairs] + [p.loser for p in pairs])
+    losers = {id(p.loser) for p in pairs}
+    return [p for p in pairs if id(p.winner) in losers][: round(keep_share * len(pairs))]
+
+
+def compute_tokens(
+    pairs: list[Pair], image_prompt: ImagePrompt, kept: list[Pair], batch_size: int = 250
+) -> dict[str, Tensor]:
+    """Image tokens of all pairs, then of the winners of `kept`; an image of several pairs is encoded once."""
+    images, number = distinct([p.winner for p in [*pairs, *kept]] + [p.loser for p in pairs])
     starts = tqdm(range(0, len(images), batch_size), desc="image tokens", leave=False)
     tokens = torch.cat([image_prompt.tokens(images[k : k + batch_size]).float().cpu() for k in starts])[number]
-    winner, loser = tokens.split(len(pairs))
+    winner, loser = tokens.split([len(pairs) + len(kept), len(pairs)])
     return {
-        "loser": torch.cat([loser, winner[: len(kept)]]),
-        "winner": torch.cat([winner, winner[: len(kept)]]),
+        "loser": torch.cat([loser, winner[len(pairs) :]]),
+        "winner": winner,
         "validation": torch.tensor([p.validation for p in [*pairs, *kept]]),
         "kept": torch.arange(len(pairs) + len(kept)) >= len(pairs),
     }
 
 
 def compute_guidance(
-    pairs: list[Pair], guide: Guidance, keep_share: float, seed: int, batch_size: int = 64
+    pairs: list[Pair], guide: Guidance, kept: list[Pair], seed: int, batch_size: int = 64
 ) -> dict[str, Tensor]:
     """Guidance features of the same samples, in the same order; `seed` draws the questions."""
-    kept = pairs[: round(keep_share * len(pairs))]
     images = [p.loser for p in pairs] + [p.winner for p in kept]
     prompts = [p.prompt for p in [*pairs, *kept]]
     guidance, mask = look(guide, images, prompts, seed, batch_size, progress="guidance features")

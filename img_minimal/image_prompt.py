@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from img_minimal.attention import PerceiverLayers, layer_sizes
-from img_minimal.hub import variant
-from img_minimal.weights import WeightsError, fill, opening, read_weights
+from img_minimal.models.hub import variant
+from img_minimal.models.weights import WeightsError, fill, opening, read_weights
 
 
 class Resampler(nn.Module):

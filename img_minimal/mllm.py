@@ -25,12 +25,12 @@ from transformers import (
 )
 
 from img_minimal.errors import UserError
-from img_minimal.hub import folder as find_folder
-from img_minimal.llava_layout import is_original, open_original_llava
-from img_minimal.pretrained import build, read_config, read_shards
+from img_minimal.models.hub import folder as find_folder
+from img_minimal.models.llava_layout import is_original, open_original_llava
+from img_minimal.models.pretrained import build, read_config, read_shards
+from img_minimal.models.qwen import open_qwen
+from img_minimal.models.weights import opening
 from img_minimal.questions import ask
-from img_minimal.qwen import open_qwen
-from img_minimal.weights import opening
 
 NOTHING = "nothing"  # the answer about an image that matches its prompt
 CONVERSATION = "USER: <image>\n{question} ASSISTANT:"  # LLaVA-1.5 as transformers asks it, and the twins

@@ -19,16 +19,16 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.devices import Placement, Precision, best_device
 from img_minimal.diffusion import draw
 from img_minimal.errors import UserError
-from img_minimal.hub import fetch, variant
 from img_minimal.image_prompt import ImagePrompt, load_ip_adapter
 from img_minimal.images import to_pil
 from img_minimal.injection import ImageBranch
 from img_minimal.mllm import MLLM, announced_width
+from img_minimal.models.devices import Placement, Precision, best_device
+from img_minimal.models.hub import fetch, variant
+from img_minimal.models.weights import fill, opening
 from img_minimal.presets import Preset, with_overrides
-from img_minimal.weights import fill, opening
 
 
 class Guidance(Protocol):

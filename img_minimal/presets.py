@@ -29,7 +29,7 @@ class Finetuning:
 class Preset:
     """Locations, and the settings of sampling and of training an aligner.
 
-    A location is a local folder or file, or a place on the Hugging Face hub, see img_minimal/hub.py.
+    A location is a local folder or file, or a place on the Hugging Face hub, see img_minimal/models/hub.py.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Preset:
     guidance_scale: float
     scale: float  # of the image tokens in the second pass
     passes: int  # applications of the aligner
-    dtype: str | None = None  # fp32, bf16, fp16, mixed; None: by device, see img_minimal/devices.py
+    dtype: str | None = None  # fp32, bf16, fp16, mixed; None: by device, see img_minimal/models/devices.py
     offload: bool = False  # one big model on the GPU at a time
     draw_batch: int  # images drawn at once
     look_batch: int  # images the MLLM sees at once
@@ -64,7 +64,7 @@ class Preset:
     weight_decay: float
     weight: float  # lambda
     norm: str  # of the squared distances, "mean" or "sum"
-    keep_share: float  # share of samples in which the winner is its own target; 0 in the paper
+    keep_share: float  # at most so many more samples, in which a winner is its own target; 0 in the paper
     depth: int
     heads: int
     head_dim: int = 64
@@ -105,14 +105,14 @@ PRESETS = {
         weight_decay=1e-4,
         weight=1.0,
         norm="sum",
-        keep_share=0.25,
+        keep_share=0.15,
         depth=4,
         heads=4,
         head_dim=32,
         optimizer="muon",
         save_every=200,
         cache_dir="outputs/features",
-        chunk_pairs=0,
+        chunk_pairs=8192,
         triplets=str(TINY / "triplets.parquet"),
         finetuning=Finetuning(
             steps=2000,

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.devices import best_device
+from img_minimal.data.stream import START, Place
 from img_minimal.errors import UserError
 from img_minimal.features import Features
+from img_minimal.models.devices import best_device
 from img_minimal.optimizer import new_optimizer, warmup_constant_decay
 from img_minimal.pipeline import align
 from img_minimal.preference import ReferenceRefresh, squared_distance
 from img_minimal.presets import Preset
-from img_minimal.stream import START, Place
 
 
 @dataclass

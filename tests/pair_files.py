@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from img_minimal.pairs import Pair, pair_stream
+from img_minimal.data.pairs import Pair, pair_stream
 
 
 def read_pairs(path: str | Path, limit: int = 0) -> tuple[list[Pair], int]:

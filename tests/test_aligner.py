@@ -9,7 +9,7 @@ from torch.special import erf
 
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.attention import PerceiverAttention
-from img_minimal.weights import WeightsError
+from img_minimal.models.weights import WeightsError
 
 WIDTH, GUIDANCE, HEADS, DEPTH = 48, 40, 2, 2
 B, L, N = 2, 7, 3

@@ -12,18 +12,18 @@ import pytest
 from PIL import Image
 from test_judges import make_clip
 
-import img_minimal.compare as comparison
+import img_minimal.judging.compare as comparison
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.compare import DRAWN_BY, CompareOptions, compare
-from img_minimal.devices import Placement
 from img_minimal.errors import UserError
-from img_minimal.image_folder import ARMS, ImageFolder
-from img_minimal.judges import Judge, JudgeFiles
+from img_minimal.judging.compare import DRAWN_BY, CompareOptions, compare
+from img_minimal.judging.image_folder import ARMS, ImageFolder
+from img_minimal.judging.judges import Judge, JudgeFiles
+from img_minimal.judging.prompt_files import FilePrompt
+from img_minimal.judging.scores import Scores
 from img_minimal.mllm import MLLM
+from img_minimal.models.devices import Placement
 from img_minimal.pipeline import IMG, Painter
 from img_minimal.presets import Preset, find_preset, with_overrides
-from img_minimal.prompt_files import FilePrompt
-from img_minimal.scores import Scores
 
 ROOT = Path(__file__).parent.parent
 PRESET = with_overrides(find_preset("tiny-sdxl"), sampling_steps=2, look_batch=2)

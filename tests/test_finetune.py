@@ -14,16 +14,16 @@ from mllm_folders import write_llava_hf, write_original_llava, write_qwen
 from PIL import Image
 
 import train as script
-from img_minimal.detector import IGNORE, Detector, Lesson
+from img_minimal.data.stream import Place
+from img_minimal.data.triplets import Triplet, triplet_stream
 from img_minimal.errors import UserError
-from img_minimal.finetune import Course, Lessons, learn
+from img_minimal.finetuning.detector import IGNORE, Detector, Lesson
+from img_minimal.finetuning.finetune import Course, Lessons, learn
 from img_minimal.mllm import FAMILIES, MLLM, NOTHING
-from img_minimal.plan import mllm_plan
+from img_minimal.models.plan import mllm_plan
 from img_minimal.presets import Finetuning, find_preset
 from img_minimal.questions import ask
-from img_minimal.stream import Place
 from img_minimal.training import Batches, Stop
-from img_minimal.triplets import Triplet, triplet_stream
 
 TWIN = find_preset("tiny-sdxl")
 SETTINGS = Finetuning(
@@ -277,7 +277,7 @@ def test_merged_weights_are_the_stock_weights_plus_the_product_of_the_adapters(f
 
 
 def part_of(lessons: list[Lesson]):
-    from img_minimal.finetune import Indexed
+    from img_minimal.finetuning.finetune import Indexed
     from img_minimal.training import Part
 
     return Part(Indexed(lessons), torch.arange(len(lessons)))

@@ -14,9 +14,9 @@ import pytest
 from release_folder import PROMPT, locations
 
 from img_minimal.errors import UserError
-from img_minimal.hub import chosen, fetch, file, folder
+from img_minimal.models.hub import chosen, fetch, file, folder
+from img_minimal.models.weights import WeightsError
 from img_minimal.presets import find_preset, with_overrides
-from img_minimal.weights import WeightsError
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789" * 4
@@ -95,7 +95,7 @@ def sample(environment: dict, output: Path, folder: str, **changed: object) -> s
 def refusals(environment: dict, *locations: str) -> list[str]:
     """What the user is told about each location, asked for as aligner files or MLLM folders by one program."""
     program = (
-        "import sys\nfrom img_minimal.errors import UserError\nfrom img_minimal.hub import file, folder\n"
+        "import sys\nfrom img_minimal.errors import UserError\nfrom img_minimal.models.hub import file, folder\n"
         "for place in sys.argv[1:]:\n"
         "    try: print(file(place, '--aligner') if '.' in place else folder(place, '--mllm'))\n"
         "    except UserError as error: print('error:', error)\n"
@@ -154,7 +154,9 @@ def test_a_name_that_is_neither_path_nor_repository_is_refused_without_asking_th
 
 
 def test_a_mistyped_local_path_shows_before_anything_is_fetched(monkeypatch):
-    monkeypatch.setattr("img_minimal.hub.snapshot_download", lambda *_, **__: pytest.fail("something was fetched"))
+    monkeypatch.setattr(
+        "img_minimal.models.hub.snapshot_download", lambda *_, **__: pytest.fail("it fetched")
+    )
     preset = with_overrides(find_preset("sdxl"), mllm="/nowhere/llava")
     with pytest.raises(WeightsError, match="/nowhere/llava.*--mllm"):
         fetch(preset, ("aligner", "base", "mllm"))

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from img_minimal.image_prompt import ImagePrompt, Resampler, load_ip_adapter
-from img_minimal.weights import WeightsError
+from img_minimal.models.weights import WeightsError
 
 W, D, N = 24, 32, 4
 

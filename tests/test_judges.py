@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from img_minimal.errors import UserError
-from img_minimal.judges import JUDGES, Judge, JudgeFiles
+from img_minimal.judging.judges import JUDGES, Judge, JudgeFiles
+from img_minimal.judging.prompt_files import FilePrompt, read_prompts
 from img_minimal.presets import find_preset
-from img_minimal.prompt_files import FilePrompt, read_prompts
 
 PROMPTS = [
     "a red circle",

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from img_minimal.errors import UserError
-from img_minimal.llava_layout import convert, transformers_config
 from img_minimal.mllm import MLLM
+from img_minimal.models.llava_layout import convert, transformers_config
 from img_minimal.questions import ask
 
 PROMPTS = ["a red circle", "two blue squares and a red circle"]

@@ -11,9 +11,9 @@ from PIL import Image
 from release_folder import PROMPT, preset
 from torch import nn
 
-from img_minimal.devices import Placement, Precision
 from img_minimal.errors import UserError
-from img_minimal.memory import CARDS, GIB, counting, needs, table, usable
+from img_minimal.models.devices import Placement, Precision
+from img_minimal.models.memory import CARDS, GIB, counting, needs, table, usable
 from img_minimal.pipeline import IMG
 
 ROOT = Path(__file__).parent.parent
@@ -144,7 +144,7 @@ def test_the_readme_shows_the_table_that_the_command_prints():
 
 
 def test_the_command_prints_it_and_refuses_an_unknown_mllm():
-    command = [sys.executable, "-m", "img_minimal.memory", "--mllm"]
+    command = [sys.executable, "-m", "img_minimal.models.memory", "--mllm"]
     said = subprocess.run([*command, "qwen2.5-vl-7b"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert said.returncode == 0 and "| qwen2.5-vl-7b | 8,292.2 |" in said.stdout, said.stderr
     refused = subprocess.run([*command, "gpt"], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -16,9 +16,9 @@ from img_minimal import pipeline
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.image_prompt import load_ip_adapter
 from img_minimal.images import from_pil
+from img_minimal.models.weights import WeightsError, read_weights
 from img_minimal.pipeline import IMG, Painter
 from img_minimal.presets import find_preset
-from img_minimal.weights import WeightsError, read_weights
 
 
 def test_sample_runs_through_with_flags_that_point_at_the_files(release, tmp_path, monkeypatch, capsys):

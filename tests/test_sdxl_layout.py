@@ -14,8 +14,8 @@ from torch import nn
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.image_prompt import Resampler
 from img_minimal.injection import ImageBranch, cross_attentions, inject
-from img_minimal.true_sizes import SDXL_UNET, models, parameters
-from img_minimal.weights import fill
+from img_minimal.models.true_sizes import SDXL_UNET, models, parameters
+from img_minimal.models.weights import fill
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -14,18 +14,18 @@ from pair_files import read_pairs
 from PIL import Image
 
 import train as script
-from img_minimal import data as data_module
-from img_minimal.data import CachedData, StreamedData, making, training_data
+from img_minimal.data import sources as data_module
+from img_minimal.data.feature_cache import FeatureCache
+from img_minimal.data.pairs import Pair, pair_stream
+from img_minimal.data.sources import CachedData, StreamedData, making, training_data
+from img_minimal.data.stream import Place, ahead, in_threads
+from img_minimal.data.triplets import triplet_stream
 from img_minimal.errors import UserError
-from img_minimal.feature_cache import FeatureCache
-from img_minimal.features import Features, compute_guidance, compute_tokens, distinct
+from img_minimal.features import Features, compute_guidance, compute_tokens, distinct, self_targets
 from img_minimal.mllm import MLLM
-from img_minimal.pairs import Pair, pair_stream
-from img_minimal.plan import aligner_plan
+from img_minimal.models.plan import aligner_plan
 from img_minimal.presets import find_preset
-from img_minimal.stream import Place, ahead, in_threads
 from img_minimal.training import Batches, Trainer
-from img_minimal.triplets import triplet_stream
 
 TWIN = find_preset("tiny-sdxl")
 PRESET = dataclasses.replace(TWIN, train_steps=6, batch_size=4, depth=1, heads=1, keep_share=0.25)
@@ -363,7 +363,7 @@ def test_a_damaged_shard_is_named(tmp_path, shards):
 def test_a_full_disk_is_one_clear_line_and_keeps_what_was_cached(tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
-    from img_minimal import weights
+    from img_minimal.models import weights
 
     source, save, written = write(tmp_path / "pairs", rows(20)), weights.save_file, []
 
@@ -538,12 +538,14 @@ def test_encoding_each_image_once_gives_the_numbers_of_encoding_every_one(monkey
     assert len(distinct([p.loser for p in pairs])[0]) < len(pairs), "the twin's pairs share images"
     alone = torch.cat([encoder.image_prompt.tokens([p.loser]) for p in pairs])
     assert (features.loser[: len(pairs)] - alone).abs().max() < 1e-5
-    assert len(features) == 30 and features.kept.sum() == 6
+    kept = self_targets(pairs, 0.25)
+    assert 0 < len(kept) <= 6 and len(features) == 24 + len(kept) and features.kept.sum() == len(kept)
     assert torch.equal(features.loser[24:], features.winner[24:])
+    assert all(any(p.winner is other.loser for other in pairs) for p in kept), "kept winners lose elsewhere"
     assert encoder.widths == (features.loser.shape[-1], features.guidance.shape[-1])
-    other = compute_guidance(pairs, encoder.guide, 0.25, 1)["guidance"]
+    other = compute_guidance(pairs, encoder.guide, kept, 1)["guidance"]
     assert other.shape != features.guidance.shape or not torch.equal(other, features.guidance), "other questions"
-    assert compute_tokens(pairs, encoder.image_prompt, 0.0)["kept"].sum() == 0
+    assert compute_tokens(pairs, encoder.image_prompt, self_targets(pairs, 0.0))["kept"].sum() == 0
 
 
 def test_data_is_streamed_or_cached_as_the_preset_says(tmp_path, monkeypatch):

@@ -13,10 +13,10 @@ import torch
 
 import train as script
 from img_minimal.checkpoint import RunFolder, load_checkpoint, save_checkpoint
+from img_minimal.data.stream import Place
 from img_minimal.errors import UserError
 from img_minimal.features import Features
 from img_minimal.presets import find_preset
-from img_minimal.stream import Place
 from img_minimal.training import Batches, Part, Stop, Trainer, batch_indices, validate
 
 PRESET = dataclasses.replace(find_preset("tiny-sdxl"), train_steps=12, batch_size=8, depth=1, heads=1)

@@ -10,11 +10,11 @@ from pair_files import read_pairs
 from transformers import CLIPVisionModelWithProjection, LlavaForConditionalGeneration, LlavaProcessor
 
 from img_minimal.image_prompt import load_ip_adapter
+from img_minimal.models.weights import read_weights
 from img_minimal.presets import TINY, find_preset
 from img_minimal.tiny.build.tokenizers import WORDS
 from img_minimal.tiny.diagnose import oracle_accuracy
 from img_minimal.tiny.grammar import HELD_OUT, benchmark, parse
-from img_minimal.weights import read_weights
 
 PRESET = find_preset("tiny-sdxl")
 

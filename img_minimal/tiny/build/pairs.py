@@ -5,9 +5,9 @@ image is wrong, damaged in one respect if it is right. Two unrelated images of o
 regression from one to the other learns an average; a pair that shares its layout differs in what is wrong. The oracle
 labels both; equal labels are ties and are dropped.
 
-An image also loses under prompts that it was not drawn for. Up to eight such prompts for each image, most of them one to
-three edits away from what it shows, make many pairs without drawing: with 12,000 pairs an aligner of this size over-fits.
-All of them stay in the work folder, for the aligners that ship; the repository ships a part.
+An image also loses under prompts that it was not drawn for. Up to eight such prompts for each image, most of them one
+to three edits away from what it shows, make many pairs without drawing: with 12,000 pairs an aligner of this size
+over-fits. All of them stay in the work folder, for the aligners that ship; the repository ships a part.
 """
 
 import io

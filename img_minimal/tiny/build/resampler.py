@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from img_minimal.attention import PerceiverLayers
 from img_minimal.image_prompt import Resampler
+from img_minimal.models.weights import write_safetensors
 from img_minimal.tiny.build.clip import SIDE, WIDTH, sine_position_2d
 from img_minimal.tiny.build.loop import autocast, fit
-from img_minimal.weights import write_safetensors
 
 CELLS = SIDE // 2  # tokens in a row
 NOISE = 0.3  # on the tokens that the decoder reads; the variance of a token's content has to stand out from it

@@ -21,13 +21,13 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from img_minimal.diffusion import draw
 from img_minimal.image_prompt import Resampler
 from img_minimal.injection import ImageBranch, inject
+from img_minimal.models.weights import read_weights, write_safetensors
 from img_minimal.tiny.build.clip import TEXT_WIDTH, WIDTH
 from img_minimal.tiny.build.loop import autocast, fit
 from img_minimal.tiny.build.scenes import encode_text
 from img_minimal.tiny.grammar import CATEGORIES, sample_prompt
 from img_minimal.tiny.oracle import judge
 from img_minimal.tiny.world import place, render
-from img_minimal.weights import read_weights, write_safetensors
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
 # Shares of a batch: text alone, nothing, text and image, image alone; the rest has the negative image.

@@ -17,16 +17,16 @@ from transformers import (
 )
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.detector import prepare
-from img_minimal.devices import Precision, best_device
 from img_minimal.errors import UserError
-from img_minimal.hub import file
+from img_minimal.finetuning.detector import prepare
 from img_minimal.image_prompt import Resampler, load_ip_adapter
-from img_minimal.llava_layout import is_original, transformers_config
 from img_minimal.mllm import find_family
+from img_minimal.models.devices import Precision, best_device
+from img_minimal.models.hub import file
+from img_minimal.models.llava_layout import is_original, transformers_config
+from img_minimal.models.pretrained import read_config
+from img_minimal.models.true_sizes import parameters
 from img_minimal.presets import Preset
-from img_minimal.pretrained import read_config
-from img_minimal.true_sizes import parameters
 
 TEXT_TOKENS = 64  # about what question and prompt take, beside the image's tokens
 NATIVE_TOKENS = 1369  # of an image of 1024 x 1024 for MLLMs that see images at their own size (Qwen2.5-VL)

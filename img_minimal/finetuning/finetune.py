@@ -14,17 +14,17 @@ from torch import nn
 from tqdm import tqdm
 
 from img_minimal.checkpoint import RunFolder, save_checkpoint
-from img_minimal.detector import Detector, Lesson
-from img_minimal.devices import Precision, best_device
+from img_minimal.data.stream import START, Place, Stream, ahead
+from img_minimal.data.triplets import Triplet, triplet_stream
 from img_minimal.errors import UserError
-from img_minimal.hub import fetch
+from img_minimal.finetuning.detector import Detector, Lesson
 from img_minimal.mllm import MLLM
+from img_minimal.models.devices import Precision, best_device
+from img_minimal.models.hub import fetch
 from img_minimal.optimizer import warmup_constant_decay
 from img_minimal.pictures import detector_curves
 from img_minimal.presets import Finetuning, Preset
-from img_minimal.stream import START, Place, Stream, ahead
 from img_minimal.training import Batches, Part, Stop
-from img_minimal.triplets import Triplet, triplet_stream
 
 HELD_OUT = 1000  # triplets at most, and a tenth at most, that accuracy is measured on
 

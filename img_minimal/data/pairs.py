@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from img_minimal.stream import Decode, Skipped, Stream
+from img_minimal.data.stream import Decode, Skipped, Stream
 
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 

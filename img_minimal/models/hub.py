@@ -28,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from img_minimal.errors import UserError
+from img_minimal.models.weights import WeightsError, opening
 from img_minimal.presets import TINY, Preset
-from img_minimal.weights import WeightsError, opening
 
 FILES = ("ip_adapter", "resampler", "aligner")  # the other locations are folders
 WEIGHTS = re.compile(

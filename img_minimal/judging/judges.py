@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from img_minimal.errors import UserError
-from img_minimal.hub import folder
+from img_minimal.models.hub import folder
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from img_minimal.errors import UserError
 from img_minimal.features import file_print
 from img_minimal.files import write_whole
 from img_minimal.images import to_pil
-from img_minimal.prompt_files import FilePrompt
+from img_minimal.judging.prompt_files import FilePrompt
 
 NEW_SEED = 1_000_000  # added to a seed for the control that spends IMG's compute on another try
 FIRST_SEED = 100_000  # times the run's seed plus one: images of two runs share none

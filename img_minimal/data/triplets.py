@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from PIL.Image import Image
 
-from img_minimal.stream import Decode, Skipped, Stream
+from img_minimal.data.stream import Decode, Skipped, Stream
 
 COLUMNS = ("original_image", "edit_prompt", "edited_prompt")
 

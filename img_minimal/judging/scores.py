@@ -10,11 +10,11 @@ import numpy as np
 from tqdm import tqdm
 
 from img_minimal.cli import check
-from img_minimal.devices import best_device
 from img_minimal.errors import UserError
 from img_minimal.files import write_whole
-from img_minimal.image_folder import ARMS, Batch, ImageFolder, content
-from img_minimal.judges import JUDGES, Judge, JudgeFiles
+from img_minimal.judging.image_folder import ARMS, Batch, ImageFolder, content
+from img_minimal.judging.judges import JUDGES, Judge, JudgeFiles
+from img_minimal.models.devices import best_device
 from img_minimal.statistics import mean_interval, win_rate
 
 

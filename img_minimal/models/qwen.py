@@ -12,8 +12,8 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from img_minimal.pretrained import build, read_shards
-from img_minimal.weights import opening
+from img_minimal.models.pretrained import build, read_shards
+from img_minimal.models.weights import opening
 
 
 class ImageProcessor(Qwen2_5_VLProcessor):

@@ -11,15 +11,15 @@ from functools import cache
 from pathlib import Path
 
 from img_minimal.cli import writable_folder
-from img_minimal.devices import Precision, best_device
+from img_minimal.data.feature_cache import FeatureCache, Shards
+from img_minimal.data.pairs import Pair, pair_stream
+from img_minimal.data.stream import START, Chunk, Place, Stream, ahead
 from img_minimal.errors import UserError
-from img_minimal.feature_cache import FeatureCache, Shards
 from img_minimal.features import Encoder, Features, file_print
-from img_minimal.pairs import Pair, pair_stream
-from img_minimal.plan import read_settings
+from img_minimal.models.devices import Precision, best_device
+from img_minimal.models.plan import read_settings
 from img_minimal.presets import Preset
 from img_minimal.questions import QUESTIONS
-from img_minimal.stream import START, Chunk, Place, Stream, ahead
 from img_minimal.training import Part
 
 UNSEEN_BYTES = 1e9  # of features that validation keeps in memory

@@ -22,13 +22,13 @@ from tqdm import tqdm
 from img_minimal.cli import check, option, warn, writable_folder
 from img_minimal.diffusion import unread
 from img_minimal.files import write_whole
-from img_minimal.image_folder import ARMS, Batch, ImageFolder, content
-from img_minimal.judges import JUDGES, Judge, JudgeFiles
+from img_minimal.judging.image_folder import ARMS, Batch, ImageFolder, content
+from img_minimal.judging.judges import JUDGES, Judge, JudgeFiles
+from img_minimal.judging.prompt_files import read_prompts
+from img_minimal.judging.scores import Scores
 from img_minimal.pictures import labelled_grid
 from img_minimal.pipeline import IMG, align, look
 from img_minimal.presets import Preset, with_overrides
-from img_minimal.prompt_files import read_prompts
-from img_minimal.scores import Scores
 from img_minimal.tiny.grammar import parse
 
 # Fields of a preset that change its images. A file at such a place is known by its content.

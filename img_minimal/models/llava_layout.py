@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from img_minimal.errors import UserError
-from img_minimal.hub import folder as find_folder
-from img_minimal.pretrained import build, read_shards
-from img_minimal.weights import opening
+from img_minimal.models.hub import folder as find_folder
+from img_minimal.models.pretrained import build, read_shards
+from img_minimal.models.weights import opening
 
 RENAMES = {
     r"^model\.(embed_tokens|layers|norm)\.": r"model.language_model.\1.",

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from img_minimal.data.pairs import Pair
+from img_minimal.data.stream import START, Place, Stream, ahead
 from img_minimal.errors import UserError
 from img_minimal.features import Features
 from img_minimal.files import write_whole
-from img_minimal.pairs import Pair
-from img_minimal.stream import START, Place, Stream, ahead
-from img_minimal.weights import read_metadata, read_weights, write_safetensors
+from img_minimal.models.weights import read_metadata, read_weights, write_safetensors
 
 
 class Shards:
@@ -37,9 +37,12 @@ class Shards:
         """The samples of `index` (B,), in memory."""
         if len(self.parts) == 1 or not len(index):
             return self.parts[0][index]
-        part = torch.bucketize(index, self.ends, right=True).tolist()
-        row = [i - int(self.ends[p]) + len(self.parts[p]) for i, p in zip(index.tolist(), part)]
-        return Features.join([self.parts[p][r : r + 1] for p, r in zip(part, row)])
+        part, pieces, places = torch.bucketize(index, self.ends, right=True), [], []
+        for p in part.unique().tolist():
+            here = (part == p).nonzero().flatten()
+            pieces.append(self.parts[p][index[here] - int(self.ends[p]) + len(self.parts[p])])
+            places.append(here)
+        return Features.join(pieces)[torch.cat(places).argsort()]
 
 
 class FeatureCache:

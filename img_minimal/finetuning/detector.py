@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from img_minimal.data.triplets import Triplet
 from img_minimal.mllm import FAMILIES, MLLM
 from img_minimal.questions import ask
-from img_minimal.triplets import Triplet
 
 IGNORE = -100  # the label of tokens that do not count, as in transformers
 ADAPTED = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # what LoRA adds to

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from img_minimal.weights import WeightsError, opening, read_weights
+from img_minimal.models.weights import WeightsError, opening, read_weights
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

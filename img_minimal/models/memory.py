@@ -1,7 +1,7 @@
 """How much GPU memory a run needs, computed without a GPU, a download, or a weight.
 
-    python -m img_minimal.memory --model sdxl
-    python -m img_minimal.memory --model sdxl --mllm llava-7b
+    python -m img_minimal.models.memory --model sdxl
+    python -m img_minimal.models.memory --model sdxl --mllm llava-7b
 
 Weights: the models are built on PyTorch's meta device (shapes without numbers) from their public settings, and their
 parameters counted. Activations: one forward pass, and for training one backward pass, is made on that device,
@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from img_minimal.cli import option, parse, run
+from img_minimal.models.true_sizes import MLLMS, models, parameters
 from img_minimal.presets import find_preset
-from img_minimal.true_sizes import MLLMS, models, parameters
 
 GIB = 2**30
 CARDS = (16, 24, 40, 80)

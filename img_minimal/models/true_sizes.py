@@ -25,7 +25,7 @@ from transformers import (
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.image_prompt import Resampler
 from img_minimal.injection import ImageBranch
-from img_minimal.llava_layout import CLIP_336_CONFIG
+from img_minimal.models.llava_layout import CLIP_336_CONFIG
 
 SDXL_UNET = {
     "sample_size": 128,
