@@ -13,6 +13,7 @@ from img_minimal.models.weights import read_weights
 from img_minimal.presets import find_preset
 from img_minimal.tiny.build import clip, llava, pairs, resampler, scenes, triplets, unet, vae
 from img_minimal.tiny.build.loop import fit
+from img_minimal.tiny.grammar import parse
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,8 @@ def built(tmp_path_factory) -> Path:
     resampler.build(work, target, steps=2, batch=8)
     unet.build(work, target, steps=2, batch=8, watched=5)
     llava.build_stock(work, target, steps=2, count=100)
-    triplets.build(work, target, count=100)
+    shutil.copy(find_preset("tiny-sdxl").pairs, work / "pairs.parquet")
+    triplets.build(work, target, count=60, images=20)
     llava.build_detector(work, target, steps=2)
     return target
 
@@ -40,6 +42,14 @@ def test_every_part_of_the_twin_can_be_built_from_nothing(built):
         assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}, name
 
 
+def test_triplets_are_of_rendered_scenes_and_of_images_that_the_base_drew(built):
+    rows = pq.read_table(built / "triplets.parquet").to_pylist()
+    drawn = [row for row in rows if row["original_image"]["bytes"].startswith(b"\xff\xd8")]  # JPEG
+    assert len(rows) - len(drawn) == 60 and len(drawn) > 10
+    assert any(row["edit_prompt"] == "nothing" for row in drawn)
+    assert any(row["edit_prompt"] != "nothing" for row in drawn)
+
+
 def test_preference_pairs_are_drawn_by_the_base_and_labelled_by_the_oracle(tmp_path):
     preset = replace(find_preset("tiny-sdxl"), sampling_steps=6)
     pairs.CHUNK, chunk = 24, pairs.CHUNK
@@ -52,6 +62,7 @@ def test_preference_pairs_are_drawn_by_the_base_and_labelled_by_the_oracle(tmp_p
     for row in table:
         assert {row["label_0"], row["label_1"]} == {0.0, 1.0}
         assert {row["model_0"], row["model_1"]} == {"tiny-sdxl", "edited scene"}
+        assert parse(row["caption"]).split == "train"
 
 
 def test_a_stopped_part_goes_on_to_the_same_weights(tmp_path):

@@ -154,9 +154,7 @@ def test_a_name_that_is_neither_path_nor_repository_is_refused_without_asking_th
 
 
 def test_a_mistyped_local_path_shows_before_anything_is_fetched(monkeypatch):
-    monkeypatch.setattr(
-        "img_minimal.models.hub.snapshot_download", lambda *_, **__: pytest.fail("it fetched")
-    )
+    monkeypatch.setattr("img_minimal.models.hub.snapshot_download", lambda *_, **__: pytest.fail("it fetched"))
     preset = with_overrides(find_preset("sdxl"), mllm="/nowhere/llava")
     with pytest.raises(WeightsError, match="/nowhere/llava.*--mllm"):
         fetch(preset, ("aligner", "base", "mllm"))

@@ -21,8 +21,13 @@ class Pair:
 
     @property
     def validation(self) -> bool:
-        """One prompt in ten is kept for measuring the error on prompts that were not trained on."""
-        return hashlib.sha256(self.prompt.encode()).digest()[0] % 10 == 0
+        """For measuring the error on prompts that were not trained on."""
+        return held_back(self.prompt)
+
+
+def held_back(prompt: str) -> bool:
+    """One prompt in ten is not trained on."""
+    return hashlib.sha256(prompt.encode()).digest()[0] % 10 == 0
 
 
 def parse_pair(row: dict, decode: Decode) -> Pair:

@@ -25,7 +25,7 @@ from img_minimal.files import replacing
 from img_minimal.images import to_pil
 from img_minimal.pipeline import Painter
 from img_minimal.presets import Preset
-from img_minimal.tiny.build.triplets import damage, to_png
+from img_minimal.tiny.build.triplets import BASE, damage, to_png
 from img_minimal.tiny.edits import NOTHING, correct, instruction
 from img_minimal.tiny.grammar import HELD_OUT, RELATIONS, Group, Prompt, sample_prompt
 from img_minimal.tiny.oracle import BLOB, Verdict, judge
@@ -54,6 +54,8 @@ def damaged(scene: Scene, prompt: Prompt, rng: random.Random) -> Scene:
 
 def describe(scene: Scene, rng: random.Random) -> Prompt | None:
     """A training prompt that the scene is right for, if the grammar has one."""
+    if len(scene) > 4:
+        return None
     counts = list(Counter(s.kind for s in scene).items())
     rng.shuffle(counts)
     counts.sort(key=lambda item: -item[1])
@@ -69,7 +71,7 @@ def describe(scene: Scene, rng: random.Random) -> Prompt | None:
 
 def pair_row(prompt: Prompt, drawn: bytes, edited: bytes, drawn_wins: bool, number: int) -> dict:
     """A row in Pick-a-Pic's columns; `ranking_id` numbers the drawn image, and says on which side it stands."""
-    sides = [(drawn, drawn_wins, "tiny-sdxl"), (edited, not drawn_wins, "edited scene")]
+    sides = [(drawn, drawn_wins, BASE), (edited, not drawn_wins, "edited scene")]
     if number % 2:
         sides.reverse()
     (jpg_0, label_0, model_0), (jpg_1, label_1, model_1) = sides

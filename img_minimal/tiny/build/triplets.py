@@ -1,12 +1,16 @@
 """InstructPix2Pix for the tiny world: an image, the prompt of the edited scene, and the edit in words.
 
-The image is a scene that misses the prompt in the ways a base model does: a colour or form exchanged, taken or
-missing, one shape too many, the relation reversed. Four in ten are right, and their instruction is "nothing".
+Some images are rendered scenes that miss the prompt in the ways a base model does: a colour or form exchanged, taken or
+missing, one shape too many, the relation reversed. The others were drawn by the base itself, under the prompts of the
+preference pairs, and the oracle says what is wrong: a detector that has only seen clean pictures overlooks much in
+drawn ones. Where nothing is wrong the instruction is "nothing".
 """
 
 import io
 import random
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,9 +19,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from img_minimal.data.pairs import held_back
+from img_minimal.files import replacing
+from img_minimal.images import decode, from_pil
 from img_minimal.tiny.edits import instruction
-from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, Prompt, sample_prompt
+from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, Prompt, parse, sample_prompt
+from img_minimal.tiny.oracle import judge
 from img_minimal.tiny.world import CELLS, JITTER, LARGEST, SMALLEST, Scene, Shape, overlap, place, render
+
+SHIPPED = 16_000
+BASE = "tiny-sdxl"  # in the columns model_0 and model_1 of preference pairs
 
 
 def damage(scene: Scene, rng: random.Random) -> Scene:
@@ -83,16 +94,38 @@ def to_png(pixels: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def build(workdir: Path, target: Path, count: int = 32_000) -> None:
-    """Write `target/triplets.parquet` with the columns of InstructPix2Pix that the method reads."""
-    rng = random.Random(61)
-    rows = {"original_image": [], "edit_prompt": [], "edited_prompt": []}
-    for _ in tqdm(range(count), desc="triplets"):
+def drawn_triplets(rows: list[dict], rng: random.Random) -> Iterator[tuple[bytes, str, str]]:
+    """About two triplets (JPEG, prompt, words) of each image that the base drew, from its preference pairs."""
+    for _, group in groupby(rows, key=lambda row: row["ranking_id"]):
+        won, lost = [], []
+        for row in group:
+            side = int(row["model_1"] == BASE)
+            (won if row[f"label_{side}"] else lost).append((row[f"jpg_{side}"], row["caption"]))
+        chosen = lost[:1] + [rng.choice(part) for part in (won, lost[1:]) if part and rng.random() < 0.5]
+        for image, caption in chosen:
+            if not held_back(caption):
+                prompt = parse(caption)
+                [verdict] = judge(from_pil([decode(image)]), [prompt])
+                yield image, caption, instruction(verdict.found, prompt)
+
+
+def build(workdir: Path, target: Path, count: int = 12_000, images: int = 16_000) -> None:
+    """Triplets of `count` rendered scenes and of the first `images` that the base drew for `workdir/pairs.parquet`.
+
+    All go to `workdir/triplets.parquet`, the first SHIPPED also to `target`.
+    """
+    rng, triplets = random.Random(61), []
+    for _ in tqdm(range(count), desc="rendered triplets"):
         scene, prompt, words = sample_triplet(rng)
-        rows["original_image"].append({"bytes": to_png(render([scene])[0]), "path": None})
-        rows["edited_prompt"].append(str(prompt))
-        rows["edit_prompt"].append(words)
-    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    columns = {"original_image": pa.array(rows["original_image"], image)}
-    table = pa.table(columns | {k: pa.array(rows[k]) for k in ("edit_prompt", "edited_prompt")})
-    pq.write_table(table, target / "triplets.parquet", compression="zstd")
+        triplets.append((to_png(render([scene])[0]), str(prompt), words))
+    rows = [row for row in pq.read_table(workdir / "pairs.parquet").to_pylist() if row["ranking_id"] < images]
+    triplets += tqdm(drawn_triplets(rows, rng), desc="drawn triplets")
+    rng.shuffle(triplets)
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    pictures = pa.array([{"bytes": image, "path": None} for image, _, _ in triplets], kind)
+    columns = {"original_image": pictures, "edit_prompt": [words for *_, words in triplets]}
+    table = pa.table(columns | {"edited_prompt": [prompt for _, prompt, _ in triplets]})
+    for path, part in ((workdir / "triplets.parquet", table), (target / "triplets.parquet", table[:SHIPPED])):
+        with replacing(path) as partial:
+            pq.write_table(part, partial, compression="zstd", compression_level=19)
+        print(f"{len(part)} triplets in {path}, {path.stat().st_size / 1e6:.1f} MB")
