@@ -144,7 +144,11 @@ def train_aligner(config: Config, preset: Preset, run_folder: RunFolder) -> bool
     if config.eval_prompts and preset.world == "tiny":
         painter = Painter.from_preset(preset)
         path = preset.stock_mllm if config.guidance == "stock" else preset.mllm
-        guide = painter if config.guidance == "text" else MLLM.from_pretrained(path, device=painter.pipe.device)
+        guide = (
+            painter
+            if config.guidance == "text"
+            else MLLM.from_pretrained(path, painter.precision.mllm, painter.pipe.device)
+        )
         print_comparison(IMG(painter, guide, trainer.aligner), config.eval_prompts, folder / "samples.png")
     print(f"saved to {folder}/aligner.safetensors")
     return True

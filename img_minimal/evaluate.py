@@ -190,7 +190,7 @@ def ablations(bench: Bench) -> None:
         "text": (preset.text_aligner, lambda: painter),
         "stock_mllm": (
             preset.stock_aligner,
-            lambda: MLLM.from_pretrained(preset.stock_mllm, device=painter.pipe.device),
+            lambda: MLLM.from_pretrained(preset.stock_mllm, painter.precision.mllm, painter.pipe.device),
         ),
     }
     for name, (path, guide) in arms.items():

@@ -95,7 +95,9 @@ class Encoder:
         names = ("ip_adapter", "resampler", "image_encoder", "mllm")
         preset = fetch(preset, names, half=precision.weights != torch.float32)
         image_proj, _ = load_ip_adapter(preset.ip_adapter, preset.resampler)
-        image_prompt = ImagePrompt.from_pretrained(preset.image_encoder, image_proj, precision.weights, device)
+        image_prompt = ImagePrompt.from_pretrained(
+            preset.image_encoder, image_proj, precision.weights, device, precision.autocast
+        )
         return cls(image_prompt, MLLM.from_pretrained(preset.mllm, precision.mllm, device), *settings)
 
     @property

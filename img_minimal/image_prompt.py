@@ -3,6 +3,7 @@
 IMG aligns these tokens, so they are its c_l, c_w and f(c). Module names are those of the public IP-Adapter files.
 """
 
+import math
 from pathlib import Path
 from typing import Self
 
@@ -62,9 +63,13 @@ class Resampler(nn.Module):
 class ImagePrompt(nn.Module):
     """A frozen image -> tokens pipeline. To train a Resampler, call `resampler(features)` itself."""
 
-    def __init__(self, encoder: CLIPVisionModelWithProjection, processor: CLIPImageProcessorPil, resampler: Resampler):
+    def __init__(
+        self, encoder: CLIPVisionModelWithProjection, processor: CLIPImageProcessorPil, resampler: Resampler,
+        autocast: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.encoder, self.processor, self.resampler = encoder, processor, resampler
+        self.autocast = autocast  # compute in bf16 with fp32 weights
 
     @classmethod
     def from_pretrained(
@@ -73,6 +78,7 @@ class ImagePrompt(nn.Module):
         image_proj: dict[str, Tensor],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        autocast: bool = False,
     ) -> Self:
         """`encoder_dir`: a local folder with a CLIP vision model; `image_proj`: from `load_ip_adapter`.
 
@@ -97,7 +103,7 @@ class ImagePrompt(nn.Module):
                 f"{encoder_dir}: its features have width {width}, the Resampler expects {expected}; use the image "
                 "encoder that the IP-Adapter was trained with (CLIP ViT-H for ip-adapter-plus_sdxl_vit-h)"
             )
-        return cls(encoder.eval(), processor, resampler).to(device).requires_grad_(False)
+        return cls(encoder.eval(), processor, resampler, autocast).to(device).requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -115,7 +121,25 @@ class ImagePrompt(nn.Module):
     @torch.no_grad()
     def tokens(self, images: list[Image]) -> Tensor:
         """Images -> image tokens (B, N, D), in the Resampler's dtype; SDXL: (B, 16, 2048)."""
-        return self.resampler(self.features(images).to(self.resampler.latents.dtype))
+        return self._resample(self.processor(images, return_tensors="pt").pixel_values)
+
+    @torch.no_grad()
+    def places(self, images: list[Image]) -> Tensor:
+        """Where each token reads its image: maps (B, N, side, side) over the encoder's patches, each summing to 1.
+
+        They are the Resampler's attention, averaged over layers and heads; class token and other tokens left out.
+        """
+        features = self.features(images).to(self.resampler.latents.dtype)
+        latents = self.resampler.latents.expand(len(images), -1, -1)
+        weights = self.resampler.layers.attend(latents, self.resampler.proj_in(features))[1]
+        patches = weights.mean((0, 2))[..., 1 : features.shape[1]]  # (B, N, P - 1)
+        side = math.isqrt(patches.shape[-1])
+        return (patches / patches.sum(-1, keepdim=True)).unflatten(-1, (side, side))
+
+    def _resample(self, pixels: Tensor) -> Tensor:
+        dtype = self.resampler.latents.dtype
+        with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.resampler(self.encode(pixels).to(dtype)).to(dtype)
 
     @torch.no_grad()
     def negative(self) -> Tensor:
@@ -125,7 +149,7 @@ class ImagePrompt(nn.Module):
         tokens nor a black image. Computed anew at each call, since the Resampler may have been trained meanwhile.
         """
         side = self.encoder.config.image_size
-        return self.resampler(self.encode(torch.zeros(1, 3, side, side)).to(self.resampler.latents.dtype))
+        return self._resample(torch.zeros(1, 3, side, side))
 
 
 def load_ip_adapter(

@@ -66,7 +66,7 @@ class Painter:
         preset = fetch(preset, ("ip_adapter", "resampler", "image_encoder", "unet", "base"), half)
         image_proj, ip_adapter = adapter or load_ip_adapter(preset.ip_adapter, preset.resampler)
         image_prompt = ImagePrompt.from_pretrained(
-            preset.image_encoder, image_proj, precision.weights, placement.waiting
+            preset.image_encoder, image_proj, precision.weights, placement.waiting, precision.autocast
         )
         loaded()
         unet_folder = preset.unet or Path(preset.base) / "unet"

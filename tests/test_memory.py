@@ -80,7 +80,7 @@ def test_dtypes_follow_the_device_unless_they_are_named():
     assert Precision.named(None, cpu) == Precision(torch.float32, torch.float32)
     assert Precision.named(None, gpu) == Precision(torch.float16, torch.bfloat16)
     assert Precision.named("bf16", gpu) == Precision(torch.bfloat16, torch.bfloat16)
-    assert Precision.named("mixed", cpu) == Precision(torch.float32, torch.float32, autocast=True)
+    assert Precision.named("mixed", cpu) == Precision(torch.float32, torch.bfloat16, autocast=True)
     with pytest.raises(UserError, match="int8.*fp32"):
         Precision.named("int8", gpu)
 

@@ -149,8 +149,9 @@ def finetune(preset: Preset, run_folder: RunFolder, seed: int) -> bool:
     settings, folder, device = preset.finetuning, run_folder.path, best_device()
     stream = triplet_stream(preset.triplets, settings.chunk, seed)
     precision = Precision.named(preset.dtype, device)
-    location = fetch(preset, ("stock_mllm",), half=precision.mllm != torch.float32).stock_mllm
-    mllm = MLLM.from_pretrained(location, precision.mllm, device)
+    dtype = precision.mllm if settings.lora_rank else torch.float32  # what learns must be fp32: LoRA adds that itself
+    location = fetch(preset, ("stock_mllm",), half=dtype != torch.float32).stock_mllm
+    mllm = MLLM.from_pretrained(location, dtype, device)
     torch.manual_seed(seed)  # of LoRA's first values
     detector = Detector(mllm, settings.lora_rank)
     data = Lessons(stream, detector, settings.micro_batch)

@@ -33,7 +33,7 @@ class Precision:
             "fp32": cls(full, full),
             "bf16": cls(brain, brain),
             "fp16": cls(half, half),
-            "mixed": cls(full, full, autocast=True),
+            "mixed": cls(full, brain, autocast=True),
             None: cls(half, brain) if device.type == "cuda" else cls(full, full),
         }
         if name not in known:
