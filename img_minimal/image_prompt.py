@@ -3,7 +3,6 @@
 IMG aligns these tokens, so they are its c_l, c_w and f(c). Module names are those of the public IP-Adapter files.
 """
 
-import math
 from pathlib import Path
 from typing import Self
 
@@ -121,25 +120,15 @@ class ImagePrompt(nn.Module):
     @torch.no_grad()
     def tokens(self, images: list[Image]) -> Tensor:
         """Images -> image tokens (B, N, D), in the Resampler's dtype; SDXL: (B, 16, 2048)."""
-        return self._resample(self.processor(images, return_tensors="pt").pixel_values)
+        with self._computing():
+            return self._resample(self.features(images))
 
-    @torch.no_grad()
-    def places(self, images: list[Image]) -> Tensor:
-        """Where each token reads its image: maps (B, N, side, side) over the encoder's patches, each summing to 1.
+    def _computing(self) -> torch.autocast:
+        return torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.autocast)
 
-        They are the Resampler's attention, averaged over layers and heads; class token and other tokens left out.
-        """
-        features = self.features(images).to(self.resampler.latents.dtype)
-        latents = self.resampler.latents.expand(len(images), -1, -1)
-        weights = self.resampler.layers.attend(latents, self.resampler.proj_in(features))[1]
-        patches = weights.mean((0, 2))[..., 1 : features.shape[1]]  # (B, N, P - 1)
-        side = math.isqrt(patches.shape[-1])
-        return (patches / patches.sum(-1, keepdim=True)).unflatten(-1, (side, side))
-
-    def _resample(self, pixels: Tensor) -> Tensor:
+    def _resample(self, features: Tensor) -> Tensor:
         dtype = self.resampler.latents.dtype
-        with torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.resampler(self.encode(pixels).to(dtype)).to(dtype)
+        return self.resampler(features.to(dtype)).to(dtype)
 
     @torch.no_grad()
     def negative(self) -> Tensor:
@@ -149,7 +138,8 @@ class ImagePrompt(nn.Module):
         tokens nor a black image. Computed anew at each call, since the Resampler may have been trained meanwhile.
         """
         side = self.encoder.config.image_size
-        return self._resample(torch.zeros(1, 3, side, side))
+        with self._computing():
+            return self._resample(self.encode(torch.zeros(1, 3, side, side)))
 
 
 def load_ip_adapter(

@@ -19,13 +19,14 @@ class Precision:
 
     weights: torch.dtype  # of the base model and of the image encoder
     mllm: torch.dtype
-    autocast: bool = False  # draw in bf16 with fp32 weights
+    autocast: bool = False  # draw and encode images in bf16 with fp32 weights
 
     @classmethod
     def named(cls, name: str | None, device: torch.device) -> "Precision":
         """fp32, bf16, fp16, or mixed; None is what the authors' sampler uses on a GPU, and fp32 on a CPU.
 
-        That is fp16 for diffusion, whose public files are fp16, and bf16 for the MLLM, whose activations are large.
+        The authors' is fp16 for diffusion, whose public files are fp16, and bf16 for the MLLM, whose activations are
+        large. mixed is fp32 weights under bf16 autocast, and the MLLM in bf16.
         Raises UserError for another name.
         """
         full, half, brain = torch.float32, torch.float16, torch.bfloat16

@@ -25,11 +25,12 @@ from img_minimal.files import replacing
 from img_minimal.images import to_pil
 from img_minimal.pipeline import Painter
 from img_minimal.presets import Preset
+from img_minimal.tiny.build.tables import save_table
 from img_minimal.tiny.build.triplets import BASE, damage, to_png
 from img_minimal.tiny.edits import NOTHING, correct, instruction
 from img_minimal.tiny.grammar import HELD_OUT, RELATIONS, Group, Prompt, sample_prompt
 from img_minimal.tiny.oracle import BLOB, Verdict, judge
-from img_minimal.tiny.world import Scene, render, satisfied
+from img_minimal.tiny.world import Scene, Shape, render, satisfied
 
 CHUNK = 400  # images between two files, so that a stopped build goes on
 FIRST_SEED = 50_000_000  # far from those of the evaluation
@@ -79,9 +80,14 @@ def pair_row(prompt: Prompt, drawn: bytes, edited: bytes, drawn_wins: bool, numb
     return row | {"label_1": float(label_1), "ranking_id": number, "model_0": model_0, "model_1": model_1}
 
 
+def is_clear(shape: Shape) -> bool:
+    """Can a training prompt name it?"""
+    return shape.form != BLOB and shape.kind not in HELD_OUT
+
+
 def prompts_for(found: Scene, own: Prompt, more: int, rng: random.Random) -> list[Prompt]:
     """Up to `more` training prompts that the image is wrong for: most are one to three edits away, some are any."""
-    clear = tuple(s for s in found if s.form != BLOB and s.kind not in HELD_OUT)[:4]
+    clear = tuple(filter(is_clear, found))[:4]
     prompts: dict[str, Prompt] = {}
     for _ in range(8 * more):
         if len(prompts) == more:
@@ -93,18 +99,21 @@ def prompts_for(found: Scene, own: Prompt, more: int, rng: random.Random) -> lis
             for _ in range(rng.choices((1, 2, 3), (7, 5, 3))[0]):
                 scene = damage(scene, rng)
             other = describe(scene, rng)
-        if other and not other.held_out and str(other) != str(own) and instruction(found, other) != NOTHING:
+        if other and str(other) != str(own) and instruction(found, other) != NOTHING:
             prompts[str(other)] = other
     return list(prompts.values())
 
 
 def pairs_of_image(drawn: bytes, verdict: Verdict, prompt: Prompt, number: int, more: int = 8) -> list[dict]:
-    """The pair of a drawn image under its own prompt, one that it wins under a prompt that says what it shows, and
-    those that it loses under `more` other prompts."""
+    """The pairs of one drawn image.
+
+    One under its own prompt, one that it wins under a prompt that says what it shows, and those that it loses under
+    `more` other prompts.
+    """
     rng, found = random.Random(number), verdict.found
     won = [prompt] if verdict.strict else []
-    shown = describe(found, rng) if all(s.form != BLOB and s.kind not in HELD_OUT for s in found) else None
-    if shown and not shown.held_out and str(shown) != str(prompt) and instruction(found, shown) == NOTHING:
+    shown = describe(found, rng) if all(map(is_clear, found)) else None
+    if shown and str(shown) != str(prompt) and instruction(found, shown) == NOTHING:
         won.append(shown)
     lost = [] if verdict.strict else [prompt]
     lost += prompts_for(found, prompt, more, rng)
@@ -150,10 +159,8 @@ def build(workdir: Path, target: Path, preset: Preset, chunks: int = 60, shard: 
     parts = [folder / f"{chunk:03d}.parquet" for chunk in range(chunks)]
     if all(p.exists() for p in parts):
         rows = [row for p in parts for row in pq.read_table(p).to_pylist()]
-        for path, chosen in ((workdir / "pairs.parquet", rows), (target / "pairs.parquet", shipped(rows))):
-            with replacing(path) as partial:
-                pq.write_table(pa.Table.from_pylist(chosen), partial, compression="zstd", compression_level=19)
-            print(f"{len(chosen)} pairs in {path}, {path.stat().st_size / 1e6:.1f} MB")
+        for place, chosen in ((workdir, rows), (target, shipped(rows))):
+            save_table(pa.Table.from_pylist(chosen), place / "pairs.parquet", "pairs")
 
 
 def shipped(rows: list[dict]) -> list[dict]:

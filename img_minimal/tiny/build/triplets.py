@@ -20,14 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from img_minimal.data.pairs import held_back
-from img_minimal.files import replacing
 from img_minimal.images import decode, from_pil
+from img_minimal.tiny.build.tables import save_table
 from img_minimal.tiny.edits import instruction
 from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, Prompt, parse, sample_prompt
-from img_minimal.tiny.oracle import judge
+from img_minimal.tiny.oracle import detect
 from img_minimal.tiny.world import CELLS, JITTER, LARGEST, SMALLEST, Scene, Shape, overlap, place, render
 
-SHIPPED = 16_000
+SHIPPED = 16_000  # triplets
 BASE = "tiny-sdxl"  # in the columns model_0 and model_1 of preference pairs
 
 
@@ -100,13 +100,13 @@ def drawn_triplets(rows: list[dict], rng: random.Random) -> Iterator[tuple[bytes
         won, lost = [], []
         for row in group:
             side = int(row["model_1"] == BASE)
-            (won if row[f"label_{side}"] else lost).append((row[f"jpg_{side}"], row["caption"]))
-        chosen = lost[:1] + [rng.choice(part) for part in (won, lost[1:]) if part and rng.random() < 0.5]
-        for image, caption in chosen:
+            image = row[f"jpg_{side}"]  # the same in all rows of a group
+            (won if row[f"label_{side}"] else lost).append(row["caption"])
+        captions = lost[:1] + [rng.choice(part) for part in (won, lost[1:]) if part and rng.random() < 0.5]
+        [found] = detect(from_pil([decode(image)]))
+        for caption in captions:
             if not held_back(caption):
-                prompt = parse(caption)
-                [verdict] = judge(from_pil([decode(image)]), [prompt])
-                yield image, caption, instruction(verdict.found, prompt)
+                yield image, caption, instruction(found, parse(caption))
 
 
 def build(workdir: Path, target: Path, count: int = 12_000, images: int = 16_000) -> None:
@@ -125,7 +125,5 @@ def build(workdir: Path, target: Path, count: int = 12_000, images: int = 16_000
     pictures = pa.array([{"bytes": image, "path": None} for image, _, _ in triplets], kind)
     columns = {"original_image": pictures, "edit_prompt": [words for *_, words in triplets]}
     table = pa.table(columns | {"edited_prompt": [prompt for _, prompt, _ in triplets]})
-    for path, part in ((workdir / "triplets.parquet", table), (target / "triplets.parquet", table[:SHIPPED])):
-        with replacing(path) as partial:
-            pq.write_table(part, partial, compression="zstd", compression_level=19)
-        print(f"{len(part)} triplets in {path}, {path.stat().st_size / 1e6:.1f} MB")
+    for folder, part in ((workdir, table), (target, table[:SHIPPED])):
+        save_table(part, folder / "triplets.parquet", "triplets")
