@@ -90,10 +90,15 @@ class Bench:
         img = IMG(self.img.painter, guide, aligner)
         return self.second_pass(name, img.align(self.base, self.captions, self.seed))
 
-    def controls(self, mllm: MLLM) -> None:
-        """The arms that need no aligner."""
+    def new_seed(self) -> Tensor:
+        """The same compute spent on another try, judged as arm `new_seed`."""
         again = self._draw("new_seed", offset=NEW_SEED)
         self.verdicts["new_seed"] = judge(again, self.prompts)
+        return again
+
+    def controls(self, mllm: MLLM) -> None:
+        """The arms that need no aligner."""
+        again = self.new_seed()
         tries = list(zip(self.verdicts["base"], self.verdicts["new_seed"]))
         first = mllm.satisfaction(self.pictures, self.captions, random.Random(self.seed))
         second = mllm.satisfaction(to_pil(again), self.captions, random.Random(self.seed))

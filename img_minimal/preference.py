@@ -18,17 +18,19 @@ The term squared in f appears 2 - 1 - 1 = 0 times, so the argument of l is *affi
 2 c_w - c_l - f_ref wherever f is, away from the loser and from the earlier answer; only l says how far to go.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def squared_distance(a: Tensor, b: Tensor, norm: str = "mean") -> Tensor:
-    """||a - b||^2 per sample in fp32: (B, ...) x 2 -> (B,); `norm` says whether elements are averaged or summed.
+    """||a - b||^2 per sample, in fp32 or float64: (B, ...) x 2 -> (B,); `norm`: are elements averaged or summed?
 
     The paper leaves this open. It sets how fast l saturates: summed over 16 x 2048 elements, any difference is a
     large one. Raises ValueError for another `norm`.
     """
-    squares = (a.float() - b.float()).square().flatten(1)
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)  # never less than fp32
+    squares = (a.to(dtype) - b.to(dtype)).square().flatten(1)
     if norm not in ("mean", "sum"):
         raise ValueError(f"norm is {norm!r}, expected 'mean' or 'sum'")
     return squares.mean(1) if norm == "mean" else squares.sum(1)

@@ -141,14 +141,18 @@ class Detector:
         """Cross-entropy summed over the tokens of the answers; what was asked does not count."""
         return F.cross_entropy(*self.scores(lessons, rows), reduction="sum")
 
-    @torch.no_grad()
     def accuracy(self, lessons: list[Lesson], seed: int, batch_size: int) -> dict[str, float]:
         """Share of instructions worded exactly (decoded greedily), and of right decisions between edit and nothing.
 
         `always_edit` is what the second is for a model that never says "nothing".
         """
+        return {name: sum(marks) / len(lessons) for name, marks in self.graded(lessons, seed, batch_size).items()}
+
+    @torch.no_grad()
+    def graded(self, lessons: list[Lesson], seed: int, batch_size: int) -> dict[str, list[bool]]:
+        """What `accuracy` averages: one mark for each lesson under each name. `seed` draws the phrasings."""
         nothing, rng, before = self.mllm.nothing, random.Random(seed), self.model.training
-        exact, decided, edits = 0, 0, 0
+        marks: dict[str, list[bool]] = {"exact": [], "decided": [], "always_edit": []}
         self.model.eval()
         for k in range(0, len(lessons), batch_size):
             part = lessons[k : k + batch_size]
@@ -158,11 +162,11 @@ class Detector:
             lengths = (rows.labels != IGNORE).sum(1).tolist()
             # Right tokens after right tokens: the same as decoding greedily and comparing.
             for guess, answer in zip(guesses.split(lengths), tokens.split(lengths)):
-                exact += torch.equal(guess, answer)
-                decided += bool((guess[0] == nothing) == (answer[0] == nothing))
-                edits += bool(answer[0] != nothing)
+                marks["exact"].append(torch.equal(guess, answer))
+                marks["decided"].append(bool((guess[0] == nothing) == (answer[0] == nothing)))
+                marks["always_edit"].append(bool(answer[0] != nothing))
         self.model.train(before)
-        return {"exact": exact / len(lessons), "decided": decided / len(lessons), "always_edit": edits / len(lessons)}
+        return marks
 
     def save(self, folder: Path) -> None:
         """An ordinary folder that `MLLM.from_pretrained` opens; what LoRA learned is merged into the weights.

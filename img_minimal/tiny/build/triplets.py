@@ -76,9 +76,9 @@ def free_cell(shapes: list[Shape], rng: random.Random) -> tuple[float, float]:
     return x, y
 
 
-def sample_triplet(rng: random.Random) -> tuple[Scene, Prompt, str]:
+def sample_triplet(rng: random.Random, split: str = "train") -> tuple[Scene, Prompt, str]:
     """A scene, a prompt it was (mostly) not drawn for, and the instruction that leads from one to the other."""
-    prompt = sample_prompt(rng)
+    prompt = sample_prompt(rng, split=split)
     scene = place(prompt, rng)
     for _ in range(rng.choice((0, 1, 1, 2))):
         scene = damage(scene, rng)
