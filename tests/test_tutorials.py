@@ -44,5 +44,5 @@ def test_a_tutorial_that_cannot_save_its_picture_says_so_at_once(name, tmp_path)
     blocked = tmp_path / "file"
     blocked.write_text("")
     done = tutorial(name, "--quick", "--output", str(blocked))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "error:" in done.stderr and "Traceback" not in done.stderr

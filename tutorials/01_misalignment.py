@@ -167,7 +167,7 @@ def plot_effect(axis: plt.Axes, effect: dict[str, dict]) -> None:
             if count:
                 axis.text(place, start + count / 2, f"{count}\n{label}", ha="center", va="center", fontsize=10)
     axis.set_xticks((0, 1), ("first seed\nwrong", "first seed\nright"))
-    axis.set_title("what a new seed makes of them", fontsize=10)
+    axis.set_title("what a new seed\nmakes of them", fontsize=10)
     axis.set_ylabel("prompts")
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -203,8 +203,8 @@ def main() -> None:
     plot_effect(right, effect)
     plot_failures(lower, drawn)
     save(figure, options, "01_misalignment",
-         f"{preset.name}, {len(prompts)} prompts of the test split, {SEEDS} seeds each, --seed {options.seed}; failures are "
-         "the first of every kind, not chosen.\n* as picked by the oracle, which no user has. Held-out pairs, e.g. "
+         f"{preset.name}, {len(prompts)} prompts of the test split, {SEEDS} seeds each, --seed {options.seed}; failures "
+         "are the first of every kind, not chosen.\n* as picked by the oracle, which no user has. Held-out pairs, e.g. "
          "a blue triangle, are in no training data of any part.")  # fmt: skip
 
 

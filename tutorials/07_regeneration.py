@@ -1,8 +1,8 @@
 """What happens between the first image and the second, and how often, how strongly and how many times should it?
 
 Sampling step by step: initial image -> MLLM -> tokens -> aligned tokens -> second image, from the same prompt and seed.
-Then one setting at a time: passes of the aligner (1 to 5), scale of the image tokens, rounds (the second image is looked
-at again, up to four times). For each, what became right and what became wrong, by the exact oracle, against controls:
+Then one setting at a time: passes of the aligner (1 to 5), scale of the image tokens, rounds (the second image is
+looked at again, up to four times). For each, what became right and what became wrong, by the exact oracle, against controls:
 another seed, the better of two seeds, and a second drawing with the image's own tokens. Under two minutes.
 
 With G the base model, T the prompt, z the start noise, q a question about T, f the aligner, s the scale:
@@ -13,8 +13,8 @@ With G the base model, T the prompt, z the start noise, q a question about T, f 
     x_1 = G(T, z; c_k, s)                                4  the same prompt and noise, and the tokens beside the text
     x_r from x_(r-1) as x_1 from x_0                        rounds: h and c_0 are computed anew, of the latest image
 
-h and c_0 are frozen: computed once, they serve every number of passes and every scale. Look at both colours of the bars:
-a setting that mends more often spoils more, too, and its worth is the difference. With --model sdxl there is no oracle,
+h and c_0 are frozen: computed once, they serve every number of passes and scale. Look at both colours of the bars: a
+setting that mends more often spoils more, too, and its worth is the difference. With --model sdxl there is no oracle,
 and the pictures alone are shown.
 """
 
@@ -113,7 +113,8 @@ def print_steps(start: Start, images: Tensor, aligned: Tensor, answer: str, k: i
     print(f"  1  initial image x_0          {tuple(start.images[k].shape)}")
     print(f"  2  MLLM: {answer}")
     print(
-        f"     guidance features h        {(int(start.mask[k].sum()), start.features.shape[-1])}; tokens c_0 {tuple(c.shape)}"
+        f"     guidance features h        {(int(start.mask[k].sum()), start.features.shape[-1])}; "
+        f"tokens c_0 {tuple(c.shape)}"
     )
     print(f"  3  aligned tokens c_1 = f(h, c_0): ||c_1 - c_0|| / ||c_0|| = {((f - c).norm() / c.norm()).item():.2f}")
     print(f"  4  second image x_1, whose pixels differ by {moved:.3f} of their range on average")
@@ -162,7 +163,7 @@ def chosen_rows(bench: Bench, before: np.ndarray, after: np.ndarray) -> dict[int
     rows = {}
     for category in ("position", "complex"):
         wrong = [k for k, p in enumerate(bench.prompts) if p.category == category and not before[k]]
-        rows |= {k: f"the first {category} that the base draws wrong" for k in wrong[:1]}
+        rows |= dict.fromkeys(wrong[:1], f"the first {category} that the base draws wrong")
     return rows | {int(k): "the first right one that IMG spoils" for k in np.flatnonzero(before & ~after)[:1]}
 
 
