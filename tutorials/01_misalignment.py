@@ -204,8 +204,8 @@ def main() -> None:
     plot_failures(lower, drawn)
     save(figure, options, "01_misalignment",
          f"{preset.name}, {len(prompts)} prompts of the test split, {SEEDS} seeds each, --seed {options.seed}; "
-         "failures are the first of every kind, not chosen.\n* as picked by the oracle, which no user has. Held-out pairs, e.g. "
-         "a blue triangle, are in no training data of any part.")  # fmt: skip
+         "failures are the first of every kind, not chosen.\n* as picked by the oracle, which no user has. "
+         "Held-out pairs, e.g. a blue triangle, are in no training data of any part.")  # fmt: skip
 
 
 if __name__ == "__main__":
