@@ -179,6 +179,7 @@ PRESETS = {
     ),
 }
 # The aligner belongs to the base's IP-Adapter, not to its UNet, so a finetuned UNet shares it.
+PRESETS["tiny-sdxl-dpo"] = replace(PRESETS["tiny-sdxl"], name="tiny-sdxl-dpo", unet=str(TINY / "unet-dpo"))
 PRESETS["sdxl-dpo"] = replace(PRESETS["sdxl"], name="sdxl-dpo", unet="mhdang/dpo-sdxl-text2image-v1/unet")
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from img_minimal.models.weights import read_weights
 from img_minimal.presets import find_preset
-from img_minimal.tiny.build import clip, llava, pairs, resampler, scenes, triplets, unet, vae
+from img_minimal.tiny.build import clip, dpo, llava, pairs, resampler, scenes, triplets, unet, vae
 from img_minimal.tiny.build.loop import fit
 from img_minimal.tiny.grammar import parse
 
@@ -25,6 +25,8 @@ def built(tmp_path_factory) -> Path:
     scenes.build(work, target, count=80)
     resampler.build(work, target, steps=2, batch=8)
     unet.build(work, target, steps=2, batch=8, watched=5)
+    shutil.copy(find_preset("tiny-sdxl").pairs, target / "pairs.parquet")
+    dpo.build(work, target, steps=2, batch=4, limit=40, watched=5)
     llava.build_stock(work, target, steps=2, count=100)
     shutil.copy(find_preset("tiny-sdxl").pairs, work / "pairs.parquet")
     triplets.build(work, target, count=60, images=20)
@@ -34,12 +36,30 @@ def built(tmp_path_factory) -> Path:
 
 def test_every_part_of_the_twin_can_be_built_from_nothing(built):
     shipped = Path(find_preset("tiny-sdxl").base).parent
-    for name in ("sdxl/unet", "sdxl/vae", "sdxl/text_encoder_2", "image_encoder", "llava-detector", "ip_adapter"):
+    for name in (
+        "sdxl/unet",
+        "sdxl/vae",
+        "sdxl/text_encoder_2",
+        "image_encoder",
+        "llava-detector",
+        "ip_adapter",
+        "unet-dpo",
+    ):
         ours, theirs = (
             next(p for p in sorted(root.rglob("*.safetensors")) if name in str(p)) for root in (built, shipped)
         )
         a, b = read_weights(ours), read_weights(theirs)
         assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}, name
+
+
+def test_the_preference_loss_of_the_unet_is_minus_log_sigmoid_of_what_winners_gain_over_losers():
+    torch.manual_seed(0)
+    ours, reference, target = (torch.randn(6, 4, 8, 8, dtype=torch.float64) for _ in range(3))
+    gain = [((r - t) ** 2).mean() - ((o - t) ** 2).mean() for o, r, t in zip(ours, reference, target)]
+    expected = sum(torch.log(1 + torch.exp(-3 * (gain[k] - gain[k + 3]))) for k in range(3)) / 3
+    assert torch.allclose(dpo.dpo_loss(ours, reference, target, 3.0), expected)
+    unchanged = dpo.dpo_loss(reference, reference, target, 3.0)
+    assert torch.allclose(unchanged, torch.log(torch.tensor(2.0, dtype=torch.float64)))
 
 
 def test_triplets_are_of_rendered_scenes_and_of_images_that_the_base_drew(built):

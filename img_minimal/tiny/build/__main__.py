@@ -12,7 +12,7 @@ from pathlib import Path
 
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.presets import TINY, find_preset
-from img_minimal.tiny.build import clip, llava, pairs, resampler, scenes, triplets, unet, vae
+from img_minimal.tiny.build import clip, dpo, llava, pairs, resampler, scenes, triplets, unet, vae
 from img_minimal.tiny.build.loop import run_train
 
 PARTS = {
@@ -23,6 +23,7 @@ PARTS = {
     "unet": "UNet and image branch together",
     "stock": "LLaVA that describes pictures",
     "pairs": "preference pairs from the base's own images",
+    "dpo": "the UNet finetuned on these pairs with Diffusion-DPO",
     "triplets": "picture, prompt of the edited scene, edit instruction",
     "detector": "LLaVA finetuned on the triplets",
     "aligner": "three aligners: guided by the detector, the stock LLaVA, text",
@@ -68,6 +69,7 @@ def main() -> None:
         "unet": lambda: unet.build(workdir, target),
         "stock": lambda: llava.build_stock(workdir, target),
         "pairs": lambda: pairs.build(workdir, target, replace(find_preset("tiny-sdxl"), **here)),
+        "dpo": lambda: dpo.build(workdir, target),
         "triplets": lambda: triplets.build(workdir, target),
         "detector": lambda: llava.build_detector(workdir, target),
         "aligner": lambda: train_aligners(workdir, target),

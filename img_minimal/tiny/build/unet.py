@@ -30,6 +30,7 @@ from img_minimal.tiny.oracle import judge
 from img_minimal.tiny.world import place, render
 
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+SIZES = torch.tensor([[64.0, 64, 0, 0, 64, 64]])  # SDXL's time_ids: original size, crop, target size
 # Shares of a batch: text alone, nothing, text and image, image alone; the rest has the negative image.
 TEXT, NOTHING, BOTH, IMAGE = 0.32, 0.05, 0.26, 0.32
 
@@ -101,7 +102,6 @@ def build(workdir: Path, target: Path, steps: int = 6000, batch: int = 96, watch
     unet = new_unet()
     models = nn.ModuleDict({"unet": unet, "branch": ImageBranch.for_unet(unet)})
     noising = DDPMScheduler(**NOISE)
-    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
 
     def loss_of_step(step: int) -> Tensor:
         i = torch.randint(len(latents), (batch,))
@@ -119,7 +119,7 @@ def build(workdir: Path, target: Path, steps: int = 6000, batch: int = 96, watch
         t = torch.where(torch.rand(batch) < 0.5, 500 + t // 2, t)  # layout is decided in the noisy half
         clean, noise = latents[i].float(), torch.randn(batch, 4, 8, 8)
         noisy, target_v = noising.add_noise(clean, noise, t), noising.get_velocity(clean, noise, t)
-        added = {"text_embeds": summary, "time_ids": sizes.expand(batch, -1)}
+        added = {"text_embeds": summary, "time_ids": SIZES.expand(batch, -1)}
         with autocast(), inject(unet, models["branch"], prompt, has_image.float()):
             predicted = unet(noisy, t, words, added_cond_kwargs=added).sample
         return (predicted.float() - target_v).square().mean()
