@@ -77,6 +77,17 @@ class PerceiverLayers(nn.ModuleList):
             tokens = tokens + mlp(tokens)
         return tokens
 
+    @torch.no_grad()
+    def attend(self, tokens: Tensor, context: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Like `forward`, but returns (tokens (B, N, D), attention weights (depth, B, heads, N, L + N) in fp32)."""
+        maps = []
+        for attention, mlp in self:
+            read, weights = attention.attend(tokens, context, mask)
+            maps.append(weights)
+            tokens = tokens + read
+            tokens = tokens + mlp(tokens)
+        return tokens, torch.stack(maps)
+
 
 def layer_sizes(state: dict[str, Tensor], head_dim: int = 64) -> dict[str, int]:
     """depth, heads and head_dim of the `PerceiverLayers` that a state dict holds under `layers.`.

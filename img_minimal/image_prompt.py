@@ -3,6 +3,7 @@
 IMG aligns these tokens, so they are its c_l, c_w and f(c). Module names are those of the public IP-Adapter files.
 """
 
+import math
 from pathlib import Path
 from typing import Self
 
@@ -122,6 +123,19 @@ class ImagePrompt(nn.Module):
         """Images -> image tokens (B, N, D), in the Resampler's dtype; SDXL: (B, 16, 2048)."""
         with self._computing():
             return self._resample(self.features(images))
+
+    @torch.no_grad()
+    def places(self, images: list[Image]) -> Tensor:
+        """Where each token reads its image: maps (B, N, side, side) over the encoder's patches, each summing to 1.
+
+        They are the Resampler's attention, averaged over layers and heads; class token and other tokens left out.
+        """
+        features = self.features(images).to(self.resampler.latents.dtype)
+        latents = self.resampler.latents.expand(len(images), -1, -1)
+        weights = self.resampler.layers.attend(latents, self.resampler.proj_in(features))[1]
+        patches = weights.mean((0, 2))[..., 1 : features.shape[1]]  # (B, N, P - 1)
+        side = math.isqrt(patches.shape[-1])
+        return (patches / patches.sum(-1, keepdim=True)).unflatten(-1, (side, side))
 
     def _computing(self) -> torch.autocast:
         return torch.autocast(self.encoder.device.type, torch.bfloat16, enabled=self.autocast)

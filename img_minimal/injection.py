@@ -91,21 +91,10 @@ class DecoupledAttention:
                 f"the UNet sees a batch of {batch}, but there are image tokens for {len(self.tokens)}: with "
                 "classifier-free guidance the batch is doubled, so pass torch.cat([negative, positive])"
             )
-        if attn.norm_cross:
-            text = attn.norm_encoder_hidden_states(text)
         if attention_mask is not None:  # (B, 1, T) -> (B, heads, 1, T)
             attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], batch)
             attention_mask = rearrange(attention_mask, "(b h) q t -> b h q t", b=batch)
-
-        def split(x: Tensor) -> Tensor:
-            return rearrange(x, "b n (h d) -> b h n d", h=attn.heads)
-
-        def merge(x: Tensor) -> Tensor:
-            return rearrange(x, "b h n d -> b n (h d)")
-
-        query = split(attn.to_q(hidden_states))
-        key, value = split(attn.to_k(text)), split(attn.to_v(text))
-        image_key, image_value = (split(x).to(query.dtype) for x in self.image_keys_values())
+        query, key, value, image_key, image_value = self.project(attn, hidden_states, text)
         out = merge(F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask))
         image = merge(F.scaled_dot_product_attention(query, image_key, image_value))  # the same query for both
 
@@ -115,6 +104,34 @@ class DecoupledAttention:
         if attn.residual_connection:
             out = out + residual
         return out / attn.rescale_output_factor
+
+    def project(self, attn: Attention, hidden_states: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        """Query (B, heads, S, d), key and value of the text (B, heads, T, d), and of the image (B, heads, N, d)."""
+        if attn.norm_cross:
+            text = attn.norm_encoder_hidden_states(text)
+        query, key, value = attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)
+        both = (query, key, value, *(x.to(query.dtype) for x in self.image_keys_values()))
+        return tuple(rearrange(x, "b n (h d) -> b h n d", h=attn.heads) for x in both)
+
+    @torch.no_grad()
+    def attend(self, attn: Attention, hidden_states: Tensor, text: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Both branches opened up, for looking at them: {"text" and "image": (output (B, S, C), weights)}.
+
+        Outputs are those of the formula above, before `to_out` and without the scale; weights (B, heads, S, T or N)
+        are in fp32. Text is taken to be without a mask, as in SDXL.
+        """
+        query, *keys_values = self.project(attn, hidden_states, text)
+        branches = {}
+        for name, key, value in zip(("text", "image"), keys_values[::2], keys_values[1::2]):
+            scores = (query * query.shape[-1] ** -0.5) @ key.mT
+            weights = scores.softmax(dim=-1, dtype=torch.float32)
+            branches[name] = merge(weights.to(value.dtype) @ value), weights
+        return branches
+
+
+def merge(heads: Tensor) -> Tensor:
+    """(B, heads, S, d) -> (B, S, heads * d)."""
+    return rearrange(heads, "b h n d -> b n (h d)")
 
 
 @contextmanager

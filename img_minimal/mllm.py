@@ -135,6 +135,12 @@ class MLLM:
         inputs.pop("token_type_ids", None)
         return inputs.to(self.model.device, self.model.dtype)
 
+    def words(self, image: Image, question: str) -> list[str | None]:
+        """What each of the L guidance features of one image and question stands for: a word, or None for a patch."""
+        ids = self.inputs([image], [question])["input_ids"][0].tolist()
+        marker = self.processor.image_token_id
+        return [None if i == marker else self.processor.tokenizer.decode([i]).strip() for i in ids]
+
     @torch.no_grad()
     def guidance(self, images: list[Image], prompts: list[str], rng: random.Random) -> tuple[Tensor, Tensor]:
         """Guidance features h (B, L, H) and their mask (B, L), True where valid; `rng` draws the phrasings.
