@@ -199,7 +199,7 @@ def plot_answers(axes: np.ndarray, drawn: Drawn, stock: MLLM, finetuned: MLLM, s
         axis.imshow(drawn.pictures[k], interpolation="nearest")
         axis.set_title(fill(drawn.captions[k], 24), fontsize=9, color=GREEN)
         lines = (f"stock: {first}", f"finetuned: {second}", f"oracle: {drawn.verdicts[k].words}")
-        axis.set_xlabel("\n".join(fill(line, 27) for line in lines), fontsize=8, loc="left")
+        axis.set_xlabel("\n".join(fill(line, 30) for line in lines), fontsize=8, loc="left")
 
 
 def main() -> None:
@@ -219,8 +219,8 @@ def main() -> None:
     found = probes(dict(zip(NAMES, (painter, stock, finetuned))), drawn, options.seed)
     print_marks(marks, found, drawn)
 
-    figure = plt.figure(figsize=(10, 7.6), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(4, 3.4))
+    figure = plt.figure(figsize=(10, 8.6), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(4, 4.4), hspace=0.04)
     plot_marks(upper.subplots(1, 2, width_ratios=(1, 2.4)), marks, found)
     plot_answers(lower.subplots(1, SHOWN), drawn, stock, finetuned, options.seed)
     count = len(next(iter(marks.values()))["exact"])

@@ -2,7 +2,7 @@
 
 IMG corrects nothing but 16 image tokens, so whatever they cannot say it cannot mend. Shown:
 
-1. reconstruction: the tokens of an image and no text at all; how near does the drawing come?
+1. reconstruction: the tokens of an image and an empty prompt; how near does the drawing come?
 2. disagreement: the text asks for one picture, the tokens are another's; the scale decides who is heard;
 3. exchange: two prompts, two token sets, the four combinations;
 4. the two branches of one cross-attention: their sizes at every layer, and where two of the tokens are heard.
@@ -121,7 +121,7 @@ def plot_pictures(axes: np.ndarray, painter: Painter, seed: int) -> tuple[Tensor
     for k, row in enumerate(axes):
         show(row[0], pictures[k], "image", BLUE)
         row[0].set_ylabel(f"tokens of\n“{PAIR[k]}”", fontsize=8)
-        show(row[1], alone[k], "its tokens,\nno text", BLUE)
+        show(row[1], alone[k], "its tokens,\nno words", BLUE)
         for axis, scale, images in zip(row[2:], SCALES, sweep):
             show(axis, images[k], f"s = {scale}")
         row[2].set_ylabel(f"text:\n“{texts[k]}”", fontsize=8)

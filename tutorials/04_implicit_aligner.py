@@ -22,6 +22,7 @@ another picture". Passes: one. One minute on two cores; with --model sdxl --imag
 import math
 import random
 from dataclasses import dataclass
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -164,7 +165,7 @@ def draw_prompts(axes: np.ndarray, picture: Image, heats: list[Tensor], sizes: l
     top = max(heat.max().item() for heat in heats)
     for k, (prompt, heat, size) in enumerate(zip((RIGHT, *WRONG), heats, sizes)):
         over(axes[0, k], picture, heat, top)
-        axes[0, k].set_title(f"“{prompt}”\ncorrection {size:.2f}", fontsize=8.5, wrap=True)
+        axes[0, k].set_title(fill(f"“{prompt}”", 24) + f"\ncorrection {size:.2f}", fontsize=8.5)
         axes[1, k].imshow(after[k])
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -286,8 +287,8 @@ def main() -> int:
     label = "edits that the oracle asks for" if judged else "whose prompt it is compared with"
     draw_sizes(figure.add_subplot(bottom[1]), *many_images(img, images, captions, c, seed), label)
     save(figure, options, "04_implicit_aligner",
-         f"{preset.name}, --seed {seed}; above: one image of {RIGHT!r} (seed {its_seed}, of eight the one the MLLM is "
-         f"most content with); below right: n {count} images,\neach under its own prompt and under another's; orange: "
+         f"{preset.name}, --seed {seed}; above: one image of {RIGHT!r} (seed {its_seed}, of eight the one that "
+         f"the MLLM likes best);\nbelow right: n {count} images, each under its own prompt and under another's; orange: "
          "mean and its 95 % interval over captions")  # fmt: skip
     return 0
 

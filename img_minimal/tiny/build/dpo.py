@@ -6,6 +6,9 @@ the prediction and one noise and one timestep for both images of a pair (Wallace
     gain(x) = mean (v_ref(x_t, t) - v)^2 - mean (v_theta(x_t, t) - v)^2
     L = -log sigmoid(beta * (gain(x_w) - gain(x_l)))
 
+One image of every pair was drawn and the other is rendered, and the drawn one loses more often. A loss that sees that
+learns to draw like a renderer, and forgets the prompt. So half of every batch are pairs that the drawn image wins.
+
 Only the UNet changes. Keys and values of the image prompt stay those of tiny-sdxl, so its aligner can be plugged in.
 """
 
@@ -13,6 +16,7 @@ import copy
 import random
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -20,12 +24,13 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from img_minimal.data.pairs import pair_stream
+from img_minimal.data.pairs import Pair, held_back, parse_pair
 from img_minimal.diffusion import draw
 from img_minimal.features import distinct
-from img_minimal.images import from_pil
+from img_minimal.images import decode, from_pil
 from img_minimal.tiny.build.loop import autocast, fit
 from img_minimal.tiny.build.scenes import encode_text
+from img_minimal.tiny.build.triplets import BASE
 from img_minimal.tiny.build.unet import NOISE, SIZES, assemble
 from img_minimal.tiny.grammar import CATEGORIES, sample_prompt
 from img_minimal.tiny.oracle import judge
@@ -50,13 +55,22 @@ def encode(vae: AutoencoderKL, images: list[Image]) -> Tensor:
     return torch.cat(parts).float()[number] * vae.config.scaling_factor
 
 
+def read(path: Path, limit: int) -> tuple[list[Pair], Tensor]:
+    """Pairs to train on, of the first `limit` rows (0: all), and which of them the drawn image wins."""
+    rows = pq.read_table(path).slice(0, limit or None).to_pylist()
+    rows = [row for row in rows if not held_back(row["caption"])]
+    images: dict[bytes, Image] = {}
+    pairs = [parse_pair(row, lambda data: images.setdefault(data, decode(data))) for row in rows]
+    return pairs, torch.tensor([row["label_0" if row["model_0"] == BASE else "label_1"] == 1 for row in rows])
+
+
 def build(
-    workdir: Path, target: Path, steps: int = 600, batch: int = 48, beta: float = 500.0, lr: float = 1e-4,
+    workdir: Path, target: Path, steps: int = 600, batch: int = 48, beta: float = 50.0, lr: float = 5e-5,
     limit: int = 0, watched: int = 100,
 ) -> None:  # fmt: skip
     """Finetune on the pairs of `target`, all or `limit` of them; save the UNet to `target/unet-dpo`."""
-    chunk = next(pair_stream(target / "pairs.parquet", limit=limit).chunks())
-    pairs = [pair for pair in chunk.items if not pair.validation]
+    pairs, drawn_wins = read(target / "pairs.parquet", limit)
+    kinds = [part.nonzero().flatten() for part in (drawn_wins, ~drawn_wins)]
     vae = AutoencoderKL.from_pretrained(target / "sdxl/vae", torch_dtype=torch.float32)
     latents = encode(vae, [p.winner for p in pairs] + [p.loser for p in pairs])
     winner, loser = latents.split(len(pairs))
@@ -69,7 +83,7 @@ def build(
     noising = DDPMScheduler(**NOISE)
 
     def loss_of_step(step: int) -> Tensor:
-        i = torch.randint(len(pairs), (batch,))
+        i = torch.cat([kind[torch.randint(len(kind), (batch // 2,))] for kind in kinds])
         clean = torch.cat([winner[i], loser[i]])
         noise, t = torch.randn(batch, 4, 8, 8).repeat(2, 1, 1, 1), torch.randint(1000, (batch,)).repeat(2)
         words, k = text[caption[i]].repeat(2, 1, 1), caption[i].repeat(2)

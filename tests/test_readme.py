@@ -1,0 +1,106 @@
+"""What the README says is true of the repository: lines, files, commands, and numbers."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from img_minimal.evaluate import TITLES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+OURS = sorted({m.group() for c in COMMANDS for m in re.finditer(r"python (-m img_minimal\.[\w.]+|\w+\.py)", c)})
+
+
+def section(title: str) -> str:
+    """The text under a heading, up to the next one of the same level."""
+    return README.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_every_equation_points_to_the_one_line_of_its_file_that_reads_so():
+    rows = re.findall(r"\[([\w/.]+):(\d+)\]\(([\w/.]+)#L(\d+)\) \| `(.*)` \|", section("From equation to line"))
+    assert len(rows) > 15
+    for path, number, target, anchor, reads in rows:
+        lines = (ROOT / path).read_text().splitlines()
+        found = [k for k, line in enumerate(lines, 1) if reads in line]
+        assert found == [int(number)] and (target, anchor) == (path, number), f"{path}: {reads!r} is in line {found}"
+
+
+def test_every_path_that_the_readme_names_is_there():
+    paths = re.findall(r"`((?:img_minimal|tutorials|tests)/[\w/.-]*)`", README)
+    paths += re.findall(r"\]\(((?:img_minimal|tutorials)/[\w/.-]+)[#)]", README)
+    assert len(paths) > 30
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_top_level_is_what_the_readme_describes_and_nothing_else():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    if not any(tracked):
+        pytest.skip("not a git checkout")
+    top = {name.split("/")[0] for name in tracked if name and not name.startswith(".")}
+    expected = {
+        "img_minimal",
+        "tutorials",
+        "tests",
+        "train.py",
+        "sample.py",
+        "requirements.txt",
+        "README.md",
+        "LICENSE",
+    }
+    assert top == expected
+
+
+def test_every_module_of_the_package_is_named_or_lies_in_a_folder_that_is():
+    files = sorted(p.name for p in (ROOT / "img_minimal").glob("*.py") if p.name != "__init__.py")
+    helpers = {"cli.py", "errors.py", "files.py", "images.py", "pictures.py", "checkpoint.py"}  # they say it themselves
+    assert [name for name in files if name not in README and name not in helpers] == []
+    folders = [p.name for p in (ROOT / "img_minimal").iterdir() if (p / "__init__.py").exists()]
+    assert [name for name in folders if f"`img_minimal/{name}/`" not in README] == []
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_every_flag_of_a_command_in_the_readme_exists(command):
+    flags = {f for c in COMMANDS if command in c for f in re.findall(r"(--[\w-]+)", c.split(command)[1])}
+    words = [sys.executable, *command.split()[1:], "--help"]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert [flag for flag in sorted(flags) if flag not in said.stdout] == []
+
+
+def result_row(arm: str, results: dict) -> str:
+    """A row of the README's table of results, from the file that the evaluation wrote."""
+    part, groups = results["arms"][arm], ("single", "counting", "two", "position", "complex", "seen", "held_out")
+    cells = [TITLES[arm].replace("(ceiling)", "(ceiling of any aligner)")]
+    cells.append("{:.3f} [{low:.3f}, {high:.3f}]".format(part["strict"], **part["interval"]))
+    cells += [f"{part['soft']:.3f}"] + [f"{part['by_category'][g]:.2f}" for g in groups]
+    if arm == "img":
+        return " | ".join(["**IMG**", *cells[1:], "—", "—"])
+    cells.append("{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**results["difference"][f"img_minus_{arm}"]))
+    cells.append("{value:.2f} [{low:.2f}, {high:.2f}]".format(**results["win_rate"][f"img_vs_{arm}"]))
+    return " | ".join(cells)
+
+
+def test_the_table_of_results_is_what_the_evaluation_wrote():
+    results = json.loads((ROOT / "img_minimal/tiny/twins/evaluation.json").read_text())
+    missing = [arm for arm in results["arms"] if f"| {result_row(arm, results)} |" not in section("Results")]
+    assert missing == []
+
+
+def test_every_tutorial_is_in_the_readme_with_the_question_it_opens_with():
+    listed = dict(re.findall(r"\| `tutorials/(\d\d_\w+)\.py` \| ([^|]+) \|", section("Tutorials")))
+    for path in sorted((ROOT / "tutorials").glob("[0-9]*.py")):
+        question = path.read_text().split('"""')[1].strip().splitlines()[0]
+        assert listed[path.stem].strip() == question, path.name
+    assert len(listed) == len(list((ROOT / "tutorials").glob("[0-9]*.py")))
+
+
+def test_the_number_of_tests_is_the_one_in_the_readme(request):
+    count = request.session.testscollected
+    if count > 500:  # the whole suite, not a part of it
+        assert f"`{count} passed`" in README
