@@ -173,7 +173,7 @@ def main() -> None:
     check(options.images >= 4, f"--images is {options.images}, expected 4 or more")
     count, painter = 4 if options.quick else options.images, Painter.from_preset(chosen_preset(options))
     others, seeds = simple_prompts(count), [options.seed + 100 + k for k in range(count)]
-    texts = others[count // 2 :] + others[: count // 2]
+    texts = others[1:] + others[:1]
     pictures = painter.draw(others, seeds, progress="images")
     c = painter.tokens(to_pil(pictures))
     alone = painter.tokens(to_pil(painter.draw([""] * count, seeds, c, 1.0, progress="from tokens alone")))

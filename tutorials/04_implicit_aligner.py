@@ -286,10 +286,12 @@ def main() -> int:
     judged = preset.world == "tiny"
     label = "edits that the oracle asks for" if judged else "whose prompt it is compared with"
     draw_sizes(figure.add_subplot(bottom[1]), *many_images(img, images, captions, c, seed), label)
-    save(figure, options, "04_implicit_aligner",
-         f"{preset.name}, --seed {seed}; above: one image of {RIGHT!r} (seed {its_seed}, of eight the one that "
-         f"the MLLM likes best);\nbelow right: n {count} images, each under its own prompt and under another's; orange: "
-         "mean and its 95 % interval over captions")  # fmt: skip
+    caption = (
+        f"{preset.name}, --seed {seed}; above: one image of {RIGHT!r} (seed {its_seed}, of eight the one that the MLLM "
+        f"likes best);\nbelow right: n {count} images, each under its own prompt and under another's; orange: mean "
+        "and its 95 % interval over captions"
+    )
+    save(figure, options, "04_implicit_aligner", caption)
     return 0
 
 
