@@ -6,6 +6,7 @@ import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from types import NoneType
 from typing import Any, TypeVar
 
@@ -92,9 +93,8 @@ def writable_folder(path: str | Path) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".probe"
-        probe.touch()
-        probe.unlink()
+        with NamedTemporaryFile(dir=path):  # a name of its own: another run may try the same folder right now
+            pass
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
     return path

@@ -65,7 +65,7 @@ def read(path: Path, limit: int) -> tuple[list[Pair], Tensor]:
 
 
 def build(
-    workdir: Path, target: Path, steps: int = 600, batch: int = 48, beta: float = 50.0, lr: float = 5e-5,
+    workdir: Path, target: Path, steps: int = 400, batch: int = 32, beta: float = 1000.0, lr: float = 1e-5,
     limit: int = 0, watched: int = 100,
 ) -> None:  # fmt: skip
     """Finetune on the pairs of `target`, all or `limit` of them; save the UNet to `target/unet-dpo`."""
