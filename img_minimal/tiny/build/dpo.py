@@ -29,8 +29,8 @@ from img_minimal.diffusion import draw
 from img_minimal.features import distinct
 from img_minimal.images import decode, from_pil
 from img_minimal.tiny.build.loop import autocast, fit
+from img_minimal.tiny.build.pairs import BASE
 from img_minimal.tiny.build.scenes import encode_text
-from img_minimal.tiny.build.triplets import BASE
 from img_minimal.tiny.build.unet import NOISE, SIZES, assemble
 from img_minimal.tiny.grammar import CATEGORIES, sample_prompt
 from img_minimal.tiny.oracle import judge

@@ -178,10 +178,10 @@ def build_stock(workdir: Path, target: Path, steps: int = 1000, count: int = 16_
     save(model, vocabulary, target / "llava-stock")
 
 
-def build_detector(workdir: Path, target: Path, steps: int = 2500) -> None:
+def build_detector(workdir: Path, target: Path, steps: int = 2000) -> None:
     """Finetune the stock model on the triplets, with the command that finetunes any MLLM; saves `llava-detector`."""
     folder = workdir / "detector"
-    places = ("--mllm", target / "llava-stock", "--triplets", workdir / "triplets.parquet")
+    places = ("--mllm", target / "llava-stock", "--triplets", target / "triplets.parquet")
     run_train(folder, "--stage", "mllm", *places, "--steps", steps)
     shutil.copytree(folder / "mllm", target / "llava-detector", dirs_exist_ok=True)
 

@@ -26,12 +26,13 @@ from img_minimal.images import to_pil
 from img_minimal.pipeline import Painter
 from img_minimal.presets import Preset
 from img_minimal.tiny.build.tables import save_table
-from img_minimal.tiny.build.triplets import BASE, damage, to_png
+from img_minimal.tiny.build.triplets import damage, to_png
 from img_minimal.tiny.edits import NOTHING, correct, instruction
 from img_minimal.tiny.grammar import HELD_OUT, RELATIONS, Group, Prompt, sample_prompt
 from img_minimal.tiny.oracle import BLOB, Verdict, judge
 from img_minimal.tiny.world import Scene, Shape, render, satisfied
 
+BASE = "tiny-sdxl"  # in the columns model_0 and model_1
 CHUNK = 400  # images between two files, so that a stopped build goes on
 FIRST_SEED = 50_000_000  # far from those of the evaluation
 SHIPPED_IMAGES, SHIPPED_PAIRS = 12_000, 3  # the first images, and pairs of each: 15 MB

@@ -1,34 +1,24 @@
 """InstructPix2Pix for the tiny world: an image, the prompt of the edited scene, and the edit in words.
 
-Some images are rendered scenes that miss the prompt in the ways a base model does: a colour or form exchanged, taken or
-missing, one shape too many, the relation reversed. The others were drawn by the base itself, under the prompts of the
-preference pairs, and the oracle says what is wrong: a detector that has only seen clean pictures overlooks much in
-drawn ones. Where nothing is wrong the instruction is "nothing".
+Images are rendered scenes that miss the prompt in the ways a base model does: a colour or form exchanged, taken or
+missing, one shape too many, the relation reversed. Where nothing is wrong the instruction is "nothing". Adding images
+that the base drew itself made a detector of drawn images, but its features a worse guide: see the README.
 """
 
 import io
 import random
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from img_minimal.data.pairs import held_back
-from img_minimal.images import decode, from_pil
 from img_minimal.tiny.build.tables import save_table
 from img_minimal.tiny.edits import instruction
-from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, Prompt, parse, sample_prompt
-from img_minimal.tiny.oracle import detect
+from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, Prompt, sample_prompt
 from img_minimal.tiny.world import CELLS, JITTER, LARGEST, SMALLEST, Scene, Shape, overlap, place, render
-
-SHIPPED = 16_000  # triplets
-BASE = "tiny-sdxl"  # in the columns model_0 and model_1 of preference pairs
 
 
 def damage(scene: Scene, rng: random.Random) -> Scene:
@@ -94,36 +84,12 @@ def to_png(pixels: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def drawn_triplets(rows: list[dict], rng: random.Random) -> Iterator[tuple[bytes, str, str]]:
-    """About two triplets (JPEG, prompt, words) of each image that the base drew, from its preference pairs."""
-    for _, group in groupby(rows, key=lambda row: row["ranking_id"]):
-        won, lost = [], []
-        for row in group:
-            side = int(row["model_1"] == BASE)
-            image = row[f"jpg_{side}"]  # the same in all rows of a group
-            (won if row[f"label_{side}"] else lost).append(row["caption"])
-        captions = lost[:1] + [rng.choice(part) for part in (won, lost[1:]) if part and rng.random() < 0.5]
-        [found] = detect(from_pil([decode(image)]))
-        for caption in captions:
-            if not held_back(caption):
-                yield image, caption, instruction(found, parse(caption))
-
-
-def build(workdir: Path, target: Path, count: int = 12_000, images: int = 16_000) -> None:
-    """Triplets of `count` rendered scenes and of the first `images` that the base drew for `workdir/pairs.parquet`.
-
-    All go to `workdir/triplets.parquet`, the first SHIPPED also to `target`.
-    """
-    rng, triplets = random.Random(61), []
-    for _ in tqdm(range(count), desc="rendered triplets"):
-        scene, prompt, words = sample_triplet(rng)
-        triplets.append((to_png(render([scene])[0]), str(prompt), words))
-    rows = [row for row in pq.read_table(workdir / "pairs.parquet").to_pylist() if row["ranking_id"] < images]
-    triplets += tqdm(drawn_triplets(rows, rng), desc="drawn triplets")
-    rng.shuffle(triplets)
+def build(target: Path, count: int = 32_000) -> None:
+    """Write `target/triplets.parquet` with the columns of InstructPix2Pix that the method reads."""
+    rng = random.Random(61)
+    triplets = [sample_triplet(rng) for _ in tqdm(range(count), desc="triplets")]
+    images = [{"bytes": to_png(render([scene])[0]), "path": None} for scene, _, _ in triplets]
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    pictures = pa.array([{"bytes": image, "path": None} for image, _, _ in triplets], kind)
-    columns = {"original_image": pictures, "edit_prompt": [words for *_, words in triplets]}
-    table = pa.table(columns | {"edited_prompt": [prompt for _, prompt, _ in triplets]})
-    for folder, part in ((workdir, table), (target, table[:SHIPPED])):
-        save_table(part, folder / "triplets.parquet", "triplets")
+    columns = {"original_image": pa.array(images, kind), "edit_prompt": [words for *_, words in triplets]}
+    table = pa.table(columns | {"edited_prompt": [str(prompt) for _, prompt, _ in triplets]})
+    save_table(table, target / "triplets.parquet", "triplets")
