@@ -31,7 +31,7 @@ PARTS = {
 
 
 def train_aligners(workdir: Path, target: Path) -> None:
-    """Run train.py on half of the pairs once for each kind of guidance, and keep the weights. The features take 10 GB."""
+    """Run train.py on 110 K pairs once for each kind of guidance, and keep the weights. The features take 15 GB."""
     data = ("--pairs", workdir / "pairs.parquet", "--max-pairs", 110_000, "--cache-dir", workdir / "features")
     steps = ("--steps", 5500, "--save-every", 500, "--eval-prompts", 0)
     for guidance, name in (("mllm", "aligner"), ("stock", "aligner-stock"), ("text", "aligner-text")):
