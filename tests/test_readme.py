@@ -1,5 +1,6 @@
 """What the README says is true of the repository: lines, files, commands, and numbers."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -104,3 +105,21 @@ def test_the_number_of_tests_is_the_one_in_the_readme(request):
     count = request.session.testscollected
     if count > 500:  # the whole suite, not a part of it
         assert f"`{count} passed`" in README
+
+
+def ablation_rows() -> list[str]:
+    """The rows of the README's table of ablations, from the results that the tutorial keeps."""
+    sys.path.insert(0, str(ROOT / "tutorials"))
+    tutorial = importlib.import_module("08_ablations")
+    rows = tutorial.table(json.loads(tutorial.SHIPPED.read_text()))
+    lines = []
+    for title, row in rows.items():
+        share, difference = row["share"], row["difference"]
+        cells = ["{value:.3f} [{low:.3f}, {high:.3f}]".format(**share), " ".join(f"{s:.3f}" for s in row["seeds"])]
+        cells.append("{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference))
+        lines.append(f"| {title} | " + " | ".join(cells) + f" | {tutorial.ROWS[title].paper or '–'} |")
+    return lines
+
+
+def test_the_table_of_ablations_is_what_the_tutorial_made():
+    assert [line for line in ablation_rows() if line not in section("Ablations")] == []

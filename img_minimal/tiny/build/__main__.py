@@ -33,7 +33,7 @@ PARTS = {
 def train_aligners(workdir: Path, target: Path) -> None:
     """Run train.py on 110 K pairs once for each kind of guidance, and keep the weights. The features take 15 GB."""
     data = ("--pairs", workdir / "pairs.parquet", "--max-pairs", 110_000, "--cache-dir", workdir / "features")
-    steps = ("--steps", 5500, "--save-every", 500, "--eval-prompts", 0)
+    steps = ("--steps", 6000, "--save-every", 500, "--eval-prompts", 0)
     for guidance, name in (("mllm", "aligner"), ("stock", "aligner-stock"), ("text", "aligner-text")):
         folder = workdir / name
         run_train(folder, "--guidance", guidance, *data, "--weight", 0, *steps)
