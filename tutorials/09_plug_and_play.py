@@ -16,6 +16,7 @@ Look at two things: whether IMG adds to DPO as it does to the base, and whether 
 """
 
 from dataclasses import dataclass
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -113,7 +114,7 @@ def plot_images(axes: np.ndarray, cells: dict[str, Cell], prompts: list[Prompt])
             axis.imshow(cell.images[k], interpolation="nearest")
             axis.set_xlabel("right" if cell.strict[k] else "wrong", color=GREEN if cell.strict[k] else GREY, fontsize=9)
     for axis, k in zip(axes[0], wrong):
-        axis.set_title(str(prompts[k]), fontsize=9, wrap=True)
+        axis.set_title(fill(str(prompts[k]), 24), fontsize=9)
 
 
 def main() -> None:
