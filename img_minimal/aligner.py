@@ -63,13 +63,15 @@ class ImplicitAligner(nn.Module):
             tokens = tokens + self.zero_linear(self.norm_out(self.proj_out(x)))
         return tokens
 
+    @torch.no_grad()
     def attention_maps(self, guidance: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Where each token looks in the first pass: weights (depth, B, heads, N, L + N), each row summing to 1.
 
         The first L columns are the guidance features, the last N the tokens themselves.
         """
-        dtype = self.proj_in.weight.dtype
-        return self.layers.attend(tokens.to(dtype), self.proj_in(guidance.to(dtype)), mask)[1]
+        dtype, maps = self.proj_in.weight.dtype, []
+        self.layers(tokens.to(dtype), self.proj_in(guidance.to(dtype)), mask, maps)
+        return torch.stack(maps)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:

@@ -70,23 +70,20 @@ class PerceiverLayers(nn.ModuleList):
             nn.ModuleList([PerceiverAttention(width, heads, head_dim), feed_forward(width)]) for _ in range(depth)
         )
 
-    def forward(self, tokens: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """tokens (B, N, D), context (B, L, D), mask (B, L) with True = valid -> tokens (B, N, D)."""
-        for attention, mlp in self:
-            tokens = tokens + attention(tokens, context, mask)
-            tokens = tokens + mlp(tokens)
-        return tokens
+    def forward(
+        self, tokens: Tensor, context: Tensor, mask: Tensor | None = None, maps: list[Tensor] | None = None
+    ) -> Tensor:
+        """tokens (B, N, D), context (B, L, D), mask (B, L) with True = valid -> tokens (B, N, D).
 
-    @torch.no_grad()
-    def attend(self, tokens: Tensor, context: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Like `forward`, but returns (tokens (B, N, D), attention weights (depth, B, heads, N, L + N) in fp32)."""
-        maps = []
+        A list given as `maps` receives each layer's attention weights (B, heads, N, L + N) in fp32.
+        """
         for attention, mlp in self:
             read, weights = attention.attend(tokens, context, mask)
-            maps.append(weights)
+            if maps is not None:
+                maps.append(weights)
             tokens = tokens + read
             tokens = tokens + mlp(tokens)
-        return tokens, torch.stack(maps)
+        return tokens
 
 
 def layer_sizes(state: dict[str, Tensor], head_dim: int = 64) -> dict[str, int]:

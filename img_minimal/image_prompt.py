@@ -132,8 +132,9 @@ class ImagePrompt(nn.Module):
         """
         features = self.features(images).to(self.resampler.latents.dtype)
         latents = self.resampler.latents.expand(len(images), -1, -1)
-        weights = self.resampler.layers.attend(latents, self.resampler.proj_in(features))[1]
-        patches = weights.mean((0, 2))[..., 1 : features.shape[1]]  # (B, N, P - 1)
+        maps: list[Tensor] = []
+        self.resampler.layers(latents, self.resampler.proj_in(features), maps=maps)
+        patches = torch.stack(maps).mean((0, 2))[..., 1 : features.shape[1]]  # (B, N, P - 1)
         side = math.isqrt(patches.shape[-1])
         return (patches / patches.sum(-1, keepdim=True)).unflatten(-1, (side, side))
 

@@ -18,6 +18,7 @@ tells how much of an image its tokens hold. Ninety seconds; with --model sdxl --
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -31,13 +32,11 @@ from img_minimal.injection import cross_attentions, inject
 from img_minimal.pictures import BLUE, GREY, ORANGE
 from img_minimal.pipeline import Painter
 from img_minimal.statistics import bootstrap_ratio, mean_interval
-from img_minimal.tiny.grammar import parse
+from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, Group, parse
 from img_minimal.tiny.oracle import judge
 
 SCALES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 PAIR = ("a red circle and a blue square", "three yellow triangles")
-COLOURS, FORMS = ("red", "green", "blue", "yellow", "purple", "orange"), ("circle", "square", "triangle", "cross")
-HELD_OUT = {("red", "cross"), ("blue", "triangle"), ("green", "circle"), ("yellow", "square")}
 
 
 @dataclass
@@ -49,8 +48,7 @@ class PromptOptions(Options):
 
 def simple_prompts(count: int) -> list[str]:
     """Prompts that the base draws well, so that what is drawn tells whom it listened to."""
-    kinds = [f"{c} {f}" for c in COLOURS for f in FORMS if (c, f) not in HELD_OUT]
-    single = [f"an {kind}" if kind[0] in "aeiou" else f"a {kind}" for kind in kinds]
+    single = [str(Group(1, *kind)) for kind in product(COLOURS, FORMS) if kind not in HELD_OUT]
     return [single[(7 * k) % len(single)] for k in range(count)]
 
 

@@ -12,7 +12,6 @@ learns to draw like a renderer, and forgets the prompt. So half of every batch a
 Only the UNet changes. Keys and values of the image prompt stay those of tiny-sdxl, so its aligner can be plugged in.
 """
 
-import copy
 import random
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from img_minimal.images import decode, from_pil
 from img_minimal.tiny.build.loop import autocast, fit
 from img_minimal.tiny.build.pairs import BASE
 from img_minimal.tiny.build.scenes import encode_text
-from img_minimal.tiny.build.unet import NOISE, SIZES, assemble
+from img_minimal.tiny.build.unet import NOISE, SIZES, assemble, new_unet
 from img_minimal.tiny.grammar import CATEGORIES, sample_prompt
 from img_minimal.tiny.oracle import judge
 
@@ -78,11 +77,13 @@ def build(
     text, pooled = encode_text(target, captions)
     number = {caption: k for k, caption in enumerate(captions)}
     caption = torch.tensor([number[p.prompt] for p in pairs])
-    unet = UNet2DConditionModel.from_pretrained(target / "sdxl/unet", torch_dtype=torch.float32)
-    frozen = copy.deepcopy(unet).requires_grad_(False)
+    frozen = UNet2DConditionModel.from_pretrained(target / "sdxl/unet", torch_dtype=torch.float32).requires_grad_(False)
+    unet = new_unet()  # not a copy of `frozen`, whose config names the folder it came from
+    unet.load_state_dict(frozen.state_dict())
     noising = DDPMScheduler(**NOISE)
 
     def loss_of_step(step: int) -> Tensor:
+        """A batch of pairs, half of them won by the drawn image."""
         i = torch.cat([kind[torch.randint(len(kind), (batch // 2,))] for kind in kinds])
         clean = torch.cat([winner[i], loser[i]])
         noise, t = torch.randn(batch, 4, 8, 8).repeat(2, 1, 1, 1), torch.randint(1000, (batch,)).repeat(2)
@@ -100,6 +101,7 @@ def build(
     pipe = assemble(target, unet)
 
     def watch(step: int) -> str:
+        """How many prompts the UNet draws rightly from text alone."""
         images = draw(pipe, [str(p) for p in prompts], list(range(watched)), steps=10, guidance_scale=4.0)
         return f"strict {sum(v.strict for v in judge(images, prompts))} of {watched}"
 
