@@ -22,6 +22,7 @@ def draw(
     tokens: Tensor | None = None,
     negative: Tensor | None = None,
     scale: float = 0.0,
+    scale_end: float = 1.0,
     autocast: bool = True,
     batch_size: int = 64,
     progress: str | None = None,
@@ -29,25 +30,32 @@ def draw(
     """One image per prompt, (B, 3, H, W) in [0, 1] on the CPU. There is no negative prompt: its embedding is zeros.
 
     Every image has its own CPU generator, so a seed gives the same start noise alone or in a batch, in the first pass
-    or in the second, on every device. tokens (B, N, D) are injected with `scale` beside the text; `negative` (1, N, D)
-    takes their place in the unconditional half of classifier-free guidance. With `autocast` weights in fp32 compute in
+    or in the second, on every device. tokens (B, N, D) are injected beside the text, with `scale` in the first step
+    and `scale * scale_end` in the last one, linear in between; `negative` (1, N, D) takes their place in the
+    unconditional half of classifier-free guidance. With `autocast` weights in fp32 compute in
     bf16; otherwise all is done in the pipeline's dtype, but for the VAE: SDXL's overflows in fp16, so load it in fp32.
     """
     images = []
     starts = range(0, len(prompts), batch_size)
     bar = tqdm(total=len(starts) * steps, desc=progress, disable=progress is None, leave=False, delay=1)
 
-    def tick(*_: object) -> dict:
+    scales = torch.linspace(scale, scale * scale_end, steps)
+    current = scales[0].clone()
+
+    def after_step(_: object, step: int, *rest: object) -> dict:
+        """Diffusers calls this with the number of the step that is done; an empty dict changes nothing."""
         bar.update()
+        current.copy_(scales[min(step + 1, steps - 1)])
         return {}
 
     for start in starts:
         part = slice(start, start + batch_size)
         context = nullcontext()
+        current.copy_(scales[0])
         if tokens is not None and scale != 0:
             positive = tokens[part].to(pipe.device)
             both = torch.cat([negative.to(positive).expand_as(positive), positive])
-            context = inject(pipe.unet, branch, both if guidance_scale > 1 else positive, scale)
+            context = inject(pipe.unet, branch, both if guidance_scale > 1 else positive, current)
         with context, torch.autocast(pipe.device.type, torch.bfloat16, enabled=autocast):
             latents = pipe(
                 prompt=prompts[part],
@@ -55,7 +63,7 @@ def draw(
                 guidance_scale=guidance_scale,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                 output_type="latent",
-                callback_on_step_end=tick,
+                callback_on_step_end=after_step,
             ).images
             decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
             decoded = pipe.image_processor.postprocess(decoded, output_type="pt")

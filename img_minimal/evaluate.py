@@ -235,7 +235,8 @@ def main() -> int:
         before_and_after(bench, images, config.picture)
     results = bench.results()
     results["settings"] = {"model": preset.name, "split": config.split, "seed": config.seed, "prompts": count,
-                           "scale": preset.scale, "passes": preset.passes, "torch": torch.__version__}  # fmt: skip
+                           "scale": preset.scale, "scale_end": preset.scale_end, "passes": preset.passes,
+                           "torch": torch.__version__}  # fmt: skip
     print_results(results)
     if config.json:
         Path(config.json).write_text(json.dumps(results, indent=1))

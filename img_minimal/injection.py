@@ -98,7 +98,9 @@ class DecoupledAttention:
         out = merge(F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask))
         image = merge(F.scaled_dot_product_attention(query, image_key, image_value))  # the same query for both
 
-        scale = self.scale.to(image)[:, None, None] if isinstance(self.scale, Tensor) else self.scale
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            scale = scale.to(image)[:, None, None] if scale.ndim else scale.item()
         linear, dropout = attn.to_out
         out = dropout(linear(out + scale * image))
         if attn.residual_connection:
@@ -141,9 +143,10 @@ def inject(
     """Within this context the UNet also attends to `tokens`; afterwards, also after an error, it is as before.
 
     tokens (B, N, D): for the batch that the UNet will see, with classifier-free guidance
-    `torch.cat([negative, positive])`. scale: one number, or a tensor (B,) with one per sample. With the number 0 the
-    UNet is not touched at all. Do not change the branch's weights within the context; with gradient checkpointing run
-    the backward pass within it too, because that calls the UNet again.
+    `torch.cat([negative, positive])`. scale: one number, or a tensor (B,) with one per sample, or a tensor () that may
+    be changed in place between calls. With the number 0 the UNet is not touched at all. Do not change the branch's
+    weights within the context; with gradient checkpointing run the backward pass within it too, because that calls
+    the UNet again.
     Raises ValueError if tokens, scale or branch do not fit; a wrong batch is noticed when the UNet is called.
     """
     if not isinstance(scale, Tensor) and scale == 0:
@@ -158,7 +161,7 @@ def inject(
     weight = next(branch.parameters())
     if tokens.ndim != 3 or tokens.shape[-1] != weight.shape[1]:
         raise ValueError(f"image tokens have shape {tuple(tokens.shape)}, expected (batch, tokens, {weight.shape[1]})")
-    if isinstance(scale, Tensor) and scale.shape != tokens.shape[:1]:
+    if isinstance(scale, Tensor) and scale.shape not in ((), tokens.shape[:1]):
         raise ValueError(f"scale has shape {tuple(scale.shape)}, expected a number or one per sample, ({len(tokens)},)")
     tokens = tokens.to(weight)
     before = {key: attn.processor for key, attn in layers.items()}

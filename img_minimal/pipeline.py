@@ -104,8 +104,8 @@ class Painter:
         self.placement.bring("diffusion")
         return draw(
             self.pipe, prompts, seeds, steps=self.preset.sampling_steps, guidance_scale=self.preset.guidance_scale,
-            branch=self.branch, tokens=tokens, negative=negative, scale=scale, autocast=self.precision.autocast,
-            batch_size=self.preset.draw_batch, progress=progress,
+            branch=self.branch, tokens=tokens, negative=negative, scale=scale, scale_end=self.preset.scale_end,
+            autocast=self.precision.autocast, batch_size=self.preset.draw_batch, progress=progress,
         )  # fmt: skip
 
     def tokens(self, images: list[Image], progress: str | None = None) -> Tensor:

@@ -49,7 +49,8 @@ class Preset:
     # sampling
     sampling_steps: int
     guidance_scale: float
-    scale: float  # of the image tokens in the second pass
+    scale: float  # of the image tokens in the second pass, at its first step
+    scale_end: float = 1.0  # share of it that is left at the last step, linear in between; 1 = constant
     passes: int  # applications of the aligner
     dtype: str | None = None  # fp32, bf16, fp16, mixed; None: by device, see img_minimal/models/devices.py
     offload: bool = False  # one big model on the GPU at a time
@@ -92,7 +93,8 @@ PRESETS = {
         world="tiny",
         sampling_steps=10,
         guidance_scale=4.0,
-        scale=0.7,
+        scale=1.6,
+        scale_end=0.05,
         passes=1,
         dtype="mixed",
         draw_batch=64,

@@ -150,6 +150,19 @@ def test_keys_and_values_are_projected_once_without_gradients_and_each_time_with
     assert len(calls) == 3
 
 
+@torch.no_grad()
+def test_a_scale_of_no_dimensions_acts_like_the_number_and_may_change_between_calls():
+    unet = new_unet()
+    branch, scale = new_branch(unet), torch.tensor(0.2)
+    with inject(unet, branch, tokens(), scale):
+        first = draw(unet)
+        scale.fill_(0.7)
+        second = draw(unet)
+    for number, ours in ((0.2, first), (0.7, second)):
+        with inject(unet, branch, tokens(), number):
+            assert torch.equal(draw(unet), ours)
+
+
 def test_gradients_reach_the_tokens_and_every_projection():
     unet = new_unet().requires_grad_(False)
     branch, c = new_branch(unet), tokens().requires_grad_()

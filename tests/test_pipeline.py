@@ -5,8 +5,10 @@ import random
 import pytest
 import torch
 
+from img_minimal.diffusion import draw
 from img_minimal.errors import UserError
 from img_minimal.images import from_pil, to_pil
+from img_minimal.injection import DecoupledAttention
 from img_minimal.mllm import MLLM
 from img_minimal.pipeline import IMG, align, look
 from img_minimal.presets import find_preset
@@ -40,6 +42,24 @@ def test_image_tokens_at_scale_zero_change_nothing_and_leave_no_trace(img, image
     changed = img.painter.draw(PROMPTS, [7] * 5, tokens, scale=1.0)
     assert not torch.equal(changed, images)
     assert torch.equal(img.painter.draw(PROMPTS, [7] * 5), images)
+
+
+def test_the_scale_of_the_image_tokens_changes_linearly_over_the_steps(img, images, monkeypatch):
+    tokens, heard = img.painter.tokens(to_pil(images)), []
+    plain = DecoupledAttention.__call__
+
+    def watched(self, attn, *inputs, **named):
+        heard.append(float(self.scale))
+        return plain(self, attn, *inputs, **named)
+
+    monkeypatch.setattr(DecoupledAttention, "__call__", watched)
+    pipe, layers = img.painter.pipe, len(img.painter.branch)
+    settings = {"branch": img.painter.branch, "tokens": tokens, "negative": tokens[:1], "steps": 5, "guidance_scale": 4}
+    falling = draw(pipe, PROMPTS, [7] * 5, scale=1.0, scale_end=0.2, batch_size=3, **settings)
+    each_step = [1.0, 0.8, 0.6, 0.4, 0.2] * 2  # two batches, and the second one starts anew
+    assert heard == pytest.approx([s for s in each_step for _ in range(layers)])
+    constant = draw(pipe, PROMPTS, [7] * 5, scale=1.0, batch_size=3, **settings)
+    assert set(heard[-5 * layers :]) == {1.0} and not torch.equal(falling, constant)
 
 
 def test_the_whole_method_gives_the_same_images_twice(img):

@@ -72,7 +72,7 @@ def test_the_released_samplers_settings_are_those_that_are_used(release, monkeyp
     img([PROMPT], [3])
     first, second = calls
     assert first["guidance_scale"] == second["guidance_scale"] == 7.5
-    assert first["tokens"] is None and second["scale"] == 0.2
+    assert first["tokens"] is None and (second["scale"], second["scale_end"]) == (0.2, 1.0)
     assert passes == [(3, torch.float32)]
     prompt = img.painter.image_prompt
     grey = prompt.encoder(torch.zeros(1, 3, 224, 224), output_hidden_states=True).hidden_states[-2]

@@ -17,7 +17,7 @@ so an image token is heard at scale s in proportion to s ||A_image|| / ||A_text|
 tells how much of an image its tokens hold. Ninety seconds; with --model sdxl --images 8 some minutes on a GPU.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import matplotlib.pyplot as plt
@@ -169,7 +169,8 @@ def main() -> None:
     """Measure, print, draw."""
     options = begin(PromptOptions, __doc__)
     check(options.images >= 4, f"--images is {options.images}, expected 4 or more")
-    count, painter = 4 if options.quick else options.images, Painter.from_preset(chosen_preset(options))
+    preset = replace(chosen_preset(options), scale_end=1.0)  # the same in all steps, so that one number says it
+    count, painter = 4 if options.quick else options.images, Painter.from_preset(preset)
     others, seeds = simple_prompts(count), [options.seed + 100 + k for k in range(count)]
     texts = others[1:] + others[:1]
     pictures = painter.draw(others, seeds, progress="images")

@@ -1,16 +1,18 @@
 """What happens between the first image and the second, and how often, how strongly and how many times should it?
 
 Sampling step by step: initial image -> MLLM -> tokens -> aligned tokens -> second image, from the same prompt and seed.
-Then one setting at a time: passes of the aligner (1 to 5), scale of the image tokens, rounds (the second image is
-looked at again, up to four times). For each, what became right and what became wrong, by the exact oracle, against
-controls: another seed, the better of two seeds, and a second drawing with the image's own tokens. Under two minutes.
+Then one setting at a time: passes of the aligner (1 to 5), scale of the image tokens, the share of it that is left at
+the last step, rounds (the second image is looked at again, up to four times). For each, what became right and what
+became wrong, by the exact oracle, against controls: another seed, the better of two seeds, and a second drawing with
+the image's own tokens. Some minutes.
 
 With G the base model, T the prompt, z the start noise, q a question about T, f the aligner, s the scale:
 
     x_0 = G(T, z)                                        1  initial image
     h = MLLM(x_0, q),  c_0 = Resampler(CLIP(x_0))        2  what is seen to be wrong; what the image is
     c_k = f(h, c_(k-1))                                  3  k passes of the aligner, with the same h
-    x_1 = G(T, z; c_k, s)                                4  the same prompt and noise, and the tokens beside the text
+    x_1 = G(T, z; c_k, s)                                4  the same prompt and noise, and the tokens beside the text;
+                                                            over the steps s goes linearly to its end, a share of it
     x_r from x_(r-1) as x_1 from x_0                        rounds: h and c_0 are computed anew, of the latest image
 
 h and c_0 are frozen: computed once, they serve every number of passes and scale. Look at both colours of the bars: a
@@ -18,7 +20,7 @@ setting that mends more often spoils more, too, and its worth is the difference.
 and the pictures alone are shown.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from textwrap import fill
 
@@ -41,6 +43,7 @@ from img_minimal.tiny.oracle import judge
 
 PASSES = range(1, 6)
 FACTORS = (0.5, 1.0, 1.5, 2.0)  # times the preset's scale
+ENDS = (0.25, 0.5, 1.0)  # beside the preset's
 ROUNDS = range(1, 5)
 CONTROLS = ("new_seed", "best_of_two_mllm", "best_of_two_oracle", "no_guidance", "perfect_tokens")
 SHORT = (
@@ -51,7 +54,7 @@ SHORT = (
     "tokens of a\nright image*",
 )
 REAL_PROMPTS = ("a red cube on top of a blue sphere", "three green apples and one banana on a table")
-Setting = tuple[str, float]  # ("passes", 3), ("scale", 0.7) or ("rounds", 2)
+Setting = tuple[str, float]  # ("passes", 3), ("scale", 0.7), ("end", 0.5) or ("rounds", 2)
 
 
 @dataclass
@@ -86,8 +89,10 @@ def draw_settings(img: IMG, start: Start, seed: int) -> tuple[dict[Setting, Tens
     painter, preset = img.painter, img.painter.preset
     aligned, images = [start.tokens], {}
 
-    def draw(tokens: Tensor, kind: str, value: float, scale: float | None = None) -> None:
-        images[kind, value] = painter.draw(start.captions, start.seeds, tokens, scale, f"{kind} {value:g}")
+    def draw(tokens: Tensor, kind: str, value: float, **changed: float) -> None:
+        painter.preset = replace(preset, **changed)
+        images[kind, value] = painter.draw(start.captions, start.seeds, tokens, progress=f"{kind} {value:g}")
+        painter.preset = preset
 
     for k in PASSES:  # c_k = f(h, c_(k-1)): each pass goes on from the one before
         painter.placement.bring("aligner")
@@ -98,7 +103,10 @@ def draw_settings(img: IMG, start: Start, seed: int) -> tuple[dict[Setting, Tens
         if factor == 1:
             images["scale", preset.scale] = chosen
         else:
-            draw(aligned[preset.passes], "scale", preset.scale * factor, preset.scale * factor)
+            draw(aligned[preset.passes], "scale", preset.scale * factor, scale=preset.scale * factor)
+    images["end", preset.scale_end] = chosen
+    for end in {*ENDS} - {preset.scale_end}:
+        draw(aligned[preset.passes], "end", end, scale_end=end)
     images["rounds", 1] = chosen
     for r in ROUNDS[1:]:  # h and c_0 of x_(r-1)
         draw(img.align(images["rounds", r - 1], start.captions, seed + r - 1), "rounds", r)
@@ -185,7 +193,7 @@ def plot_row(figure: SubFigure, title: str, k: int, columns: dict[str, tuple], h
 
 
 def strip_columns(preset: Preset, start: Start, images: dict, aligned: Tensor, table: dict | None) -> dict[str, tuple]:
-    """Initial image, correction, some passes, lowest and highest scale, some rounds."""
+    """Initial image, correction, some passes, lowest and highest scale, a constant one, some rounds."""
     low, high = (preset.scale * factor for factor in (FACTORS[0], FACTORS[-1]))
     settings = [
         ("passes", 1),
@@ -193,6 +201,7 @@ def strip_columns(preset: Preset, start: Start, images: dict, aligned: Tensor, t
         ("passes", 5),
         ("scale", low),
         ("scale", high),
+        ("end", 1.0),
         ("rounds", 2),
         ("rounds", 4),
     ]
@@ -208,16 +217,21 @@ def strip_columns(preset: Preset, start: Start, images: dict, aligned: Tensor, t
 
 def plot_effects(figure: SubFigure, table: dict, preset: Preset) -> None:
     """Upper row: strict share minus the base's, with intervals. Lower row: what was mended and what was spoilt."""
-    axes = figure.subplots(2, 4, sharey="row", sharex="col", width_ratios=(5, 4.4, 4.4, 4.4), height_ratios=(3, 2))
-    groups = {kind: [name for name in table if name[0] == kind] for kind in ("passes", "scale", "rounds")}
-    labels = ("passes of the aligner", "scale of the tokens", "rounds of looking and drawing")
-    marks = (preset.passes, preset.scale, 1)
+    axes = figure.subplots(2, 5, sharey="row", sharex="col", width_ratios=(5, 4, 4, 4, 4.6), height_ratios=(3, 2))
+    groups = {kind: [name for name in table if name[0] == kind] for kind in ("passes", "scale", "end", "rounds")}
+    labels = (
+        "passes of the aligner",
+        "scale of the tokens",
+        "share of it at the last step",
+        "rounds of looking, drawing",
+    )
+    marks = (preset.passes, preset.scale, preset.scale_end, 1)
     for (upper, lower), (kind, names), label, mark in zip(axes.T, groups.items(), labels, marks):
         x = [value for _, value in sorted(names)]
         plot_pair(upper, lower, x, [table[kind, value] for value in x], 0.6 * (x[1] - x[0]), "o-", BLUE)
         upper.axvline(mark, color=PINK, linestyle=":", label="IMG's setting")
-        lower.set(xlabel=label, xticks=[0, *x])
-    upper, lower = axes[:, 3]
+        lower.set(xlabel=label, xticks=x if x[0] < 0.1 else [0, *x])
+    upper, lower = axes[:, -1]
     plot_pair(upper, lower, range(len(CONTROLS)), [table[name] for name in CONTROLS], 0.6, "s", "black")
     lower.set_xticks(range(len(CONTROLS)), SHORT, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
     upper.set_title("controls", fontsize=10)
@@ -277,7 +291,7 @@ def main() -> None:
     if table:
         print_table(table)
         print_categories(bench, before, after)
-    figure = plt.figure(figsize=(12, 1.85 * len(rows) + 5.5 * bool(table) + 0.4), layout="constrained")
+    figure = plt.figure(figsize=(13.5, 1.85 * len(rows) + 5.5 * bool(table) + 0.4), layout="constrained")
     heights = [1.85] * len(rows) + [5.5] * bool(table)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     columns = strip_columns(preset, start, images, aligned, table)

@@ -34,7 +34,7 @@ from img_minimal.tiny.grammar import parse
 # Fields of a preset that change its images. A file at such a place is known by its content.
 DRAWN_BY = (
     "name", "base", "unet", "image_encoder", "ip_adapter", "resampler", "mllm", "aligner", "sampling_steps",
-    "guidance_scale", "scale", "passes", "dtype", "draw_batch", "look_batch", "encode_batch",
+    "guidance_scale", "scale", "scale_end", "passes", "dtype", "draw_batch", "look_batch", "encode_batch",
 )  # fmt: skip
 GROUP = 64  # prompts whose guidance features are held at once, 0.4 GB with LLaVA-13B
 
@@ -179,7 +179,7 @@ def compare(
         one.fill()
     results = {"judges": {one.files.name: one.results() for one in scores}}
     results["settings"] = {"model": preset.name, "prompt_file": str(options.prompt_file), "prompts": len(prompts),
-                           "seed": seed, "scale": preset.scale, "passes": preset.passes,
+                           "seed": seed, "scale": preset.scale, "scale_end": preset.scale_end, "passes": preset.passes,
                            "judges": [asdict(files) for files in judges], "torch": torch.__version__}  # fmt: skip
     for one in scores:
         print_table(one.title, results["judges"][one.files.name])
