@@ -25,6 +25,7 @@ class Config(ModelFlags):
     steps: int | None = option(None, "denoising steps; default: the preset's")
     passes: int | None = option(None, "applications of the aligner; default: the preset's")
     scale: float | None = option(None, "weight of the aligned image tokens; default: the preset's")
+    scale_end: float | None = option(None, "share of it that is left at the last step; default: the preset's")
     aligner: str | None = option(None, "aligner file, e.g. outputs/train/aligner.safetensors, or on the hub")
     explain: bool = option(True, "decode what the MLLM says (guidance itself needs no decoding)")
     output: str = option("outputs/sample", "folder for the pictures")
@@ -40,8 +41,12 @@ def main() -> int:
     check(config.steps is None or config.steps >= 1, f"--steps is {config.steps}, expected 1 or more")
     check(config.passes is None or config.passes >= 1, f"--passes is {config.passes}, expected 1 or more")
     check(config.scale is None or config.scale >= 0, f"--scale is {config.scale}, expected 0 or more")
+    check(config.scale_end is None or config.scale_end >= 0, f"--scale-end is {config.scale_end}, expected 0 or more")
 
-    preset = with_overrides(config.applied_to(find_preset(config.model)), sampling_steps=config.steps)
+    preset = with_overrides(
+        config.applied_to(find_preset(config.model)), sampling_steps=config.steps, passes=config.passes,
+        scale=config.scale, scale_end=config.scale_end,
+    )  # fmt: skip
     wanted = None
     if preset.world == "tiny":
         from img_minimal.tiny.grammar import parse as parse_prompt
@@ -63,7 +68,7 @@ def main() -> int:
     cut, limit = unread(img.painter.pipe, prompt)
     if cut:
         warn(f"the text encoders read {limit} tokens and do not see the prompt's end, {cut!r}; shorten the prompt")
-    stages = img(prompts, seeds, rounds=config.rounds, passes=config.passes, scale=config.scale, progress=True)
+    stages = img(prompts, seeds, rounds=config.rounds, progress=True)
     pictures = [to_pil(images) for images in stages]
     notes = [[""] * config.num_images for _ in stages]
     if config.explain:

@@ -57,6 +57,7 @@ class Config(ModelFlags, CompareOptions):
     split: str = option("test", "test for reporting, validation for choosing", choices=["test", "validation"])
     aligner: str | None = option(None, "another aligner file; default: the preset's")
     scale: float | None = option(None, "scale of the image tokens; default: the preset's")
+    scale_end: float | None = option(None, "share of it that is left at the last step; default: the preset's")
     passes: int | None = option(None, "applications of the aligner; default: the preset's")
     only_img: bool = option(False, "leave out the arms of text and stock MLLM")
     json: str | None = option(None, "also write the results to this file")
@@ -210,7 +211,7 @@ def main() -> int:
     """All arms, the table, the JSON."""
     config = parse(Config, __doc__)
     preset = config.applied_to(find_preset(config.model))
-    preset = with_overrides(preset, scale=config.scale, passes=config.passes)
+    preset = with_overrides(preset, scale=config.scale, scale_end=config.scale_end, passes=config.passes)
     check(config.prompts is None or config.prompts >= 5, f"--prompts is {config.prompts}, expected 5 or more")
     check(config.seed >= 0, f"--seed is {config.seed}, expected 0 or more")
     for option_name, path in (("--json", config.json), ("--picture", config.picture)):

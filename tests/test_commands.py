@@ -47,6 +47,7 @@ def test_sample_saves_both_images_and_the_picture_and_says_what_was_seen(tmp_pat
         (["--seed", "x"], ["--seed"]),
         (["--passes", "0"], ["--passes"]),
         (["--scale", "-0.5"], ["--scale"]),
+        (["--scale-end", "-0.5"], ["--scale-end"]),
         (["--model", "nope"], ["nope", "tiny-sdxl"]),
         (["--output", "/proc/nowhere"], ["/proc/nowhere", "choose another folder"]),
         (["--colour", "red"], ["--colour"]),

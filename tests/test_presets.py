@@ -32,6 +32,7 @@ def changed(*arguments: str) -> dict:
 def test_sdxl_has_the_released_samplers_and_the_papers_training_settings():
     preset = find_preset("sdxl")
     assert (preset.sampling_steps, preset.guidance_scale, preset.scale, preset.passes) == (50, 7.5, 0.2, 3)
+    assert preset.scale_end == 1.0, "the release's sampler does not change the scale"
     assert (preset.train_steps, preset.batch_size, preset.lr, preset.weight_decay) == (100_000, 8, 1e-4, 1e-4)
     assert (preset.weight, preset.constant_share, preset.keep_share, preset.max_pairs) == (1.0, 1.0, 0.0, 0)
     assert (preset.depth, preset.heads, preset.world, preset.dtype, preset.offload) == (4, 20, None, None, False)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from img_minimal.aligner import ImplicitAligner
+from img_minimal.cli import run
 from img_minimal.presets import TINY, find_preset
 from img_minimal.tiny.build import clip, dpo, llava, pairs, resampler, scenes, triplets, unet, vae
 from img_minimal.tiny.build.loop import run_train
@@ -81,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
