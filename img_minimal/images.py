@@ -21,5 +21,5 @@ def from_pil(images: list[Image.Image]) -> Tensor:
 
 
 def decode(data: bytes) -> Image.Image:
-    """An encoded image (JPEG, PNG, ...) -> RGB. Raises OSError if the bytes are damaged."""
+    """An encoded image (JPEG, WebP, ...) -> RGB. Raises OSError if the bytes are damaged."""
     return Image.open(io.BytesIO(data)).convert("RGB")

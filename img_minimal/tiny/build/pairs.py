@@ -26,7 +26,7 @@ from img_minimal.images import to_pil
 from img_minimal.pipeline import Painter
 from img_minimal.presets import Preset
 from img_minimal.tiny.build.tables import save_table
-from img_minimal.tiny.build.triplets import damage, to_png
+from img_minimal.tiny.build.triplets import damage, to_webp
 from img_minimal.tiny.edits import NOTHING, correct, instruction
 from img_minimal.tiny.grammar import HELD_OUT, RELATIONS, Group, Prompt, sample_prompt
 from img_minimal.tiny.oracle import BLOB, Verdict, judge
@@ -122,7 +122,7 @@ def pairs_of_image(drawn: bytes, verdict: Verdict, prompt: Prompt, number: int, 
     edited = render([scene for _, scene, _ in candidates])
     labels = [v.strict for v in judge(edited, [p for p, _, _ in candidates])]
     return [
-        pair_row(p, drawn, to_png(picture), drawn_wins, number)
+        pair_row(p, drawn, to_webp(picture), drawn_wins, number)
         for (p, _, drawn_wins), picture, label in zip(candidates, edited, labels)
         if label != drawn_wins
     ]
