@@ -12,7 +12,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # same folder, so that the rename is atomic
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        partial.chmod(mode)  # safetensors leaves files that only their owner may read
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
