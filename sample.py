@@ -1,7 +1,7 @@
 """Draw a prompt, look at the result with an MLLM, and draw it again better aligned.
 
     python sample.py --prompt "a red circle above a blue square"
-    python sample.py --prompt "three green squares" --seed 7 --rounds 2 --explain
+    python sample.py --prompt "two yellow triangles left of a red square" --num-images 1 --seed 7 --rounds 2
     python sample.py --model sdxl --prompt "a robot penguin wearing a top hat" --offload
 
 Saves the first image, the last one, and both side by side.
@@ -20,7 +20,7 @@ class Config(ModelFlags):
     prompt: str = option("a red circle above a blue square", "what to draw")
     model: str = option("tiny-sdxl", "which models and settings", choices=list(PRESETS))
     seed: int = option(0, "of the first image; the same seed gives the same images")
-    num_images: int = option(1, "images, from consecutive seeds")
+    num_images: int = option(4, "images, from consecutive seeds")
     rounds: int = option(1, "times to look and draw again")
     steps: int | None = option(None, "denoising steps; default: the preset's")
     passes: int | None = option(None, "applications of the aligner; default: the preset's")

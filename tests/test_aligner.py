@@ -171,6 +171,13 @@ def test_a_saved_aligner_remembers_its_head_width(tmp_path):
     assert ImplicitAligner.from_file(tmp_path / "a.safetensors").layers[0][0].heads == 4
 
 
+def test_a_saved_aligner_may_be_read_by_whom_other_files_may_be_read(tmp_path):
+    (tmp_path / "plain").touch()
+    for name in ("a.safetensors", "a.pth"):
+        ImplicitAligner(WIDTH, GUIDANCE, depth=1, heads=4, head_dim=16).save(tmp_path / name)
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 @pytest.mark.parametrize("damage", ["no layers", "no zero_linear", "wrong shape", "unknown key"])
 def test_a_file_of_something_else_is_named_in_one_line(tmp_path, damage):
     state = new_aligner().state_dict()
