@@ -29,10 +29,10 @@ from img_minimal.errors import UserError
 from img_minimal.evaluate import print_comparison
 from img_minimal.features import Features
 from img_minimal.finetuning.finetune import finetune
-from img_minimal.mllm import MLLM
 from img_minimal.models.plan import aligner_plan, mllm_plan
+from img_minimal.painter import Painter
 from img_minimal.pictures import curves
-from img_minimal.pipeline import IMG, Painter
+from img_minimal.pipeline import IMG
 from img_minimal.preference import preference_loss, squared_distance
 from img_minimal.presets import PRESETS, ModelFlags, Preset, find_preset, with_overrides
 from img_minimal.training import Batches, Stop, Trainer, validate
@@ -143,13 +143,8 @@ def train_aligner(config: Config, preset: Preset, run_folder: RunFolder) -> bool
     print(", ".join(f"{name} {value:.4f}" for name, value in validate(trainer, data.unseen).items()))
     if config.eval_prompts and preset.world == "tiny":
         painter = Painter.from_preset(preset)
-        path = preset.stock_mllm if config.guidance == "stock" else preset.mllm
-        guide = (
-            painter
-            if config.guidance == "text"
-            else MLLM.from_pretrained(path, painter.precision.mllm, painter.pipe.device)
-        )
-        print_comparison(IMG(painter, guide, trainer.aligner), config.eval_prompts, folder / "samples.png")
+        img = IMG(painter, painter.guide(config.guidance), trainer.aligner)
+        print_comparison(img, config.eval_prompts, folder / "samples.png")
     print(f"saved to {folder}/aligner.safetensors")
     return True
 

@@ -25,8 +25,9 @@ from img_minimal.images import to_pil
 from img_minimal.judging.compare import CompareOptions, compare
 from img_minimal.judging.image_folder import FIRST_SEED, NEW_SEED
 from img_minimal.mllm import MLLM
+from img_minimal.painter import Guidance
 from img_minimal.pictures import labelled_grid
-from img_minimal.pipeline import IMG, Guidance
+from img_minimal.pipeline import IMG
 from img_minimal.presets import PRESETS, ModelFlags, find_preset, with_overrides
 from img_minimal.statistics import mean_interval, win_rate
 from img_minimal.tiny.edits import correct
@@ -192,18 +193,10 @@ def before_and_after(bench: Bench, images: Tensor, path: Path | str, count: int 
 def ablations(bench: Bench) -> None:
     """The arms guided by text and by the stock MLLM, each with an aligner of its own; left out where there is none."""
     painter, preset = bench.img.painter, bench.img.painter.preset
-    arms = {
-        "text": (preset.text_aligner, lambda: painter),
-        "stock_mllm": (
-            preset.stock_aligner,
-            lambda: MLLM.from_pretrained(preset.stock_mllm, painter.precision.mllm, painter.pipe.device),
-        ),
-    }
-    for name, (path, guide) in arms.items():
+    for name, kind, path in (("text", "text", preset.text_aligner), ("stock_mllm", "stock", preset.stock_aligner)):
         if Path(path).exists():
-            bench.aligned(name, guide(), ImplicitAligner.from_file(path))
+            bench.aligned(name, painter.guide(kind), ImplicitAligner.from_file(path))
         else:
-            kind = name.removesuffix("_mllm")
             print(f"left out: {TITLES[name]}; {path} is not there, train it with: python train.py --guidance {kind}")
 
 

@@ -21,7 +21,8 @@ from img_minimal.image_prompt import ImagePrompt, load_ip_adapter
 from img_minimal.mllm import MLLM
 from img_minimal.models.devices import Precision, best_device
 from img_minimal.models.hub import fetch
-from img_minimal.pipeline import Guidance, Painter, cat_padded, look
+from img_minimal.painter import Guidance, Painter
+from img_minimal.pipeline import cat_padded, look
 from img_minimal.presets import Preset
 
 NEXT_CHUNK = 1_000_003  # between the seeds of two chunks' questions

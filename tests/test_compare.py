@@ -22,7 +22,8 @@ from img_minimal.judging.prompt_files import FilePrompt
 from img_minimal.judging.scores import Scores
 from img_minimal.mllm import MLLM
 from img_minimal.models.devices import Placement
-from img_minimal.pipeline import IMG, Painter
+from img_minimal.painter import Painter
+from img_minimal.pipeline import IMG
 from img_minimal.presets import Preset, find_preset, with_overrides
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ import sample
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.cli import run
 from img_minimal.image_prompt import Resampler, load_ip_adapter
-from img_minimal.pipeline import Painter
+from img_minimal.painter import Painter
 
 
 def refusal(monkeypatch, capsys, folder: Path, *arguments: object, **changed: object) -> str:

@@ -12,12 +12,13 @@ from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 import sample
-from img_minimal import pipeline
+from img_minimal import painter
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.image_prompt import load_ip_adapter
 from img_minimal.images import from_pil
 from img_minimal.models.weights import WeightsError, read_weights
-from img_minimal.pipeline import IMG, Painter
+from img_minimal.painter import Painter
+from img_minimal.pipeline import IMG
 from img_minimal.presets import find_preset
 
 
@@ -59,8 +60,8 @@ def test_both_images_equal_those_of_diffusers_own_pipeline_and_ip_adapter(releas
 def test_the_released_samplers_settings_are_those_that_are_used(release, monkeypatch):
     assert find_preset("sdxl").sampling_steps == 50
     img, calls, text, passes = IMG.from_preset(preset(release)), [], [], []
-    plain, forward = pipeline.draw, img.aligner.forward
-    monkeypatch.setattr(pipeline, "draw", lambda *a, **k: calls.append(k) or plain(*a, **k))
+    plain, forward = painter.draw, img.aligner.forward
+    monkeypatch.setattr(painter, "draw", lambda *a, **k: calls.append(k) or plain(*a, **k))
     monkeypatch.setattr(img.aligner, "forward", lambda h, c, m, n: passes.append((n, h.dtype)) or forward(h, c, m, n))
     noise = []
 

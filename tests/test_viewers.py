@@ -9,7 +9,7 @@ from img_minimal.aligner import ImplicitAligner
 from img_minimal.images import to_pil
 from img_minimal.injection import ImageBranch, cross_attentions, inject
 from img_minimal.mllm import MLLM
-from img_minimal.pipeline import Painter
+from img_minimal.painter import Painter
 from img_minimal.presets import find_preset
 from img_minimal.statistics import paired_shares, ranking_interval
 

@@ -29,8 +29,8 @@ from PIL.Image import Image
 from img_minimal.cli import check
 from img_minimal.images import to_pil
 from img_minimal.judging.image_folder import FIRST_SEED, NEW_SEED
+from img_minimal.painter import Painter
 from img_minimal.pictures import BLUE, GREEN, GREY, ORANGE, PINK
-from img_minimal.pipeline import Painter
 from img_minimal.statistics import mean_interval
 from img_minimal.tiny.grammar import CATEGORIES, Prompt, benchmark
 from img_minimal.tiny.oracle import Verdict, judge

@@ -34,8 +34,9 @@ from img_minimal.finetuning.detector import Detector, Lesson
 from img_minimal.finetuning.finetune import Lessons
 from img_minimal.images import to_pil
 from img_minimal.mllm import MLLM
+from img_minimal.painter import Guidance, Painter
 from img_minimal.pictures import BLUE, GREEN, GREY, ORANGE
-from img_minimal.pipeline import Guidance, Painter, look
+from img_minimal.pipeline import look
 from img_minimal.presets import Preset
 from img_minimal.statistics import bootstrap_ratio, mean_interval, ranking_interval
 from img_minimal.tiny.grammar import Prompt, benchmark
@@ -209,10 +210,7 @@ def main() -> None:
     check(options.prompts >= 20, f"--prompts is {options.prompts}, expected 20 or more")
     marks = exams(preset, options.quick)
     painter = Painter.from_preset(preset)
-    stock, finetuned = (
-        MLLM.from_pretrained(path, painter.precision.mllm, painter.pipe.device)
-        for path in (preset.stock_mllm, preset.mllm)
-    )
+    stock, finetuned = painter.guide("stock"), painter.guide("mllm")
     drawn = draw_all(
         painter, benchmark(20 if options.quick else options.prompts, "validation", options.seed), options.seed
     )

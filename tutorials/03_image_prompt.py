@@ -29,8 +29,8 @@ from torch import Tensor
 from img_minimal.cli import check
 from img_minimal.images import to_pil
 from img_minimal.injection import cross_attentions, inject
+from img_minimal.painter import Painter
 from img_minimal.pictures import BLUE, GREY, ORANGE
-from img_minimal.pipeline import Painter
 from img_minimal.statistics import bootstrap_ratio, mean_interval
 from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, Group, parse
 from img_minimal.tiny.oracle import judge

@@ -34,9 +34,8 @@ from img_minimal.cli import check
 from img_minimal.data.sources import CachedData, training_data
 from img_minimal.evaluate import Bench
 from img_minimal.files import write_whole
-from img_minimal.mllm import MLLM
 from img_minimal.pictures import BLUE, GREEN, GREY, ORANGE, PINK
-from img_minimal.pipeline import IMG, Guidance, align, look
+from img_minimal.pipeline import IMG, align, look
 from img_minimal.presets import Preset
 from img_minimal.statistics import mean_interval
 from img_minimal.tiny.grammar import benchmark
@@ -136,10 +135,7 @@ class Laboratory:
     def look(self, guidance: str) -> tuple[Tensor, Tensor]:
         """h and mask of the base's images, by this kind of guidance."""
         if guidance not in self.looks:
-            painter, guide = self.bench.img.painter, self.bench.img.mllm
-            if guidance != "mllm":
-                stock = (self.preset.stock_mllm, painter.precision.mllm, painter.pipe.device)
-                guide: Guidance = painter if guidance == "text" else MLLM.from_pretrained(*stock)
+            guide = self.bench.img.painter.guide(guidance)
             self.looks[guidance] = look(guide, self.bench.pictures, self.bench.captions, self.options.seed)
         return self.looks[guidance]
 

@@ -26,8 +26,9 @@ from img_minimal.cli import check
 from img_minimal.errors import UserError
 from img_minimal.evaluate import Bench
 from img_minimal.images import to_pil
+from img_minimal.painter import Painter
 from img_minimal.pictures import BLUE, GREEN, GREY, ORANGE
-from img_minimal.pipeline import IMG, Painter
+from img_minimal.pipeline import IMG
 from img_minimal.presets import PRESETS, find_preset
 from img_minimal.statistics import mean_interval, paired_shares, win_rate
 from img_minimal.tiny.grammar import CATEGORIES, Prompt, benchmark

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from img_minimal.files import replacing
 from img_minimal.images import to_pil
-from img_minimal.pipeline import Painter
+from img_minimal.painter import Painter
 from img_minimal.presets import Preset
 from img_minimal.tiny.build.tables import save_table
 from img_minimal.tiny.build.triplets import damage, to_webp
