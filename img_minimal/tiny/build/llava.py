@@ -182,7 +182,7 @@ def build_detector(workdir: Path, target: Path, steps: int = 2000) -> None:
     """Finetune the stock model on the triplets, with the command that finetunes any MLLM; saves `llava-detector`."""
     folder = workdir / "detector"
     places = ("--mllm", target / "llava-stock", "--triplets", target / "triplets.parquet")
-    run_train(folder, "--stage", "mllm", *places, "--steps", steps)
+    run_train(folder, "--stage", "mllm", "--seed", 1, *places, "--steps", steps)
     shutil.copytree(folder / "mllm", target / "llava-detector", dirs_exist_ok=True)
 
 
