@@ -95,7 +95,7 @@ class AblationOptions(Options):
     fresh: bool = option(False, "train and draw anew, instead of showing the results that come with the repository")
     prompts: int = option(512, "with --fresh: how many prompts of the test split")
     seeds: int = option(3, "with --fresh: training seeds")
-    steps: int = option(400, "with --fresh: training steps of every aligner")
+    steps: int = option(1000, "with --fresh: training steps of every aligner")
 
 
 class Laboratory:
