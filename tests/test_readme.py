@@ -32,6 +32,11 @@ def test_every_equation_points_to_the_one_line_of_its_file_that_reads_so():
         assert found == [int(number)] and (target, anchor) == (path, number), f"{path}: {reads!r} is in line {found}"
 
 
+def test_no_section_of_the_readme_stands_twice():
+    titles = re.findall(r"^## .*$", README, re.MULTILINE)
+    assert len(titles) > 10 and sorted(titles) == sorted(set(titles))
+
+
 def test_every_path_that_the_readme_names_is_there():
     paths = re.findall(r"`((?:img_minimal|tutorials|tests)/[\w/.-]*)`", README)
     paths += re.findall(r"\]\(((?:img_minimal|tutorials)/[\w/.-]+)[#)]", README)
