@@ -208,9 +208,9 @@ def strip_columns(preset: Preset, start: Start, images: dict, aligned: Tensor, t
     sizes = (aligned - start.tokens).norm(dim=-1)  # (B, N)
     side = int(sizes.shape[1] ** 0.5)
     sizes = sizes.unflatten(1, (side, side)) if side**2 == sizes.shape[1] else sizes[:, None]
-    columns = {"initial": (start.images, table and table["base"]["right"]), "correction\nper token": (sizes, None)}
+    columns = {"initial": (start.images, table and table["base"]["right"]), "correction": (sizes, None)}
     for setting in settings:
-        head = "{} {:g}".format(*setting) + ("\n= IMG" if setting == ("passes", preset.passes) else "")
+        head = "{} {:g}".format(*setting) + (" = IMG" if setting == ("passes", preset.passes) else "")
         columns[head] = (images[setting], table and table[setting]["right"])
     return columns
 
