@@ -4,7 +4,7 @@ Sampling step by step: initial image -> MLLM -> tokens -> aligned tokens -> seco
 Then one setting at a time: passes of the aligner (1 to 5), scale of the image tokens, the share of it that is left at
 the last step, rounds (the second image is looked at again, up to four times). For each, what became right and what
 became wrong, by the exact oracle, against controls: another seed, the better of two seeds, and a second drawing with
-the image's own tokens. Some minutes.
+the image's own tokens. Under two minutes.
 
 With G the base model, T the prompt, z the start noise, q a question about T, f the aligner, s the scale:
 
