@@ -32,15 +32,15 @@ def draw(
     Every image has its own CPU generator, so a seed gives the same start noise alone or in a batch, in the first pass
     or in the second, on every device. tokens (B, N, D) are injected beside the text, with `scale` in the first step
     and `scale * scale_end` in the last one, linear in between; `negative` (1, N, D) takes their place in the
-    unconditional half of classifier-free guidance. With `autocast` weights in fp32 compute in
-    bf16; otherwise all is done in the pipeline's dtype, but for the VAE: SDXL's overflows in fp16, so load it in fp32.
+    unconditional half of classifier-free guidance. With `autocast` weights in fp32 compute in bf16; otherwise all is
+    done in the pipeline's dtype, but for the VAE: SDXL's overflows in fp16, so load it in fp32.
     """
     images = []
     starts = range(0, len(prompts), batch_size)
     bar = tqdm(total=len(starts) * steps, desc=progress, disable=progress is None, leave=False, delay=1)
 
     scales = torch.linspace(scale, scale * scale_end, steps)
-    current = scales[0].clone()
+    current = torch.empty(())  # what `inject` reads in every step
 
     def after_step(_: object, step: int, *rest: object) -> dict:
         """Diffusers calls this with the number of the step that is done; an empty dict changes nothing."""

@@ -92,7 +92,7 @@ class Encoder:
             return cls(painter.image_prompt, painter, *settings)
         device = best_device()
         precision = Precision.named(preset.dtype, device)
-        preset = replace(preset, mllm=preset.stock_mllm if guidance == "stock" else preset.mllm)
+        preset = replace(preset, mllm=preset.guide(guidance))
         names = ("ip_adapter", "resampler", "image_encoder", "mllm")
         preset = fetch(preset, names, half=precision.weights != torch.float32)
         image_proj, _ = load_ip_adapter(preset.ip_adapter, preset.resampler)

@@ -55,6 +55,7 @@ def warmup_constant_decay(steps: int, warmup: int, hold: float, floor: float) ->
     """Learning-rate factor by step: linear up, constant until `hold` of the run, then linear down to `floor`."""
 
     def factor(step: int) -> float:
+        """Share of the full rate at this step."""
         decay = 1.0 if step <= hold * steps else max(floor, (steps - step) / ((1 - hold) * steps))
         return min(1.0, (step + 1) / warmup, decay)
 

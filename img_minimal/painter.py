@@ -125,6 +125,6 @@ class Painter:
         """
         if kind == "text":
             return self
-        path = {"mllm": self.preset.mllm, "stock": self.preset.stock_mllm}[kind]
+        path = self.preset.guide(kind)
         with opening(path, "multimodal LLM"):
             return MLLM.from_pretrained(path, self.precision.mllm, self.placement.waiting)

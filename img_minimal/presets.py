@@ -76,6 +76,10 @@ class Preset:
     triplets: str  # for finetuning the MLLM: images, prompts and edit instructions in InstructPix2Pix's columns
     finetuning: Finetuning
 
+    def guide(self, kind: str) -> str:
+        """Where the model that guides is: "mllm", the finetuned one, "stock", or the base whose "text" is embedded."""
+        return {"mllm": self.mllm, "stock": self.stock_mllm, "text": self.base}[kind]
+
 
 PRESETS = {
     "tiny-sdxl": Preset(

@@ -30,17 +30,8 @@ def assert_one_clear_line(result: subprocess.CompletedProcess, *words: str) -> N
 
 
 def test_sample_saves_both_images_and_the_picture_and_says_what_was_seen(tmp_path):
-    result = call(
-        "sample.py",
-        "--prompt",
-        "a red circle above a blue square",
-        "--seed",
-        1,
-        "--num-images",
-        1,
-        "--output",
-        tmp_path,
-    )
+    one = ("--prompt", "a red circle above a blue square", "--seed", 1, "--num-images", 1)
+    result = call("sample.py", *one, "--output", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "initial: MLLM: " in result.stdout and "oracle: " in result.stdout
     names = {p.name for p in tmp_path.iterdir()}

@@ -54,7 +54,7 @@ SHORT = (
     "tokens of a\nright image*",
 )
 REAL_PROMPTS = ("a red cube on top of a blue sphere", "three green apples and one banana on a table")
-Setting = tuple[str, float]  # ("passes", 3), ("scale", 0.7), ("end", 0.5) or ("rounds", 2)
+Setting = tuple[str, float]  # ("passes", 3), ("scale", 0.7), ("scale_end", 0.5) or ("rounds", 2)
 
 
 @dataclass
@@ -89,24 +89,24 @@ def draw_settings(img: IMG, start: Start, seed: int) -> tuple[dict[Setting, Tens
     painter, preset = img.painter, img.painter.preset
     aligned, images = [start.tokens], {}
 
-    def draw(tokens: Tensor, kind: str, value: float, **changed: float) -> None:
-        painter.preset = replace(preset, **changed)
+    def draw(tokens: Tensor, kind: str, value: float) -> None:
         images[kind, value] = painter.draw(start.captions, start.seeds, tokens, progress=f"{kind} {value:g}")
-        painter.preset = preset
 
     for k in PASSES:  # c_k = f(h, c_(k-1)): each pass goes on from the one before
         painter.placement.bring("aligner")
         aligned.append(align(img.aligner, aligned[-1], start.features, start.mask, passes=1))
         draw(aligned[-1], "passes", k)
     chosen = images["passes", preset.passes]
-    for factor in FACTORS:  # text attention + s * image attention, in every cross-attention of the UNet
-        if factor == 1:
-            images["scale", preset.scale] = chosen
-        else:
-            draw(aligned[preset.passes], "scale", preset.scale * factor, scale=preset.scale * factor)
-    images["end", preset.scale_end] = chosen
-    for end in {*ENDS} - {preset.scale_end}:
-        draw(aligned[preset.passes], "end", end, scale_end=end)
+    # text attention + s * image attention, in every cross-attention of the UNet
+    for field, values in (("scale", [preset.scale * factor for factor in FACTORS]), ("scale_end", ENDS)):
+        own = getattr(preset, field)
+        for value in sorted({own, *values}):
+            painter.preset = replace(preset, **{field: value})
+            if value == own:
+                images[field, own] = chosen
+            else:
+                draw(aligned[preset.passes], field, value)
+    painter.preset = preset
     images["rounds", 1] = chosen
     for r in ROUNDS[1:]:  # h and c_0 of x_(r-1)
         draw(img.align(images["rounds", r - 1], start.captions, seed + r - 1), "rounds", r)
@@ -201,7 +201,7 @@ def strip_columns(preset: Preset, start: Start, images: dict, aligned: Tensor, t
         ("passes", 5),
         ("scale", low),
         ("scale", high),
-        ("end", 1.0),
+        ("scale_end", 1.0),
         ("rounds", 2),
         ("rounds", 4),
     ]
@@ -218,7 +218,7 @@ def strip_columns(preset: Preset, start: Start, images: dict, aligned: Tensor, t
 def plot_effects(figure: SubFigure, table: dict, preset: Preset) -> None:
     """Upper row: strict share minus the base's, with intervals. Lower row: what was mended and what was spoilt."""
     axes = figure.subplots(2, 5, sharey="row", sharex="col", width_ratios=(5, 4, 4, 4, 4.6), height_ratios=(3, 2))
-    groups = {kind: [name for name in table if name[0] == kind] for kind in ("passes", "scale", "end", "rounds")}
+    groups = {kind: [name for name in table if name[0] == kind] for kind in ("passes", "scale", "scale_end", "rounds")}
     labels = (
         "passes of the aligner",
         "scale of the tokens",

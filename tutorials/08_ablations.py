@@ -135,7 +135,8 @@ class Laboratory:
     def look(self, guidance: str) -> tuple[Tensor, Tensor]:
         """h and mask of the base's images, by this kind of guidance."""
         if guidance not in self.looks:
-            guide = self.bench.img.painter.guide(guidance)
+            img = self.bench.img
+            guide = img.mllm if guidance == "mllm" else img.painter.guide(guidance)
             self.looks[guidance] = look(guide, self.bench.pictures, self.bench.captions, self.options.seed)
         return self.looks[guidance]
 

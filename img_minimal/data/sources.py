@@ -100,7 +100,7 @@ def training_data(preset: Preset, guidance: str, seed: int, cache_gb: float) -> 
 def making(preset: Preset, guidance: str, seed: int) -> dict[str, str]:
     """Everything that features depend on, in words and hashes, for a cache to compare."""
     precision = Precision.named(preset.dtype, best_device())
-    guide = {"mllm": preset.mllm, "stock": preset.stock_mllm, "text": preset.base}[guidance]
+    guide = preset.guide(guidance)
     sizes = [read_settings(preset.image_encoder, "--image-encoder").get("image_size")]
     if guidance != "text":
         settings = read_settings(guide, "--mllm")

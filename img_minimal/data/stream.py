@@ -93,6 +93,7 @@ class Stream(Generic[Item]):
         pictures = _DecodeOnce()
 
         def attempt(numbered: tuple[int, int, dict]) -> tuple[int, int, Item | str]:
+            """The row as an item, or why it is left out."""
             file, row, values = numbered
             try:
                 return file, row, self.parse(values, pictures)
@@ -198,6 +199,7 @@ def ahead(values: Iterator[Item]) -> Iterator[Item]:
     done, gone = object(), threading.Event()
 
     def fill() -> None:
+        """Put values into the queue until there are no more, or nobody waits for them."""
         try:
             for value in values:
                 queue.put((value, None))

@@ -108,6 +108,7 @@ def print_table(title: str, results: dict) -> None:
     """One judge's means and paired comparisons, and a warning if it could not read all of the prompts."""
 
     def row(label: str, start: str, d: dict, w: dict) -> None:
+        """One line of the table."""
         difference = f"{d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
         rate = f"{w['value']:.3f} [{w['low']:.3f}, {w['high']:.3f}] of {w['decided']}" if w["decided"] else "all tied"
         print(f"{label:36} {start:27} {difference:26} {rate}")

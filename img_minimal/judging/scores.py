@@ -70,6 +70,7 @@ class Scores:
         others = [arm for arm in ARMS if arm != "img"]
 
         def against(arms: list[str], mask: np.ndarray) -> dict:
+            """IMG against these arms, on the prompts in the mask."""
             ours, here = scores["img"][mask], [text for text, inside in zip(texts, mask) if inside]
             return {
                 "n": len(here),

@@ -45,6 +45,7 @@ def clip_against_foils(count: int = 500, seed: int = 0) -> dict[str, float]:
     tokenizer = CLIPTokenizer.from_pretrained(f"{preset.base}/tokenizer_2")
 
     def embed(prompts: list[Prompt]) -> Tensor:
+        """Normalised text embeddings (B, D)."""
         tokens = tokenizer([str(p) for p in prompts], padding="max_length", return_tensors="pt").input_ids
         return F.normalize(text(tokens).text_embeds, dim=-1)
 

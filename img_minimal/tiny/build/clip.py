@@ -96,6 +96,7 @@ def build(workdir: Path, target: Path, steps: int = 1000, batch: int = 160, coun
     dense = torch.zeros(1)
 
     def loss_of_step(step: int) -> Tensor:
+        """The loss of a random batch."""
         i = torch.randint(len(pictures), (batch,))
         x, t = pictures[i].float() / 127.5 - 1, tokens[i]
         same = (t[:, None] == t[None]).all(-1) & ~torch.eye(batch, dtype=torch.bool)
@@ -113,6 +114,7 @@ def build(workdir: Path, target: Path, steps: int = 1000, batch: int = 160, coun
         return loss_1 + loss_2 + 3 * F.mse_loss(drawn.float(), pixels) / pixels.var()
 
     def watch(step: int) -> str:
+        """Accuracy in the last batch, and what the dense loss leaves unexplained."""
         return f"in-batch accuracy {accuracy[0]:.3f} and {accuracy[1]:.3f}, pixels unexplained {dense.item():.3f}"
 
     fit("clip", models, loss_of_step, steps, workdir, lr=1.2e-3, weight_decay=0.02, hold=0.4, watch=watch,

@@ -149,12 +149,14 @@ def train(name: str, lessons: Lessons, questions, answers: list[str], steps: int
     model = lessons.model
 
     def loss_of_step(step: int) -> Tensor:
+        """The loss of a random batch."""
         i = torch.randint(count, (64,))
         dice = random.Random(1_000_003 * seed + step)  # of the step, so that a resumed run asks the same questions
         ids, labels = lessons.rows([questions(k, dice) for k in i.tolist()], [answers[k] for k in i.tolist()])
         return lessons.loss(features[i], ids, labels)
 
     def watch(step: int) -> str:
+        """Share of unseen pictures whose answer is right in every token."""
         parts = zip(features[count:].split(250), *(t.split(250) for t in fixed))
         return f"answers all right {torch.cat([lessons.exact(*part) for part in parts]).float().mean():.3f} of {unseen}"
 

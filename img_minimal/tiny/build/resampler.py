@@ -65,6 +65,7 @@ def build(workdir: Path, target: Path, steps: int = 1000, batch: int = 96) -> No
     resampler, decoder = new_resampler(), Decoder()
 
     def loss_of_step(step: int) -> Tensor:
+        """The loss of a random batch."""
         i, j = torch.randint(len(latents) - unseen, (2, batch))
         of_tokens, of_patches = patchwork(batch)
         a, b = features[i].float(), features[j].float()
@@ -84,6 +85,7 @@ def build(workdir: Path, target: Path, steps: int = 1000, batch: int = 96) -> No
 
     @torch.no_grad()
     def watch(step: int) -> str:
+        """What unseen pictures lose on their way through the tokens."""
         a, b = features[-unseen:].float().chunk(2)
         of_tokens, of_patches = patchwork(len(a))
         with autocast():

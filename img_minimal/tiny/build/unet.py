@@ -104,6 +104,7 @@ def build(workdir: Path, target: Path, steps: int = 6000, batch: int = 96, watch
     noising = DDPMScheduler(**NOISE)
 
     def loss_of_step(step: int) -> Tensor:
+        """The loss of a random batch."""
         i = torch.randint(len(latents), (batch,))
         kind = torch.rand(batch)
         has_text = (kind < TEXT) | ((kind >= TEXT + NOTHING) & (kind < TEXT + NOTHING + BOTH))
@@ -130,6 +131,7 @@ def build(workdir: Path, target: Path, steps: int = 6000, batch: int = 96, watch
     pipe = assemble(target, unet)
 
     def watch(step: int) -> str:
+        """How many prompts it draws rightly, from text alone and with a right picture's tokens at two scales."""
         shares = []
         for scale in (0.0, 0.5, 1.0):
             images = draw(

@@ -44,6 +44,7 @@ def build(workdir: Path, target: Path, steps: int = 1600, count: int = 20_000) -
     _, unseen = random_pictures(256, seed=2)
 
     def loss_of_step(step: int) -> Tensor:
+        """The loss of a random batch."""
         x = pictures[torch.randint(len(pictures), (24,))].float() / 127.5 - 1
         x = x.contiguous(memory_format=torch.channels_last)
         with autocast():
@@ -53,6 +54,7 @@ def build(workdir: Path, target: Path, steps: int = 1600, count: int = 20_000) -
 
     @torch.no_grad()
     def watch(step: int) -> str:
+        """What unseen pictures lose on their way through the latents."""
         x = unseen.float() / 127.5 - 1
         with autocast():
             z = vae.encode(x).latent_dist.mode()
