@@ -9,8 +9,8 @@ Saves the first image, the last one, and both side by side.
 
 from dataclasses import dataclass
 
-from img_minimal.cli import check, option, parse, quiet_libraries, run, warn, writable_folder
 from img_minimal.presets import PRESETS, ModelFlags, find_preset, with_overrides
+from img_minimal.runtime.cli import check, option, parse, quiet_libraries, run, warn, writable_folder
 
 
 @dataclass
@@ -31,6 +31,16 @@ class Config(ModelFlags):
     output: str = option("outputs/sample", "folder for the pictures")
 
 
+if __name__ == "__main__":
+    parse(Config, __doc__)  # answers --help before torch is imported, which takes seconds
+
+from img_minimal.load import load_img
+from img_minimal.runtime.images import to_pil
+from img_minimal.runtime.plots import labelled_grid
+from img_minimal.tiny.grammar import parse as parse_prompt
+from img_minimal.tiny.oracle import judge
+
+
 def main() -> int:
     """Check the request, load, draw, look, draw again, save."""
     config = parse(Config, __doc__)
@@ -47,25 +57,14 @@ def main() -> int:
         config.applied_to(find_preset(config.model)), sampling_steps=config.steps, passes=config.passes,
         scale=config.scale, scale_end=config.scale_end,
     )  # fmt: skip
-    wanted = None
-    if preset.world == "tiny":
-        from img_minimal.tiny.grammar import parse as parse_prompt
-
-        wanted = parse_prompt(config.prompt)
+    wanted = parse_prompt(config.prompt) if preset.world == "tiny" else None
     folder = writable_folder(config.output)
-
-    import random  # imports wait for the checks: torch takes seconds
-
-    from img_minimal.diffusion import unread
-    from img_minimal.images import to_pil
-    from img_minimal.pictures import labelled_grid
-    from img_minimal.pipeline import IMG
-
     quiet_libraries()
-    img = IMG.from_preset(preset, config.aligner)
+    img = load_img(preset, config.aligner)
     prompt = str(wanted or config.prompt)
-    prompts, seeds = [prompt] * config.num_images, [config.seed + k for k in range(config.num_images)]
-    cut, limit = unread(img.painter.pipe, prompt)
+    prompts = [prompt] * config.num_images
+    seeds = [config.seed + k for k in range(config.num_images)]
+    cut, limit = img.backbone.truncated_part(prompt)
     if cut:
         warn(f"the text encoders read {limit} tokens and do not see the prompt's end, {cut!r}; shorten the prompt")
     stages = img(prompts, seeds, rounds=config.rounds, progress=True)
@@ -73,11 +72,8 @@ def main() -> int:
     notes = [[""] * config.num_images for _ in stages]
     if config.explain:
         for k, images in enumerate(pictures[:-1]):
-            answers = img.explain(images, prompts, random.Random(config.seed + k))
-            notes[k] = [f"MLLM: {answer}" for answer in answers]
+            notes[k] = [f"MLLM: {answer}" for answer in img.explain(images, prompts, config.seed + k)]
     if wanted:
-        from img_minimal.tiny.oracle import judge
-
         for k, images in enumerate(stages):
             for i, verdict in enumerate(judge(images, [wanted] * config.num_images)):
                 said = "right" if verdict.strict else f"wrong: {verdict.words}"

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from img_minimal.attention import PerceiverLayers, layer_sizes
-from img_minimal.files import write_whole
-from img_minimal.models.weights import WeightsError, fill, read_metadata, read_weights, write_safetensors, write_torch
+from img_minimal.files.weights import WeightsError, fill, read_metadata, read_weights, write_safetensors, write_torch
+from img_minimal.runtime.atomic import write_whole
+from img_minimal.runtime.errors import UserError
 
 
 class ImplicitAligner(nn.Module):
@@ -56,10 +57,10 @@ class ImplicitAligner(nn.Module):
                 f"{tokens.shape[-1]}: use the image prompt (IP-Adapter) it was trained with"
             )
         dtype = self.proj_in.weight.dtype
-        context = self.proj_in(guidance.to(dtype))  # (B, L, D), the same in every pass
+        context = self.layers.keys_values(self.proj_in(guidance.to(dtype)))  # the same in every pass
         tokens = tokens.to(dtype)
         for _ in range(passes):
-            x = self.layers(tokens, context, mask)  # (B, N, D)
+            x = self.layers.read(tokens, context, mask)  # (B, N, D)
             tokens = tokens + self.zero_linear(self.norm_out(self.proj_out(x)))
         return tokens
 
@@ -69,8 +70,10 @@ class ImplicitAligner(nn.Module):
 
         The first L columns are the guidance features, the last N the tokens themselves.
         """
-        dtype, maps = self.proj_in.weight.dtype, []
-        self.layers(tokens.to(dtype), self.proj_in(guidance.to(dtype)), mask, maps)
+        dtype = self.proj_in.weight.dtype
+        maps: list[Tensor] = []
+        context = self.layers.keys_values(self.proj_in(guidance.to(dtype)))
+        self.layers.read(tokens.to(dtype), context, mask, maps)
         return torch.stack(maps)
 
     @classmethod
@@ -105,3 +108,28 @@ class ImplicitAligner(nn.Module):
             self.state_dict(), self.head_dim
         )
         write_whole(path.with_suffix(".json"), json.dumps(sizes, indent=1) + "\n")
+
+
+@torch.no_grad()
+def align(
+    aligner: ImplicitAligner, tokens: Tensor, features: Tensor, mask: Tensor, passes: int, batch_size: int = 250
+) -> Tensor:
+    """f applied `passes` times in fp32, in batches: tokens (B, N, D), features (B, L, H), mask (B, L) -> (B, N, D).
+
+    Raises UserError if the features are those of another MLLM, or if a result is not finite.
+    """
+    device = next(aligner.parameters()).device
+    aligned = []
+    try:
+        for part in zip(features.split(batch_size), tokens.split(batch_size), mask.split(batch_size)):
+            h, c, m = (x.to(device) for x in part)
+            aligned.append(aligner(h.float(), c, m, passes).cpu())
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    aligned = torch.cat(aligned)
+    broken = (~aligned.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if broken:
+        raise UserError(
+            f"the aligned features of image {broken[0]} are not finite; check the MLLM's and aligner's files"
+        )
+    return aligned

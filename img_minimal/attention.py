@@ -30,11 +30,19 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(width, 2 * inner, bias=False)  # keys are the first half
         self.to_out = nn.Linear(inner, width, bias=False)
 
-    def attend(self, tokens: Tensor, context: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Like `forward`, but returns (output (B, N, D), attention weights (B, heads, N, L + N) in fp32)."""
-        context, tokens = self.norm1(context), self.norm2(tokens)
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """What a context (B, L, D) gives to every pass alike, so that it is computed once: 2 x (B, L, heads * d)."""
+        return self.to_kv(self.norm1(context)).chunk(2, dim=-1)
+
+    def attend(
+        self, tokens: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Like `forward`, from a context's `keys_values`; also returns the weights (B, heads, N, L + N) in fp32."""
+        tokens = self.norm2(tokens)
         q = self.to_q(tokens)  # (B, N, heads * d)
-        k, v = self.to_kv(torch.cat([context, tokens], dim=1)).chunk(2, dim=-1)  # 2 x (B, L + N, heads * d)
+        own_keys, own_values = self.to_kv(tokens).chunk(2, dim=-1)  # 2 x (B, N, heads * d)
+        k = torch.cat([keys_values[0], own_keys], dim=1)  # (B, L + N, heads * d)
+        v = torch.cat([keys_values[1], own_values], dim=1)
         q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.heads) for x in (q, k, v))
         scores = (q * self.head_dim**-0.5) @ k.mT  # (B, heads, N, L + N); fp16 could overflow were q not scaled first
         if mask is not None:
@@ -49,7 +57,7 @@ class PerceiverAttention(nn.Module):
 
         mask (B, L): True where the context is valid, False where it is padding.
         """
-        return self.attend(tokens, context, mask)[0]
+        return self.attend(tokens, self.keys_values(context), mask)[0]
 
 
 def feed_forward(width: int, mult: int = 4) -> nn.Sequential:
@@ -70,20 +78,32 @@ class PerceiverLayers(nn.ModuleList):
             nn.ModuleList([PerceiverAttention(width, heads, head_dim), feed_forward(width)]) for _ in range(depth)
         )
 
-    def forward(
-        self, tokens: Tensor, context: Tensor, mask: Tensor | None = None, maps: list[Tensor] | None = None
+    def keys_values(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's keys and values of a context (B, L, D), for several calls of `read`."""
+        return [attention.keys_values(context) for attention, _ in self]
+
+    def read(
+        self,
+        tokens: Tensor,
+        keys_values: list[tuple[Tensor, Tensor]],
+        mask: Tensor | None = None,
+        maps: list[Tensor] | None = None,
     ) -> Tensor:
-        """tokens (B, N, D), context (B, L, D), mask (B, L) with True = valid -> tokens (B, N, D).
+        """Like `forward`, from a context's `keys_values`.
 
         A list given as `maps` receives each layer's attention weights (B, heads, N, L + N) in fp32.
         """
-        for attention, mlp in self:
+        for (attention, mlp), context in zip(self, keys_values):
             read, weights = attention.attend(tokens, context, mask)
             if maps is not None:
                 maps.append(weights)
             tokens = tokens + read
             tokens = tokens + mlp(tokens)
         return tokens
+
+    def forward(self, tokens: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """tokens (B, N, D), context (B, L, D), mask (B, L) with True = valid -> tokens (B, N, D)."""
+        return self.read(tokens, self.keys_values(context), mask)
 
 
 def layer_sizes(state: dict[str, Tensor], head_dim: int = 64) -> dict[str, int]:

@@ -5,91 +5,49 @@ forward pass, no decoding. `explain` decodes the same model's answer, for people
 """
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    BatchFeature,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaImageProcessorPil,
-    LlavaProcessor,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from torch.nn.functional import pad
+from tqdm import tqdm
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from img_minimal.errors import UserError
-from img_minimal.models.hub import folder as find_folder
-from img_minimal.models.llava_layout import is_original, open_original_llava
-from img_minimal.models.pretrained import build, read_config, read_shards
-from img_minimal.models.qwen import open_qwen
-from img_minimal.models.weights import opening
+from img_minimal.files.hub import fetch_folder
+from img_minimal.files.mllm_layouts import FAMILIES, Family, find_family
+from img_minimal.files.pretrained import read_config
 from img_minimal.questions import ask
+from img_minimal.runtime.errors import UserError
 
 NOTHING = "nothing"  # the answer about an image that matches its prompt
-CONVERSATION = "USER: <image>\n{question} ASSISTANT:"  # LLaVA-1.5 as transformers asks it, and the twins
-CONVERSATION_V0 = (  # the first conversation of LLaVA, with which the release asks its own
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the human's questions.###Human: <image>\n{question}###Assistant:"
-)
-CONVERSATION_QWEN = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    "<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
-)
 
 
-def open_llava(
-    folder: Path, settings: dict, dtype: torch.dtype, device: torch.device | str
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Model and processor from a folder in the llava-hf layout. Raises UserError if a file is missing or damaged."""
-    with opening(folder, "LLaVA"):
-        config = LlavaConfig(**settings)
-        processor = LlavaProcessor(
-            # LLaVA-1.5 was trained on images padded to a square; some folders' settings would cut them instead.
-            image_processor=LlavaImageProcessorPil.from_pretrained(folder, do_pad=True),
-            tokenizer=AutoTokenizer.from_pretrained(folder),
-            patch_size=config.vision_config.patch_size,
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            num_additional_image_tokens=1,
-        )
-    return build(LlavaForConditionalGeneration, config, read_shards(folder), folder, dtype, device), processor
+class Guide(Protocol):
+    """What can tell the aligner about an image and its prompt: an MLLM or, as a control, the prompt's embedding."""
+
+    width: int  # H
+
+    def guidance(self, images: list[Image], prompts: list[str], rng: random.Random) -> tuple[Tensor, Tensor]:
+        """Features h (B, L, H) and their mask (B, L), True where valid."""
 
 
-@dataclass(frozen=True)
-class Family:
-    """What differs between MLLMs: how a folder is opened, how a question is put, and where an answer ends."""
+class TextGuidance:
+    """The text encoders' states of a prompt, in the place of an MLLM's features: the "text" row of Table 5.
 
-    open: Callable[[Path, dict, torch.dtype, torch.device | str], tuple[PreTrainedModel, ProcessorMixin]]
-    conversation: str
-    stop: str | None = None  # beside the end-of-text token
+    `text_states` maps prompts to states (B, L, width); it is asked of a backbone, whose text encoders they are.
+    """
 
+    def __init__(self, text_states: Callable[[list[str]], Tensor], width: int):
+        self.text_states = text_states
+        self.width = width
 
-FAMILIES = {
-    "llava": Family(open_llava, CONVERSATION),
-    "llava, original layout": Family(open_original_llava, CONVERSATION_V0, stop="###"),
-    "qwen2_5_vl": Family(open_qwen, CONVERSATION_QWEN),
-}
-
-
-def find_family(config: dict, what: str | Path) -> Family:
-    """The family of a model by its config.json. Raises UserError if it is none of ours; `what` is for the message."""
-    kind = config.get("model_type")
-    name = "llava, original layout" if kind in ("llava", "llava_llama") and is_original(config) else kind
-    if name not in FAMILIES:
-        raise UserError(f"{what}: model_type {kind!r} is no MLLM known here; expected one of: {', '.join(FAMILIES)}")
-    return FAMILIES[name]
-
-
-def announced_width(folder: str | Path) -> int | None:
-    """H as a local folder's config.json has it, without loading the MLLM; None if it leaves that to a default."""
-    config = read_config(Path(folder))
-    return config.get("text_config", config).get("hidden_size")
+    def guidance(self, images: list[Image], prompts: list[str], rng: random.Random) -> tuple[Tensor, Tensor]:
+        """The states of the prompts; the images are not looked at."""
+        states = self.text_states(prompts).float()
+        return states, torch.ones(states.shape[:2], dtype=torch.bool)
 
 
 class MLLM:
@@ -107,7 +65,7 @@ class MLLM:
 
         Raises UserError if the model cannot be had or is of another kind, or a file is missing or damaged.
         """
-        folder = find_folder(str(location), "--mllm")
+        folder = fetch_folder(str(location), "--mllm")
         config = read_config(folder)
         family = find_family(config, location)
         mllm = cls(*family.open(folder, config, dtype, device), family)
@@ -179,3 +137,30 @@ class MLLM:
             answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             answers.append((answer.split(stop)[0] if stop else answer).replace(" ,", ",").strip())
         return answers
+
+
+def guidance_features(
+    guide: Guide,
+    images: list[Image],
+    prompts: list[str],
+    seed: int,
+    batch_size: int = 64,
+    progress: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Guidance features of many images in batches: h (B, L, H) in bf16 and mask (B, L), padded to the longest.
+
+    bf16 is how they are kept, whatever they were computed in: it halves 6.5 MB a sample. `seed` draws the questions.
+    """
+    rng = random.Random(seed)
+    features, masks = [], []
+    for k in tqdm(range(0, len(images), batch_size), desc=progress, disable=progress is None, leave=False):
+        h, mask = guide.guidance(images[k : k + batch_size], prompts[k : k + batch_size], rng)
+        features.append(h.to("cpu", torch.bfloat16))
+        masks.append(mask.cpu())
+    return cat_padded(features), cat_padded(masks)
+
+
+def cat_padded(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (B_i, L_i, ...) -> (sum of B_i, longest L, ...), padded with zeros after their own length."""
+    length = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part, (0, 0) * (part.ndim - 2) + (0, length - part.shape[1])) for part in parts])

@@ -38,7 +38,7 @@ def squared_distance(a: Tensor, b: Tensor, norm: str = "mean") -> Tensor:
 
 def preference_loss(
     aligned: Tensor,
-    reference: Tensor,
+    reference: Tensor | None,
     winner: Tensor,
     loser: Tensor,
     *,
@@ -49,13 +49,17 @@ def preference_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_base + weight * L_pref, averaged over the batch; four tensors (B, N, D) -> (loss (), metrics).
 
-    `dpo` and `spin` choose the parts of L_pref; without both, the loss is L_base alone. Metrics, detached scalars:
+    `dpo` and `spin` choose the parts of L_pref; without both, or without a `reference`, the loss is L_base alone, and
+    without a `reference` its `error` is the only metric. Metrics, detached scalars:
     `error` ||c_w - f||^2, `reference_error` ||c_w - f_ref||^2, `preference_loss` (log 2 without both parts), `margin`
     (mean argument of l), `implicit_accuracy` (share of samples whose argument of l is positive). The last two always
     concern the full argument, so that runs with and without a part compare. Raises ValueError for an unknown `norm`.
     """
+    error = squared_distance(winner, aligned, norm)  # (B,)
+    if reference is None:
+        return error.mean(), {"error": error.mean().detach()}
     reference = reference.detach()  # the opponent does not learn
-    error, reference_error = squared_distance(winner, aligned, norm), squared_distance(winner, reference, norm)  # (B,)
+    reference_error = squared_distance(winner, reference, norm)  # (B,)
     gap_winner = error - reference_error  # D(c_w)
     gap_loser = squared_distance(loser, aligned, norm) - squared_distance(loser, reference, norm)  # D(c_l)
     dpo_part = gap_winner - gap_loser

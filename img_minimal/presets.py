@@ -3,8 +3,8 @@
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from img_minimal.cli import option
-from img_minimal.errors import UserError
+from img_minimal.runtime.cli import option
+from img_minimal.runtime.errors import UserError
 
 TINY = Path(__file__).parent / "tiny" / "twins"
 
@@ -29,10 +29,11 @@ class Finetuning:
 class Preset:
     """Locations, and the settings of sampling and of training an aligner.
 
-    A location is a local folder or file, or a place on the Hugging Face hub, see img_minimal/models/hub.py.
+    A location is a local folder or file, or a place on the Hugging Face hub, see img_minimal/files/hub.py.
     """
 
     name: str
+    backbone: str = "sdxl"  # a folder of img_minimal/backbones
     base: str  # diffusers pipeline folder
     unet: str | None = None  # instead of the base's own, which is then not loaded
     image_encoder: str  # CLIP vision model of the image prompt
@@ -52,10 +53,10 @@ class Preset:
     scale: float  # of the image tokens in the second pass, at its first step
     scale_end: float = 1.0  # share of it that is left at the last step, linear in between; 1 = constant
     passes: int  # applications of the aligner
-    dtype: str | None = None  # fp32, bf16, fp16, mixed; None: by device, see img_minimal/models/devices.py
+    dtype: str | None = None  # fp32, bf16, fp16, mixed; None: by device, see img_minimal/runtime/devices.py
     offload: bool = False  # one big model on the GPU at a time
     draw_batch: int  # images drawn at once
-    look_batch: int  # images the MLLM sees at once
+    mllm_batch: int  # images the MLLM sees at once
     encode_batch: int  # images the CLIP encoder sees at once
     # training
     train_steps: int
@@ -63,13 +64,13 @@ class Preset:
     lr: float
     constant_share: float  # of the steps at full rate, then linear to zero; 1 = constant, as in the paper
     weight_decay: float
-    weight: float  # lambda
+    preference_weight: float  # lambda
     norm: str  # of the squared distances, "mean" or "sum"
-    keep_share: float  # at most so many more samples, in which a winner is its own target; 0 in the paper
+    identity_share: float  # at most so many more samples, in which a winner is its own target; 0 in the paper
     depth: int
     heads: int
     head_dim: int = 64
-    optimizer: str = "adamw"  # or "muon", see img_minimal/optimizer.py
+    optimizer: str = "adamw"  # or "muon", see img_minimal/runtime/optimizer.py
     save_every: int  # steps between checkpoints
     cache_dir: str  # where frozen features are kept; "none": they are computed as pairs stream by
     chunk_pairs: int  # pairs of a stream that are at hand at once; 0 = all
@@ -102,16 +103,16 @@ PRESETS = {
         passes=1,
         dtype="mixed",
         draw_batch=64,
-        look_batch=64,
+        mllm_batch=64,
         encode_batch=250,
         train_steps=1200,
         batch_size=64,
         lr=2e-3,
         constant_share=0.4,
         weight_decay=1e-4,
-        weight=1.0,
+        preference_weight=1.0,
         norm="sum",
-        keep_share=0.15,
+        identity_share=0.15,
         depth=4,
         heads=4,
         head_dim=32,
@@ -153,16 +154,16 @@ PRESETS = {
         scale=0.2,
         passes=3,
         draw_batch=1,
-        look_batch=8,
+        mllm_batch=8,
         encode_batch=32,
         train_steps=100_000,
         batch_size=8,
         lr=1e-4,
         constant_share=1.0,
         weight_decay=1e-4,
-        weight=1.0,
+        preference_weight=1.0,
         norm="sum",
-        keep_share=0.0,
+        identity_share=0.0,
         depth=4,
         heads=20,
         save_every=1000,

@@ -1,25 +1,23 @@
-"""What the training loop in train.py stands on: the state of a run, the order of the data, validation, signals."""
+"""What the training loop in train.py stands on: the state of a run, validation, signals."""
 
 import copy
+import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import islice
-from typing import Any, Self
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import torch
-from torch import Tensor
 
-from img_minimal.aligner import ImplicitAligner
-from img_minimal.data.stream import START, Place
-from img_minimal.errors import UserError
-from img_minimal.features import Features
-from img_minimal.models.devices import best_device
-from img_minimal.optimizer import new_optimizer, warmup_constant_decay
-from img_minimal.pipeline import align
+from img_minimal.aligner import ImplicitAligner, align
+from img_minimal.data.features import Features
 from img_minimal.preference import ReferenceRefresh, squared_distance
 from img_minimal.presets import Preset
+from img_minimal.runtime.devices import Precision, best_device
+from img_minimal.runtime.errors import UserError
+from img_minimal.runtime.optimizer import new_optimizer, warmup_constant_decay
 
 
 @dataclass
@@ -31,18 +29,23 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     refresh: ReferenceRefresh
+    precision: Precision
     step: int = 0
 
     @classmethod
     def new(cls, preset: Preset, widths: tuple[int, int], refresh_after: int, seed: int) -> Self:
         """A fresh aligner for tokens and guidance of these widths (D, H), and its reference, which starts as a copy."""
+        device = best_device()
+        precision = Precision.named(preset.dtype, device)
         torch.manual_seed(seed)
-        aligner = ImplicitAligner(*widths, preset.depth, preset.heads, preset.head_dim).to(best_device())
+        aligner = ImplicitAligner(*widths, preset.depth, preset.heads, preset.head_dim).to(device)
         reference = copy.deepcopy(aligner).requires_grad_(False)
-        optimizer = new_optimizer(preset.optimizer, aligner.parameters(), preset.lr, preset.weight_decay)
+        optimizer = new_optimizer(
+            preset.optimizer, aligner.parameters(), preset.lr, preset.weight_decay, precision.compute
+        )
         factor = warmup_constant_decay(preset.train_steps, warmup=1, hold=preset.constant_share, floor=0.02)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return cls(aligner, reference, optimizer, schedule, ReferenceRefresh(refresh_after))
+        return cls(aligner, reference, optimizer, schedule, ReferenceRefresh(refresh_after), precision)
 
     def state_dict(self) -> dict:
         """Weights, reference, optimiser, schedule, refresh counter, RNG and step."""
@@ -57,85 +60,33 @@ class Trainer:
         torch.set_rng_state(state["rng"])
 
 
-@dataclass
-class Part:
-    """Data that is at hand at once: a chunk of a stream, or everything. `data[index]` is a batch."""
-
-    data: Any
-    samples: Tensor  # which of the data are trained on
-    place: Place = START
-
-
-class Batches:
-    """Batches without end: parts in their order, the samples of each part in an order of their own in every epoch.
-
-    `parts(place)` gives the parts from a place on to the end of an epoch. `state_dict` is the position, so that a
-    resumed run sees what it would have seen. The last samples of a part, if they make no whole batch, wait for another
-    epoch.
-    """
-
-    def __init__(self, parts: Callable[[Place], Iterator[Part]], batch_size: int, seed: int):
-        self.parts, self.batch_size, self.seed = parts, batch_size, seed
-        self.epoch, self.place, self.batch = 0, START, 0
-        self.where = ""  # the latest batch, for messages
-
-    def __iter__(self) -> Iterator[Any]:
-        while True:
-            fruitful = self.place != START or self.batch > 0
-            for part in self.parts(self.place):
-                self.place = part.place
-                per_epoch = max(1, len(part.samples) // self.batch_size) if len(part.samples) else 0
-                for k in range(self.batch, per_epoch):
-                    step, seed = self.epoch * per_epoch + k, self.seed + 7919 * part.place.chunk
-                    index = batch_indices(step, self.batch_size, part.samples, seed)
-                    self.batch, self.where, fruitful = k + 1, f"samples {index.tolist()[:8]}...", True
-                    if part.place.chunk:
-                        self.where += f" of chunk {part.place.chunk}"
-                    yield part.data[index]
-                self.batch = 0
-            if not fruitful:
-                raise UserError("there is nothing to train on: no pair has a preference, or all are for validation")
-            self.epoch, self.place = self.epoch + 1, START
-
-    def state_dict(self) -> dict:
-        """Epoch, place of the part, batches of it that were given."""
-        return {"epoch": self.epoch, "place": asdict(self.place), "batch": self.batch}
-
-    def resume(self, state: dict | None, step: int) -> None:
-        """Go on from a `state_dict`; without one (old checkpoints) by passing over the batches of `step` steps."""
-        if state is None:
-            for _ in islice(iter(self), step):
-                pass
-        else:
-            self.epoch, self.place, self.batch = state["epoch"], Place(**state["place"]), state["batch"]
-
-
-def batch_indices(step: int, batch_size: int, samples: Tensor, seed: int) -> Tensor:
-    """Which samples step `step` sees: a function of the step, so that the position in the data is a number."""
-    per_epoch = max(1, len(samples) // batch_size)
-    epoch, position = divmod(step, per_epoch)
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-    return samples[order[position * batch_size : (position + 1) * batch_size]]
-
-
 @torch.no_grad()
 def validate(trainer: Trainer, data: Features) -> dict[str, float]:
     """On prompts not trained on: error of f, of doing nothing, and the share of losers that move nearer to c_w.
 
     Nothing if there are no such prompts.
     """
-    if data.kept.all():
+    if data.is_identity.all():
         return {}
     at_once = min(250, int(5e8 / (4 * data.guidance[0].numel())) + 1)  # half a gigabyte of guidance in fp32
     aligned = align(trainer.aligner, data.loser, data.guidance, data.mask, passes=1, batch_size=at_once)
     after, before = squared_distance(data.winner, aligned), squared_distance(data.winner, data.loser)
-    wrong = ~data.kept
+    wrong = ~data.is_identity
     return {
         "validation_error": after[wrong].mean().item(),
         "identity_error": before[wrong].mean().item(),
         "nearer": (after < before)[wrong].float().mean().item(),
-        "kept_error": after[data.kept].mean().item() if data.kept.any() else 0.0,
+        "identity_sample_error": after[data.is_identity].mean().item() if data.is_identity.any() else 0.0,
     }
+
+
+def check_loss(loss: float, step: int, samples: str, folder: Path) -> None:
+    """Raises UserError, before the weights are touched, if the loss of a step is not finite."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss of step {step} is {loss} ({samples}); the last checkpoint is kept in {folder}. "
+            "Lower --lr, or check these samples"
+        )
 
 
 class Stop:

@@ -9,7 +9,7 @@ from torch.special import erf
 
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.attention import PerceiverAttention
-from img_minimal.models.weights import WeightsError
+from img_minimal.files.weights import WeightsError
 
 WIDTH, GUIDANCE, HEADS, DEPTH = 48, 40, 2, 2
 B, L, N = 2, 7, 3
@@ -78,7 +78,7 @@ def test_fused_attention_agrees_with_the_written_out_one():
     torch.manual_seed(0)
     layer, (_, tokens, mask) = PerceiverAttention(WIDTH, HEADS, head_dim=16), inputs()
     context = torch.randn(B, L, WIDTH)
-    out, weights = layer.attend(tokens, context, mask)
+    out, weights = layer.attend(tokens, layer.keys_values(context), mask)
 
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (HEADS, 16)).transpose(1, 2)

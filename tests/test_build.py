@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from img_minimal.models.weights import read_weights
+from img_minimal.files.weights import read_weights
 from img_minimal.presets import find_preset
 from img_minimal.tiny.build import clip, dpo, llava, pairs, resampler, scenes, triplets, unet, vae
 from img_minimal.tiny.build.loop import fit

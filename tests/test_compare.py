@@ -12,22 +12,23 @@ import pytest
 from PIL import Image
 from test_judges import make_clip
 
-import img_minimal.judging.compare as comparison
+import img_minimal.evaluate.compare as comparison
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.errors import UserError
-from img_minimal.judging.compare import DRAWN_BY, CompareOptions, compare
-from img_minimal.judging.image_folder import ARMS, ImageFolder
-from img_minimal.judging.judges import Judge, JudgeFiles
-from img_minimal.judging.prompt_files import FilePrompt
-from img_minimal.judging.scores import Scores
+from img_minimal.backbones.sdxl.backbone import SDXLBackbone
+from img_minimal.evaluate.compare import DRAWN_BY, compare
+from img_minimal.evaluate.image_folder import ARMS, ImageFolder
+from img_minimal.evaluate.options import CompareOptions
+from img_minimal.evaluate.prompt_files import FilePrompt
+from img_minimal.evaluate.scorers import Scorer, ScorerFiles
+from img_minimal.evaluate.scores import Scores
+from img_minimal.load import load_img
 from img_minimal.mllm import MLLM
-from img_minimal.models.devices import Placement
-from img_minimal.painter import Painter
-from img_minimal.pipeline import IMG
 from img_minimal.presets import Preset, find_preset, with_overrides
+from img_minimal.runtime.devices import Placement
+from img_minimal.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-PRESET = with_overrides(find_preset("tiny-sdxl"), sampling_steps=2, look_batch=2)
+PRESET = with_overrides(find_preset("tiny-sdxl"), sampling_steps=2, mllm_batch=2)
 ROWS = [
     {"tag": "single_object", "prompt": "a red circle"},
     {"tag": "two_object", "prompt": "a purple cross and a blue square"},
@@ -69,7 +70,7 @@ def pixels(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
 
-def forbid(monkeypatch, owner: type, name: str) -> None:
+def forbid(monkeypatch, owner: object, name: str) -> None:
     def called(*args, **kwargs):
         raise AssertionError(f"{name} was called")
 
@@ -86,7 +87,7 @@ def test_every_arm_of_every_prompt_is_kept_under_its_prompt_seed_and_name(whole)
 
 def test_the_images_are_those_that_img_itself_draws_from_the_same_seeds(whole):
     folder, _ = whole
-    base, ours = IMG.from_preset(PRESET)([row["prompt"] for row in ROWS[:2]], [100_000, 100_001])
+    base, ours = load_img(PRESET)([row["prompt"] for row in ROWS[:2]], [100_000, 100_001])
     for arm, images in (("base", base), ("img", ours)):
         for k in range(2):
             kept = np.asarray(Image.open(folder / f"p{k:05d}-s{100_000 + k}-{arm}.png"))
@@ -96,7 +97,7 @@ def test_the_images_are_those_that_img_itself_draws_from_the_same_seeds(whole):
 
 def test_the_scores_are_the_judges_own_of_the_kept_images(whole, clip):
     folder, results = whole
-    judge = Judge.open(JudgeFiles.find("clipscore", str(clip)))
+    judge = Scorer.open(ScorerFiles.find("clipscore", str(clip)))
     for arm in ARMS:
         paths = sorted(folder.glob(f"*-{arm}.png"))
         scores = judge.score([Image.open(path) for path in paths], [row["prompt"] for row in ROWS])
@@ -121,8 +122,8 @@ def test_results_have_the_form_of_the_oracles_and_a_part_for_each_category(whole
 
 def test_a_finished_run_is_read_and_neither_drawn_nor_judged_again(whole, prompt_file, clip, monkeypatch):
     folder, results = whole
-    forbid(monkeypatch, IMG, "from_preset")
-    forbid(monkeypatch, Judge, "open")
+    forbid(monkeypatch, comparison, "load_img")
+    forbid(monkeypatch, Scorer, "open")
     assert run(options(prompt_file, clip, folder)) == results
 
 
@@ -130,7 +131,7 @@ def test_a_finished_run_is_read_and_neither_drawn_nor_judged_again(whole, prompt
 def test_a_run_killed_while_drawing_draws_only_the_rest_and_ends_in_the_same_numbers(
     whole, prompt_file, clip, tmp_path, monkeypatch, drawn
 ):
-    original, calls = Painter.draw, []
+    original, calls = SDXLBackbone.draw, []
 
     def draw(self, prompts, seeds, tokens=None, *args, **kwargs):
         if len(calls) == drawn:
@@ -138,7 +139,7 @@ def test_a_run_killed_while_drawing_draws_only_the_rest_and_ends_in_the_same_num
         calls.append((tuple(seeds), None if tokens is None else tokens.sum().item()))
         return original(self, prompts, seeds, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(Painter, "draw", draw)
+    monkeypatch.setattr(SDXLBackbone, "draw", draw)
     with pytest.raises(KeyboardInterrupt):
         run(options(prompt_file, clip, tmp_path))
     before, drawn = calls[:], -1
@@ -158,15 +159,15 @@ def test_a_run_killed_while_judging_judges_only_the_rest_and_ends_in_the_same_nu
     (tmp_path / "scores-clipscore.jsonl").write_text(
         "".join(lines[:4]) + lines[4][:20]
     )  # the second batch half-written
-    original, judged = Judge.score, []
-    monkeypatch.setattr(Judge, "score", lambda self, i, texts: judged.append(texts) or original(self, i, texts))
+    original, judged = Scorer.score, []
+    monkeypatch.setattr(Scorer, "score", lambda self, i, texts: judged.append(texts) or original(self, i, texts))
     results = run(options(prompt_file, clip, tmp_path, judges="clipscore"))
     assert [len(texts) for texts in judged] == [8, 4], "the batch that is done is not judged again"
     assert results["judges"]["clipscore"] == whole[1]["judges"]["clipscore"]
 
 
 def test_a_judge_may_be_added_later_without_drawing_again(whole, prompt_file, clip, monkeypatch):
-    forbid(monkeypatch, IMG, "from_preset")
+    forbid(monkeypatch, comparison, "load_img")
     wanted = options(prompt_file, clip, whole[0], judges="hpsv2", hpsv2_model=str(clip))
     mean = run(wanted)["judges"]["hpsv2"]["arms"]["img"]["mean"]
     assert mean == pytest.approx(100 / np.exp(3.1) * whole[1]["judges"]["pickscore"]["arms"]["img"]["mean"], rel=1e-4)
@@ -178,16 +179,16 @@ def other_prompts(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["seed", "scale", "sampling_steps", "look_batch", "prompts", "aligner"])
+@pytest.mark.parametrize("name", ["seed", "scale", "sampling_steps", "mllm_batch", "prompts", "aligner"])
 def test_a_folder_of_a_run_with_another_setting_is_refused_with_the_reason(
     whole, prompt_file, clip, tmp_path, monkeypatch, name
 ):
     folder, _ = whole
-    forbid(monkeypatch, IMG, "from_preset")
+    forbid(monkeypatch, comparison, "load_img")
     kept, wanted, more = pixels(folder), options(prompt_file, clip, folder), {}
     if name == "seed":
         more = {"seed": 1}
-    elif name in ("scale", "sampling_steps", "look_batch"):
+    elif name in ("scale", "sampling_steps", "mllm_batch"):
         more = {"preset": replace(PRESET, **{name: 3})}
     elif name == "prompts":
         wanted = replace(wanted, prompt_file=str(other_prompts(tmp_path)))
@@ -227,22 +228,22 @@ def test_a_damaged_score_line_and_a_damaged_image_are_named(whole, prompt_file, 
 
 
 def test_a_missing_judge_is_found_before_anything_is_drawn(prompt_file, clip, tmp_path, monkeypatch):
-    forbid(monkeypatch, IMG, "from_preset")
+    forbid(monkeypatch, comparison, "load_img")
     with pytest.raises(UserError, match="/nowhere: no such file or folder; check --pickscore-model"):
         run(options(prompt_file, clip, tmp_path, pickscore_model="/nowhere"))
     with pytest.raises(UserError, match="unknown judge 'taste'"):
         run(options(prompt_file, clip, tmp_path, judges="clipscore,taste"))
-    forbid(monkeypatch, Judge, "open")
+    forbid(monkeypatch, Scorer, "open")
     with pytest.raises(AssertionError):  # a folder without images belongs to nobody: other settings are welcome
         run(options(prompt_file, clip, tmp_path), seed=7)
 
 
 def test_the_diffusion_model_and_the_mllm_are_let_go_before_a_judge_comes(prompt_file, clip, tmp_path, monkeypatch):
-    made, load, open_judge = [], IMG.from_preset, Judge.open
+    made, load, open_judge = [], load_img, Scorer.open
 
-    def from_preset(*args):
+    def watched(*args):
         img = load(*args)
-        made.extend(weakref.ref(part) for part in (img.painter.pipe.unet, img.mllm.model, img.aligner))
+        made.extend(weakref.ref(part) for part in (img.backbone.pipe.unet, img.guide.model, img.aligner))
         return img
 
     def open_after(*args):
@@ -250,8 +251,8 @@ def test_the_diffusion_model_and_the_mllm_are_let_go_before_a_judge_comes(prompt
         assert all(part() is None for part in made), "a big model is still in memory"
         return open_judge(*args)
 
-    monkeypatch.setattr(IMG, "from_preset", from_preset)
-    monkeypatch.setattr(Judge, "open", open_after)
+    monkeypatch.setattr(comparison, "load_img", watched)
+    monkeypatch.setattr(Scorer, "open", open_after)
     run(options(prompt_file, clip, tmp_path))
     assert len(made) == 3
 
@@ -295,8 +296,8 @@ def test_a_run_may_be_resumed_with_offloading(whole, prompt_file, clip):
 def test_every_field_of_a_preset_is_known_to_change_its_images_or_not_to():
     not_drawing = """
         stock_mllm stock_aligner text_aligner pairs max_pairs world offload train_steps batch_size lr constant_share
-        weight_decay weight norm keep_share depth heads head_dim optimizer save_every cache_dir chunk_pairs triplets
-        finetuning
+        weight_decay preference_weight norm identity_share depth heads head_dim optimizer save_every cache_dir
+        chunk_pairs triplets finetuning
     """.split()
     unknown = {field.name for field in fields(Preset)} - set(DRAWN_BY) - set(not_drawing)
     assert not unknown, "new: if it changes images, name it in DRAWN_BY, so that no folder mixes two runs; else here"
@@ -305,7 +306,7 @@ def test_every_field_of_a_preset_is_known_to_change_its_images_or_not_to():
 def fake_scores(folder: Path, texts: list[str], differences: list[float]) -> dict:
     """Results of a judge who gave 1 to every arm but IMG's."""
     prompts = [FilePrompt(k, text) for k, text in enumerate(texts)]
-    scores = Scores(ImageFolder(folder, prompts, 0, 4), JudgeFiles("clipscore", "some/model", "some/processor"))
+    scores = Scores(ImageFolder(folder, prompts, 0, 4), ScorerFiles("clipscore", "some/model", "some/processor"))
     for prompt, d in zip(prompts, differences):
         scores.rows[prompt.index] = {"cut": 0, "scores": {arm: 1 + d * (arm == "img") for arm in ARMS}}
     return scores.results()

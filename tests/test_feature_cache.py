@@ -11,17 +11,18 @@ from PIL import Image
 
 import train as script
 from img_minimal.data import sources as data_module
-from img_minimal.data.feature_cache import FeatureCache
+from img_minimal.data.batches import Batches
+from img_minimal.data.cache import FeatureCache
+from img_minimal.data.features import Features
 from img_minimal.data.pairs import Pair, pair_stream
-from img_minimal.data.sources import CachedData, StreamedData, making
+from img_minimal.data.sources import CachedData, StreamedData, cache_key
 from img_minimal.data.stream import Place
-from img_minimal.errors import UserError
-from img_minimal.features import Features
 from img_minimal.presets import find_preset
-from img_minimal.training import Batches, Trainer
+from img_minimal.runtime.errors import UserError
+from img_minimal.training import Trainer
 
 TWIN = find_preset("tiny-sdxl")
-PRESET = dataclasses.replace(TWIN, train_steps=6, batch_size=4, depth=1, heads=1, keep_share=0.25)
+PRESET = dataclasses.replace(TWIN, train_steps=6, batch_size=4, depth=1, heads=1, identity_share=0.25)
 
 
 class FakeEncoder:
@@ -58,7 +59,7 @@ def trained(data: CachedData | StreamedData, folder: Path, steps: int = 6, resum
     if resume:
         saved = torch.load(folder / "checkpoint.pt", weights_only=True)
         trainer.load_state_dict(saved)
-        batches.resume(saved["data"], trainer.step)
+        batches.resume(saved["data"])
     script.train(trainer, batches, data.unseen, PRESET, folder, steps=steps)
     return trainer
 
@@ -190,7 +191,7 @@ def test_a_damaged_shard_is_named(tmp_path, shards):
 def test_a_full_disk_is_one_clear_line_and_keeps_what_was_cached(tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
-    from img_minimal.models import weights
+    from img_minimal.files import weights
 
     source, save, written = write(tmp_path / "pairs", rows(20)), weights.save_file, []
 
@@ -222,17 +223,17 @@ def test_a_stale_cache_is_refused_and_the_reason_is_what_differs(tmp_path):
 def test_everything_that_features_depend_on_makes_a_cache_stale(tmp_path, monkeypatch):
     source = write(tmp_path / "pairs", rows(3))
     preset = dataclasses.replace(TWIN, pairs=str(source))
-    before = making(preset, "mllm", 0)
+    before = cache_key(preset, "mllm", 0)
 
     def changed(preset=preset, guidance="mllm", seed=0) -> set[str]:
-        now = making(preset, guidance, seed)
+        now = cache_key(preset, guidance, seed)
         return {key for key in now if before.get(key) != now[key]}
 
     assert changed() == set()
     assert changed(seed=1) == {"seed"}
     assert changed(guidance="stock") == {"the MLLM"}
     assert changed(dataclasses.replace(preset, dtype="bf16")) == {"dtype"}
-    assert changed(dataclasses.replace(preset, keep_share=0.5)) == {"a share of winners kept"}
+    assert changed(dataclasses.replace(preset, identity_share=0.5)) == {"a share of identity samples"}
     write(source, rows(4))
     assert changed() == {"the pairs"}
     write(source, rows(3))

@@ -14,16 +14,19 @@ from mllm_folders import write_llava_hf, write_original_llava, write_qwen
 from PIL import Image
 
 import train as script
+from img_minimal.bench.plan import mllm_plan
+from img_minimal.data.batches import Batches, Part
+from img_minimal.data.sources import StreamedData
 from img_minimal.data.stream import Place
 from img_minimal.data.triplets import Triplet, triplet_stream
-from img_minimal.errors import UserError
-from img_minimal.finetuning.detector import IGNORE, Detector, Lesson
-from img_minimal.finetuning.finetune import Course, Lessons, learn
-from img_minimal.mllm import FAMILIES, MLLM, NOTHING
-from img_minimal.models.plan import mllm_plan
+from img_minimal.files.mllm_layouts import FAMILIES
+from img_minimal.finetuning.detector import IGNORE, Detector, Example
+from img_minimal.finetuning.finetune import DetectorState, Examples, detector_data, train_detector
+from img_minimal.mllm import MLLM, NOTHING
 from img_minimal.presets import Finetuning, find_preset
 from img_minimal.questions import ask
-from img_minimal.training import Batches, Stop
+from img_minimal.runtime.errors import UserError
+from img_minimal.training import Stop
 
 TWIN = find_preset("tiny-sdxl")
 SETTINGS = Finetuning(
@@ -65,10 +68,12 @@ def stock() -> Detector:
     return Detector(MLLM.from_pretrained(TWIN.stock_mllm))
 
 
-def course_of(source: Path, settings: Finetuning = SETTINGS, chunk: int = 0) -> tuple[Course, Lessons, Batches]:
+def state_of(
+    source: Path, settings: Finetuning = SETTINGS, chunk: int = 0
+) -> tuple[DetectorState, StreamedData, Batches]:
     detector = stock()
-    data = Lessons(triplet_stream(source, chunk), detector, settings.micro_batch)
-    return Course(detector, settings), data, Batches(data.parts, settings.batch_size, 0)
+    data = detector_data(triplet_stream(source, chunk), detector, settings.micro_batch)
+    return DetectorState(detector, settings), data, Batches(data.parts, settings.batch_size, 0)
 
 
 def numbers(folder: Path) -> list[dict]:
@@ -82,8 +87,8 @@ def numbers(folder: Path) -> list[dict]:
 def test_rows_are_what_the_mllm_is_asked_followed_by_the_answer_and_an_end(kind, folders):
     mllm = MLLM.from_pretrained(folders.get(kind, TWIN.stock_mllm))
     detector, some = Detector(mllm), pictures()
-    lessons = detector.see(some, batch_size=2)
-    rows, rng = detector.rows(lessons, random.Random(3)), random.Random(3)
+    examples = detector.encode(some, batch_size=2)
+    rows, rng = detector.rows(examples, random.Random(3)), random.Random(3)
     for k, t in enumerate(some):
         asked = mllm.inputs([t.image], [ask(t.prompt, rng)])["input_ids"][0].tolist()
         row = rows.ids[k][rows.mask[k].bool()].tolist()
@@ -96,37 +101,37 @@ def test_rows_are_what_the_mllm_is_asked_followed_by_the_answer_and_an_end(kind,
 
 def test_only_the_tokens_of_the_answer_count_and_another_question_leaves_them_alone(triplets):
     detector = stock()
-    lessons = detector.see(triplets[:6], 6)
-    a, b = (detector.rows(lessons, random.Random(seed)) for seed in (1, 2))
+    examples = detector.encode(triplets[:6], 6)
+    a, b = (detector.rows(examples, random.Random(seed)) for seed in (1, 2))
     assert not torch.equal(a.ids, b.ids), "two phrasings"
     answers = [[row[row != IGNORE].tolist() for row in rows.labels] for rows in (a, b)]
     assert answers[0] == answers[1] and a.count == sum(map(len, answers[0]))
-    scores, tokens = detector.scores(lessons, a)
+    scores, tokens = detector.scores(examples, a)
     assert tokens.tolist() == sum(answers[0], []) and len(scores) == a.count
     # What transformers makes of labels that are -100 outside of the answer.
-    inner, features = detector.model, torch.stack([x.features for x in lessons]).float()
+    inner, features = detector.model, torch.stack([x.features for x in examples]).float()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         projected = inner.model.multi_modal_projector(features)
         embeds = inner.get_input_embeddings()(a.ids)
         where = (a.ids == inner.config.image_token_id)[..., None].expand_as(embeds)
         embeds = embeds.masked_scatter(where, projected.to(embeds.dtype))
         expected = inner(inputs_embeds=embeds, attention_mask=a.mask, labels=a.labels).loss
-    assert detector.loss(lessons, a).item() / a.count == pytest.approx(expected.item(), rel=2e-3)
+    assert detector.loss(examples, a).item() / a.count == pytest.approx(expected.item(), rel=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["hf", "qwen", "twin"])
 def test_features_seen_once_give_the_scores_of_looking_at_every_step(kind, folders):
     mllm = MLLM.from_pretrained(folders.get(kind, TWIN.stock_mllm))
     detector, some = Detector(mllm), pictures()
-    lessons = detector.see(some, batch_size=3)
-    rows = detector.rows(lessons, random.Random(3))
+    examples = detector.encode(some, batch_size=3)
+    rows = detector.rows(examples, random.Random(3))
     inputs = mllm.inputs([t.image for t in some], [t.prompt for t in some])
     inputs |= {"input_ids": rows.ids, "attention_mask": rows.mask}
     if "mm_token_type_ids" in inputs:
         inputs["mm_token_type_ids"] = (rows.ids == mllm.model.config.image_token_id).int()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         whole = mllm.model(**inputs).logits[:, :-1][rows.labels[:, 1:] != IGNORE].float()
-        scores, _ = detector.scores(lessons, rows)
+        scores, _ = detector.scores(examples, rows)
     assert (scores - whole).abs().max() < 0.05 * whole.abs().max()
     assert (scores.argmax(-1) == whole.argmax(-1)).float().mean() > 0.9
 
@@ -135,9 +140,9 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(source, tmp_pat
     runs = []
     for micro_batch in (16, 5):
         settings = dataclasses.replace(SETTINGS, steps=1, micro_batch=micro_batch)
-        course, data, batches = course_of(source)  # the images are seen in the same batches
+        state, data, batches = state_of(source)  # the images are seen in the same batches
         (tmp_path / str(micro_batch)).mkdir()
-        learn(course, batches, data.held_out, settings, tmp_path / str(micro_batch))
+        train_detector(state, batches, data.unseen, settings, tmp_path / str(micro_batch))
         runs.append(numbers(tmp_path / str(micro_batch))[0])
     assert runs[0]["loss"] == pytest.approx(runs[1]["loss"], rel=1e-3)
     assert runs[0]["gradient_norm"] == pytest.approx(runs[1]["gradient_norm"], rel=1e-2)
@@ -147,14 +152,14 @@ def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(source, tmp_pat
 
 
 def test_twenty_steps_lower_the_loss_and_leave_the_vision_encoder_as_it_was(source, tmp_path):
-    course, data, batches = course_of(source)
-    tower = copy.deepcopy(course.detector.model.model.vision_tower.state_dict())
-    assert learn(course, batches, data.held_out, SETTINGS, tmp_path) is True
+    state, data, batches = state_of(source)
+    tower = copy.deepcopy(state.detector.model.model.vision_tower.state_dict())
+    assert train_detector(state, batches, data.unseen, SETTINGS, tmp_path) is True
     losses = [row["loss"] for row in numbers(tmp_path)]
     assert len(losses) == 20 and sum(losses[-4:]) < 0.6 * sum(losses[:4])
-    after = course.detector.model.model.vision_tower.state_dict()
+    after = state.detector.model.model.vision_tower.state_dict()
     assert all(torch.equal(tower[key], after[key]) for key in tower)
-    assert not any("vision_tower" in name for name in course.detector.trained)
+    assert not any("vision_tower" in name for name in state.detector.trained)
     assert "exact" in numbers(tmp_path)[9] and "exact" not in numbers(tmp_path)[8]
 
 
@@ -163,10 +168,10 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(source, tmp_path,
     settings = dataclasses.replace(SETTINGS, steps=9, save_every=100)
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
-    whole, data, batches = course_of(source, settings, chunk)
-    learn(whole, batches, data.held_out, settings, tmp_path / "whole")
+    whole, data, batches = state_of(source, settings, chunk)
+    train_detector(whole, batches, data.unseen, settings, tmp_path / "whole")
 
-    first, data, batches = course_of(source, settings, chunk)
+    first, data, batches = state_of(source, settings, chunk)
     stop = Stop()
 
     class AfterFour(Batches):
@@ -176,12 +181,13 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(source, tmp_path,
                 yield batch
 
     again = AfterFour(data.parts, settings.batch_size, 0)
-    assert learn(first, again, data.held_out, settings, tmp_path / "parts", stop=stop) is False and first.step == 4
-    second, data, batches = course_of(source, settings, chunk)
+    assert train_detector(first, again, data.unseen, settings, tmp_path / "parts", stop=stop) is False
+    assert first.step == 4
+    second, data, batches = state_of(source, settings, chunk)
     saved = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)
     second.load_state_dict(saved)
-    batches.resume(saved["data"], second.step)
-    learn(second, batches, data.held_out, settings, tmp_path / "parts")
+    batches.resume(saved["data"])
+    train_detector(second, batches, data.unseen, settings, tmp_path / "parts")
     ours, theirs = whole.detector.trained, second.detector.trained
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert [r["loss"] for r in numbers(tmp_path / "whole")] == [r["loss"] for r in numbers(tmp_path / "parts")]
@@ -189,39 +195,40 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(source, tmp_path,
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(source, tmp_path):
     settings = dataclasses.replace(SETTINGS, steps=2, save_every=2)
-    course, data, batches = course_of(source, settings)
-    learn(course, batches, data.held_out, settings, tmp_path)
+    state, data, batches = state_of(source, settings)
+    train_detector(state, batches, data.unseen, settings, tmp_path)
     before = (tmp_path / "checkpoint.pt").read_bytes()
     with torch.no_grad():
-        course.detector.model.lm_head.weight[0, 0] = torch.nan
+        state.detector.model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(UserError, match=r"step 2 is nan \(samples \[.*last checkpoint is kept") as caught:
-        learn(course, batches, data.held_out, dataclasses.replace(settings, steps=4), tmp_path)
+        train_detector(state, batches, data.unseen, dataclasses.replace(settings, steps=4), tmp_path)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before and "\n" not in str(caught.value)
 
 
 def test_the_last_tenth_of_the_first_chunk_is_held_out_and_never_trained_on(source):
-    _, data, _ = course_of(source, chunk=50)
-    assert [len(data.first), len(data.held_out)] == [50, 5]
+    _, data, _ = state_of(source, chunk=50)
+    assert len(data.unseen) == 5
     parts = list(data.parts(Place()))
+    assert len(parts[0].data) == 50
     assert [len(part.samples) for part in parts] == [45, 40]
-    trained = [lesson for part in parts for lesson in part.data[part.samples]]
-    assert not {id(x) for x in trained} & {id(x) for x in data.held_out}
+    trained = [example for part in parts for example in part.data[part.samples]]
+    assert not {id(x) for x in trained} & {id(x) for x in data.unseen}
 
 
 def test_accuracy_counts_exact_instructions_and_decisions(triplets):
     """A model that says "nothing" whatever it sees is right exactly where nothing is wrong."""
-    detector, lessons = stock(), stock().see(triplets, 30)
+    detector, examples = stock(), stock().encode(triplets, 30)
     tokenizer = detector.mllm.processor.tokenizer
     nothing, end = tokenizer(NOTHING, add_special_tokens=False).input_ids[0], tokenizer.eos_token_id
 
-    def scores(part: list[Lesson], rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def scores(part: list[Example], rows) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = rows.labels[rows.labels != IGNORE]
         previous = rows.ids[:, :-1][rows.labels[:, 1:] != IGNORE]
         guess = torch.where(previous == nothing, end, nothing)
         return torch.nn.functional.one_hot(guess, len(tokenizer)).float(), tokens
 
     detector.scores = scores
-    found = detector.accuracy(lessons, seed=0, batch_size=7)
+    found = detector.accuracy(examples, seed=0, batch_size=7)
     share = sum(t.instruction == NOTHING for t in triplets) / len(triplets)
     assert 0.2 < share < 0.6
     assert found["exact"] == found["decided"] == pytest.approx(share) == pytest.approx(1 - found["always_edit"])
@@ -241,10 +248,10 @@ def test_lora_trains_adapters_only_and_merges_into_an_ordinary_model(kind, folde
         images, prompts = [t.image for t in some], [t.prompt for t in some]
         return detector.mllm.guidance(images, prompts, random.Random(0))[0]
 
-    untrained, lessons = states(), detector.see(some, 3)
+    untrained, examples = states(), detector.encode(some, 3)
     settings = dataclasses.replace(SETTINGS, steps=5, batch_size=3, micro_batch=2, lr=1e-2, warmup=1)
-    batches = Batches(lambda _: iter([part_of(lessons)]), 3, 0)
-    learn(Course(detector, settings), batches, lessons, settings, tmp_path)
+    batches = Batches(lambda _: iter([part_of(examples)]), 3, 0)
+    train_detector(DetectorState(detector, settings), batches, examples, settings, tmp_path)
     losses = [row["loss"] for row in numbers(tmp_path)]
     assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(p, frozen[n]) for n, p in detector.model.named_parameters() if n in frozen)
@@ -276,11 +283,8 @@ def test_merged_weights_are_the_stock_weights_plus_the_product_of_the_adapters(f
     assert (detector.model.get_submodule(name).weight - expected).abs().max() < 1e-6
 
 
-def part_of(lessons: list[Lesson]):
-    from img_minimal.finetuning.finetune import Indexed
-    from img_minimal.training import Part
-
-    return Part(Indexed(lessons), torch.arange(len(lessons)))
+def part_of(examples: list[Example]) -> Part:
+    return Part(Examples(examples, torch.zeros(len(examples), dtype=torch.bool)), torch.arange(len(examples)))
 
 
 # The command

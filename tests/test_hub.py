@@ -13,10 +13,11 @@ from threading import Thread
 import pytest
 from release_folder import PROMPT, locations
 
-from img_minimal.errors import UserError
-from img_minimal.models.hub import chosen, fetch, file, folder
-from img_minimal.models.weights import WeightsError
+from img_minimal.files.hub import chosen, fetch_file, fetch_folder
+from img_minimal.files.weights import WeightsError
+from img_minimal.load import fetch
 from img_minimal.presets import find_preset, with_overrides
+from img_minimal.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789" * 4
@@ -95,9 +96,10 @@ def sample(environment: dict, output: Path, folder: str, **changed: object) -> s
 def refusals(environment: dict, *locations: str) -> list[str]:
     """What the user is told about each location, asked for as aligner files or MLLM folders by one program."""
     program = (
-        "import sys\nfrom img_minimal.errors import UserError\nfrom img_minimal.models.hub import file, folder\n"
+        "import sys\nfrom img_minimal.runtime.errors import UserError\n"
+        "from img_minimal.files.hub import fetch_file, fetch_folder\n"
         "for place in sys.argv[1:]:\n"
-        "    try: print(file(place, '--aligner') if '.' in place else folder(place, '--mllm'))\n"
+        "    try: print(fetch_file(place, '--aligner') if '.' in place else fetch_folder(place, '--mllm'))\n"
         "    except UserError as error: print('error:', error)\n"
     )
     line = [sys.executable, "-c", program, *locations]
@@ -142,19 +144,19 @@ def test_no_network_is_one_line_and_says_how_to_go_on(hub, tmp_path, change):
 
 def test_a_repository_alone_is_no_file():
     with pytest.raises(UserError, match="org/release: is a repository, --aligner needs a file in it"):
-        file("org/release", "--aligner")
+        fetch_file("org/release", "--aligner")
 
 
 def test_a_name_that_is_neither_path_nor_repository_is_refused_without_asking_the_hub(tmp_path):
     for location in ("/nowhere/model", "./model", "~/nowhere", "model", "tests/absent.pth", "C:\\x"):
         with pytest.raises(WeightsError, match="no such file or folder; check --aligner"):
-            file(location, "--aligner")
+            fetch_file(location, "--aligner")
     with pytest.raises(UserError, match="neither a local path nor owner/name on the hub; check --aligner"):
-        file("a--b..c/d/e.pth", "--aligner")
+        fetch_file("a--b..c/d/e.pth", "--aligner")
 
 
 def test_a_mistyped_local_path_shows_before_anything_is_fetched(monkeypatch):
-    monkeypatch.setattr("img_minimal.models.hub.snapshot_download", lambda *_, **__: pytest.fail("it fetched"))
+    monkeypatch.setattr("img_minimal.files.hub.snapshot_download", lambda *_, **__: pytest.fail("it fetched"))
     preset = with_overrides(find_preset("sdxl"), mllm="/nowhere/llava")
     with pytest.raises(WeightsError, match="/nowhere/llava.*--mllm"):
         fetch(preset, ("aligner", "base", "mllm"))
@@ -181,4 +183,4 @@ def test_a_missing_shard_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model-00001-of-00003.safetensors").write_bytes(b"")
     with pytest.raises(WeightsError, match="has 1 of 3 files model-\\*-of-00003"):
-        folder(str(tmp_path), "--mllm")
+        fetch_folder(str(tmp_path), "--mllm")

@@ -8,8 +8,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from img_minimal.image_prompt import ImagePrompt, Resampler, load_ip_adapter
-from img_minimal.models.weights import WeightsError
+from img_minimal.backbones.sdxl.image_prompt import ImagePrompt, Resampler, load_ip_adapter
+from img_minimal.files.weights import WeightsError
 
 W, D, N = 24, 32, 4
 

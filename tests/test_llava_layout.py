@@ -21,10 +21,10 @@ from transformers import (
     LlavaProcessor,
 )
 
-from img_minimal.errors import UserError
+from img_minimal.files.llava_original import convert, transformers_config
 from img_minimal.mllm import MLLM
-from img_minimal.models.llava_layout import convert, transformers_config
 from img_minimal.questions import ask
+from img_minimal.runtime.errors import UserError
 
 PROMPTS = ["a red circle", "two blue squares and a red circle"]
 SHAPES = [(60, 90), (200, 100)]  # height, width

@@ -11,10 +11,11 @@ from PIL import Image
 from release_folder import PROMPT, preset
 from torch import nn
 
-from img_minimal.errors import UserError
-from img_minimal.models.devices import Placement, Precision
-from img_minimal.models.memory import CARDS, GIB, counting, needs, table, usable
+from img_minimal.bench.memory import CARDS, GIB, counting, needs, table, usable
+from img_minimal.load import load_img
 from img_minimal.pipeline import IMG
+from img_minimal.runtime.devices import Placement, Precision
+from img_minimal.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("diffusion", "mllm", "image_prompt", "aligner")
@@ -37,7 +38,7 @@ def watched(img: IMG, moves: list[tuple[str, bool]], monkeypatch) -> None:
         return hook
 
     monkeypatch.setattr(Placement, "_move", record)
-    for name, modules in img.painter.placement.parts.items():
+    for name, modules in img.placement.parts.items():
         for module in modules:
             for inner in module.modules():
                 inner.register_forward_pre_hook(check(name))
@@ -45,20 +46,20 @@ def watched(img: IMG, moves: list[tuple[str, bool]], monkeypatch) -> None:
 
 def test_offload_has_one_model_placed_at_a_time_and_leaves_the_images_as_they_are(release, monkeypatch):
     prompts, seeds = [PROMPT, "three green squares"], [0, 1]
-    usual = IMG.from_preset(preset(release))(prompts, seeds, rounds=2)
-    img, moves = IMG.from_preset(preset(release, offload=True)), []
-    assert set(img.painter.placement.parts) == set(PARTS) and img.painter.placement.resident is None
+    usual = load_img(preset(release))(prompts, seeds, rounds=2)
+    img, moves = load_img(preset(release, offload=True)), []
+    assert set(img.placement.parts) == set(PARTS) and img.placement.resident is None
     watched(img, moves, monkeypatch)
     offloaded = img(prompts, seeds, rounds=2)
     assert all(torch.equal(a, b) for a, b in zip(usual, offloaded))
     one_round = ["mllm", "image_prompt", "aligner", "image_prompt", "diffusion"]
     assert [name for name, away in moves if not away] == ["diffusion", *one_round, *one_round]
     img.explain([Image.new("RGB", (64, 64))], prompts[:1], random.Random(0))
-    assert img.painter.placement.resident == "mllm"
+    assert img.placement.resident == "mllm"
 
 
 def test_without_offload_nothing_moves_after_loading(release, monkeypatch):
-    img, moves = IMG.from_preset(preset(release)), []
+    img, moves = load_img(preset(release)), []
     monkeypatch.setattr(Placement, "_move", lambda self, name, away: moves.append(name))
     img([PROMPT], [0])
     assert moves == []
@@ -144,7 +145,7 @@ def test_the_readme_shows_the_table_that_the_command_prints():
 
 
 def test_the_command_prints_it_and_refuses_an_unknown_mllm():
-    command = [sys.executable, "-m", "img_minimal.models.memory", "--mllm"]
+    command = [sys.executable, "-m", "img_minimal.bench.memory", "--mllm"]
     said = subprocess.run([*command, "qwen2.5-vl-7b"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert said.returncode == 0 and "| qwen2.5-vl-7b | 8,292.2 |" in said.stdout, said.stderr
     refused = subprocess.run([*command, "gpt"], cwd=ROOT, capture_output=True, text=True, timeout=120)

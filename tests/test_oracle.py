@@ -49,7 +49,7 @@ def test_shapes_are_found_where_and_as_large_as_they_were_drawn():
             ), (shape, found)
 
 
-# One mistake each: (scene, prompt, dice) -> the scene with it, or None where it cannot be made.
+# One mistake each: (scene, prompt, rng) -> the scene with it, or None where it cannot be made.
 
 
 def drop(scene: Scene, prompt: Prompt, rng: random.Random) -> Scene:

@@ -5,14 +5,16 @@ import random
 import pytest
 import torch
 
-from img_minimal.diffusion import draw
-from img_minimal.errors import UserError
-from img_minimal.images import from_pil, to_pil
-from img_minimal.injection import DecoupledAttention
-from img_minimal.mllm import MLLM
-from img_minimal.pipeline import IMG, align, look
+from img_minimal.aligner import align
+from img_minimal.backbones.sdxl.injection import DecoupledAttention
+from img_minimal.backbones.sdxl.sampler import draw
+from img_minimal.load import load_img
+from img_minimal.mllm import MLLM, guidance_features
+from img_minimal.pipeline import IMG
 from img_minimal.presets import find_preset
 from img_minimal.questions import QUESTIONS, ask
+from img_minimal.runtime.errors import UserError
+from img_minimal.runtime.images import from_pil, to_pil
 from img_minimal.tiny.grammar import benchmark
 
 PRESET = find_preset("tiny-sdxl")
@@ -21,31 +23,31 @@ PROMPTS = [str(p) for p in benchmark(5, "validation", seed=3)]
 
 @pytest.fixture(scope="module")
 def img() -> IMG:
-    return IMG.from_preset(PRESET)
+    return load_img(PRESET)
 
 
 @pytest.fixture(scope="module")
 def images(img) -> torch.Tensor:
-    return img.painter.draw(PROMPTS, [7] * 5)
+    return img.backbone.draw(PROMPTS, [7] * 5)
 
 
 def test_a_seed_gives_the_same_image_alone_and_in_a_batch(img, images):
-    alone = img.painter.draw(PROMPTS[2:3], [7])
+    alone = img.backbone.draw(PROMPTS[2:3], [7])
     assert images.shape == (5, 3, 64, 64) and 0 <= images.min() and images.max() <= 1
     # bf16 sums in another order for another batch size: within one grey level in 50
     assert (alone[0] - images[2]).abs().mean() < 0.02
 
 
 def test_image_tokens_at_scale_zero_change_nothing_and_leave_no_trace(img, images):
-    tokens = img.painter.tokens(to_pil(images))
-    assert torch.equal(img.painter.draw(PROMPTS, [7] * 5, tokens, scale=0.0), images)
-    changed = img.painter.draw(PROMPTS, [7] * 5, tokens, scale=1.0)
+    tokens = img.backbone.tokens(to_pil(images))
+    assert torch.equal(img.backbone.draw(PROMPTS, [7] * 5, tokens, scale=0.0), images)
+    changed = img.backbone.draw(PROMPTS, [7] * 5, tokens, scale=1.0)
     assert not torch.equal(changed, images)
-    assert torch.equal(img.painter.draw(PROMPTS, [7] * 5), images)
+    assert torch.equal(img.backbone.draw(PROMPTS, [7] * 5), images)
 
 
 def test_the_scale_of_the_image_tokens_changes_linearly_over_the_steps(img, images, monkeypatch):
-    tokens, heard = img.painter.tokens(to_pil(images)), []
+    tokens, heard = img.backbone.tokens(to_pil(images)), []
     plain = DecoupledAttention.__call__
 
     def watched(self, attn, *inputs, **named):
@@ -53,8 +55,9 @@ def test_the_scale_of_the_image_tokens_changes_linearly_over_the_steps(img, imag
         return plain(self, attn, *inputs, **named)
 
     monkeypatch.setattr(DecoupledAttention, "__call__", watched)
-    pipe, layers = img.painter.pipe, len(img.painter.branch)
-    settings = {"branch": img.painter.branch, "tokens": tokens, "negative": tokens[:1], "steps": 5, "guidance_scale": 4}
+    pipe, layers = img.backbone.pipe, len(img.backbone.branch)
+    settings = {"branch": img.backbone.branch, "tokens": tokens, "negative": tokens[:1], "steps": 5}
+    settings["guidance_scale"] = 4
     falling = draw(pipe, PROMPTS, [7] * 5, scale=1.0, scale_end=0.2, batch_size=3, **settings)
     each_step = [1.0, 0.8, 0.6, 0.4, 0.2] * 2  # two batches, and the second one starts anew
     assert heard == pytest.approx([s for s in each_step for _ in range(layers)])
@@ -81,23 +84,23 @@ def test_guidance_features_of_a_padded_batch_equal_those_of_each_prompt_alone(im
 
 
 def test_guidance_features_are_the_last_hidden_states_after_the_final_norm(img, images):
-    states, _ = img.mllm.guidance(to_pil(images)[:1], PROMPTS[:1], random.Random(5))
-    inputs = img.mllm.inputs(to_pil(images)[:1], [ask(PROMPTS[0], random.Random(5))])
-    everything = img.mllm.model(**inputs, output_hidden_states=True)
+    states, _ = img.guide.guidance(to_pil(images)[:1], PROMPTS[:1], random.Random(5))
+    inputs = img.guide.inputs(to_pil(images)[:1], [ask(PROMPTS[0], random.Random(5))])
+    everything = img.guide.model(**inputs, output_hidden_states=True)
     assert torch.allclose(states, everything.hidden_states[-1], atol=1e-5)
-    assert torch.allclose(img.mllm.model.lm_head(states), everything.logits, atol=1e-4)
+    assert torch.allclose(img.guide.model.lm_head(states), everything.logits, atol=1e-4)
 
 
 def test_the_mllm_answers_in_words_of_edits(img, images):
-    answers = img.mllm.explain(to_pil(images)[:2], PROMPTS[:2], random.Random(0))
+    answers = img.guide.explain(to_pil(images)[:2], PROMPTS[:2], random.Random(0))
     verbs = {"change", "add", "remove", "move", "nothing"}
     assert all(answer.split()[0] in verbs for answer in answers)
 
 
 def test_aligned_tokens_do_not_depend_on_the_batch(img, images):
     pictures = to_pil(images)
-    features, mask = look(img.mllm, pictures, PROMPTS, seed=0)
-    tokens = img.painter.tokens(pictures)
+    features, mask = guidance_features(img.guide, pictures, PROMPTS, seed=0)
+    tokens = img.backbone.tokens(pictures)
     whole = align(img.aligner, tokens, features, mask, passes=2)
     parts = align(img.aligner, tokens, features, mask, passes=2, batch_size=2)
     assert torch.allclose(whole, parts, atol=1e-4)
@@ -105,15 +108,15 @@ def test_aligned_tokens_do_not_depend_on_the_batch(img, images):
 
 
 def test_a_nan_in_the_guidance_features_is_one_line_that_names_the_image(img, images):
-    features = torch.zeros(3, 4, img.mllm.width)
+    features = torch.zeros(3, 4, img.guide.width)
     features[1, 0, 0] = torch.nan
     with pytest.raises(UserError, match="image 1 are not finite"):
-        align(img.aligner, img.painter.tokens(to_pil(images)[:3]), features, torch.ones(3, 4).bool(), passes=1)
+        align(img.aligner, img.backbone.tokens(to_pil(images)[:3]), features, torch.ones(3, 4).bool(), passes=1)
 
 
 def test_an_mllm_of_another_width_is_one_line_that_says_what_to_do(img, images):
     with pytest.raises(UserError, match="trained for an MLLM of width"):
-        align(img.aligner, img.painter.tokens(to_pil(images)[:1]), torch.zeros(1, 4, 99), torch.ones(1, 4).bool(), 1)
+        align(img.aligner, img.backbone.tokens(to_pil(images)[:1]), torch.zeros(1, 4, 99), torch.ones(1, 4).bool(), 1)
 
 
 def test_there_are_one_hundred_different_questions_that_all_hold_the_prompt():
@@ -129,12 +132,12 @@ def test_pictures_survive_the_way_to_pil_and_back():
 
 
 def test_satisfaction_is_the_log_probability_of_nothing_as_the_first_word(img, images):
-    scores = img.mllm.satisfaction(to_pil(images), PROMPTS, random.Random(0))
+    scores = img.guide.satisfaction(to_pil(images), PROMPTS, random.Random(0))
     assert len(scores) == 5 and all(score <= 0 for score in scores)
 
 
 def test_the_stock_mllm_is_another_model_of_the_same_kind(img):
     stock = MLLM.from_pretrained(PRESET.stock_mllm)
-    assert stock.width == img.mllm.width
-    weights = [m.model.lm_head.weight for m in (stock, img.mllm)]
+    assert stock.width == img.guide.width
+    weights = [m.model.lm_head.weight for m in (stock, img.guide)]
     assert not torch.equal(*weights)

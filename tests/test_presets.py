@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from img_minimal.cli import option, parse
-from img_minimal.errors import UserError
 from img_minimal.presets import PRESETS, ModelFlags, find_preset, with_overrides
+from img_minimal.runtime.cli import option, parse
+from img_minimal.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +34,8 @@ def test_sdxl_has_the_released_samplers_and_the_papers_training_settings():
     assert (preset.sampling_steps, preset.guidance_scale, preset.scale, preset.passes) == (50, 7.5, 0.2, 3)
     assert preset.scale_end == 1.0, "the release's sampler does not change the scale"
     assert (preset.train_steps, preset.batch_size, preset.lr, preset.weight_decay) == (100_000, 8, 1e-4, 1e-4)
-    assert (preset.weight, preset.constant_share, preset.keep_share, preset.max_pairs) == (1.0, 1.0, 0.0, 0)
+    assert (preset.preference_weight, preset.constant_share) == (1.0, 1.0)
+    assert (preset.identity_share, preset.max_pairs) == (0.0, 0)
     assert (preset.depth, preset.heads, preset.world, preset.dtype, preset.offload) == (4, 20, None, None, False)
     assert preset.draw_batch == 1, "more at once would change an image with the number of images"
 

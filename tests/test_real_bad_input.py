@@ -12,9 +12,9 @@ from transformers import LlavaForConditionalGeneration
 
 import sample
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.cli import run
-from img_minimal.image_prompt import Resampler, load_ip_adapter
-from img_minimal.painter import Painter
+from img_minimal.backbones.sdxl.backbone import SDXLBackbone
+from img_minimal.backbones.sdxl.image_prompt import Resampler, load_ip_adapter
+from img_minimal.runtime.cli import run
 
 
 def refusal(monkeypatch, capsys, folder: Path, *arguments: object, **changed: object) -> str:
@@ -106,7 +106,7 @@ def test_full_memory_is_one_line_that_says_what_to_try(release, tmp_path, monkey
     def full(*_, **__):
         raise error
 
-    monkeypatch.setattr(Painter, "draw", full)
+    monkeypatch.setattr(SDXLBackbone, "draw", full)
     assert words in refusal(monkeypatch, capsys, release, "--output", tmp_path)
 
 
@@ -114,7 +114,7 @@ def test_an_error_that_is_ours_is_not_hidden(release, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("a mistake in the program")
 
-    monkeypatch.setattr(Painter, "draw", broken)
+    monkeypatch.setattr(SDXLBackbone, "draw", broken)
     command(monkeypatch, release, "--output", tmp_path)
     with pytest.raises(RuntimeError, match="a mistake"):
         run(sample.main)

@@ -12,14 +12,14 @@ from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 import sample
-from img_minimal import painter
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.image_prompt import load_ip_adapter
-from img_minimal.images import from_pil
-from img_minimal.models.weights import WeightsError, read_weights
-from img_minimal.painter import Painter
+from img_minimal.backbones.sdxl import backbone as module
+from img_minimal.backbones.sdxl.image_prompt import load_ip_adapter
+from img_minimal.files.weights import WeightsError, read_weights
+from img_minimal.load import load_backbone, load_img
 from img_minimal.pipeline import IMG
 from img_minimal.presets import find_preset
+from img_minimal.runtime.images import from_pil
 
 
 def test_sample_runs_through_with_flags_that_point_at_the_files(release, tmp_path, monkeypatch, capsys):
@@ -34,9 +34,9 @@ def test_sample_runs_through_with_flags_that_point_at_the_files(release, tmp_pat
 
 @torch.no_grad()
 def test_both_images_equal_those_of_diffusers_own_pipeline_and_ip_adapter(release):
-    img = IMG.from_preset(preset(release))
+    img = load_img(preset(release))
     before, after = img([PROMPT], [3])
-    tokens, negative = img.align(before, [PROMPT], seed=3), img.painter.image_prompt.negative()
+    tokens, negative = img.align(before, [PROMPT], seed=3), img.backbone.image_prompt.negative()
 
     pipe = StableDiffusionXLPipeline.from_pretrained(release / "base", dtype=torch.float32, add_watermarker=False)
     asked = {"prompt": PROMPT, "num_inference_steps": 2, "guidance_scale": 7.5, "output_type": "pt"}
@@ -59,9 +59,9 @@ def test_both_images_equal_those_of_diffusers_own_pipeline_and_ip_adapter(releas
 @torch.no_grad()
 def test_the_released_samplers_settings_are_those_that_are_used(release, monkeypatch):
     assert find_preset("sdxl").sampling_steps == 50
-    img, calls, text, passes = IMG.from_preset(preset(release)), [], [], []
-    plain, forward = painter.draw, img.aligner.forward
-    monkeypatch.setattr(painter, "draw", lambda *a, **k: calls.append(k) or plain(*a, **k))
+    img, calls, text, passes = load_img(preset(release)), [], [], []
+    plain, forward = module.draw, img.aligner.forward
+    monkeypatch.setattr(module, "draw", lambda *a, **k: calls.append(k) or plain(*a, **k))
     monkeypatch.setattr(img.aligner, "forward", lambda h, c, m, n: passes.append((n, h.dtype)) or forward(h, c, m, n))
     noise = []
 
@@ -69,13 +69,13 @@ def test_the_released_samplers_settings_are_those_that_are_used(release, monkeyp
         text.append(named["encoder_hidden_states"])
         noise.append(arguments[0][:1])
 
-    img.painter.pipe.unet.register_forward_pre_hook(watch, with_kwargs=True)
+    img.backbone.pipe.unet.register_forward_pre_hook(watch, with_kwargs=True)
     img([PROMPT], [3])
     first, second = calls
     assert first["guidance_scale"] == second["guidance_scale"] == 7.5
     assert first["tokens"] is None and (second["scale"], second["scale_end"]) == (0.2, 1.0)
     assert passes == [(3, torch.float32)]
-    prompt = img.painter.image_prompt
+    prompt = img.backbone.image_prompt
     grey = prompt.encoder(torch.zeros(1, 3, 224, 224), output_hidden_states=True).hidden_states[-2]
     assert torch.equal(second["negative"], prompt.resampler(grey))
     assert all((states[0] == 0).all() and (states[1] != 0).any() for states in text), "negative text is zeros"
@@ -88,9 +88,9 @@ def test_one_unet_is_made_and_swapping_it_changes_nothing_else(release, monkeypa
     made, init = [], UNet2DConditionModel.__init__
     counting = wraps(init)(lambda self, *a, **k: made.append(1) or init(self, *a, **k))  # diffusers reads its signature
     monkeypatch.setattr(UNet2DConditionModel, "__init__", counting)
-    plain = Painter.from_preset(preset(release))
+    plain = load_backbone(preset(release))
     assert len(made) == 1
-    dpo = Painter.from_preset(preset(release, unet=str(release / "dpo" / "unet")))
+    dpo = load_backbone(preset(release, unet=str(release / "dpo" / "unet")))
     assert len(made) == 2
     names = {name for name, part in plain.pipe.components.items() if isinstance(part, nn.Module)}
     assert names == {"unet", "vae", "text_encoder", "text_encoder_2"}
@@ -107,7 +107,7 @@ def test_one_unet_is_made_and_swapping_it_changes_nothing_else(release, monkeypa
 def test_a_base_without_a_unet_of_its_own_is_enough_when_one_is_named(release, tmp_path):
     shutil.copytree(release / "base", tmp_path / "base", ignore=lambda *_: ["unet"])
     bare = {"base": str(tmp_path / "base"), "unet": str(release / "dpo" / "unet")}
-    assert Painter.from_preset(preset(release, **bare)).draw([PROMPT], [0]).shape == (1, 3, 64, 64)
+    assert load_backbone(preset(release, **bare)).draw([PROMPT], [0]).shape == (1, 3, 64, 64)
 
 
 def test_the_released_layouts_give_the_same_tensors_as_safetensors(release, tmp_path):
@@ -145,17 +145,17 @@ def test_half_precision_takes_fp16_files_and_decodes_in_fp32(release, tmp_path):
     pipe = new_base().to(torch.float16)
     pipe.save_pretrained(tmp_path / "base", variant="fp16")
     assert not list((tmp_path / "base" / "unet").glob("*model.safetensors"))
-    painter = Painter.from_preset(preset(release, base=str(tmp_path / "base"), dtype="fp16"))
-    assert painter.pipe.unet.dtype == painter.pipe.text_encoder.dtype == painter.image_prompt.encoder.dtype
-    assert painter.pipe.unet.dtype == torch.float16 and painter.pipe.vae.dtype == torch.float32
-    assert painter.image_prompt.resampler.latents.dtype == torch.float32
+    backbone = load_backbone(preset(release, base=str(tmp_path / "base"), dtype="fp16"))
+    assert backbone.pipe.unet.dtype == backbone.pipe.text_encoder.dtype == backbone.image_prompt.encoder.dtype
+    assert backbone.pipe.unet.dtype == torch.float16 and backbone.pipe.vae.dtype == torch.float32
+    assert backbone.image_prompt.resampler.latents.dtype == torch.float32
     seen = []
-    painter.pipe.vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
-    tokens = painter.tokens([Image.new("RGB", (64, 64), "red")])
-    images = painter.draw([PROMPT], [0], tokens)
+    backbone.pipe.vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    tokens = backbone.tokens([Image.new("RGB", (64, 64), "red")])
+    images = backbone.draw([PROMPT], [0], tokens)
     assert seen == [torch.float32] and images.dtype == torch.float32 and images.isfinite().all()
     # fp32 from the same folder works, too: half files are better than none
-    assert Painter.from_preset(preset(release, base=str(tmp_path / "base"))).pipe.unet.dtype == torch.float32
+    assert load_backbone(preset(release, base=str(tmp_path / "base"))).pipe.unet.dtype == torch.float32
 
 
 def test_a_prompt_beyond_77_tokens_is_drawn_with_a_warning_that_says_what_is_cut(

@@ -12,10 +12,10 @@ from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from torch import nn
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.image_prompt import Resampler
-from img_minimal.injection import ImageBranch, cross_attentions, inject
-from img_minimal.models.true_sizes import SDXL_UNET, models, parameters
-from img_minimal.models.weights import fill
+from img_minimal.backbones.sdxl.image_prompt import Resampler
+from img_minimal.backbones.sdxl.injection import ImageBranch, cross_attentions, inject
+from img_minimal.bench.true_sizes import SDXL_UNET, models, parameters
+from img_minimal.files.weights import fill
 
 Shapes = dict[str, tuple[int, ...]]
 

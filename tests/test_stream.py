@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 from pair_files import jpeg, number, pairs_of, read_pairs, rows, write
 
+from img_minimal.data.features import distinct
 from img_minimal.data.pairs import pair_stream
-from img_minimal.data.stream import ahead, in_threads
+from img_minimal.data.stream import in_threads, prefetch
 from img_minimal.data.triplets import triplet_stream
-from img_minimal.errors import UserError
-from img_minimal.features import distinct
+from img_minimal.runtime.errors import UserError
 
 
 def test_ties_are_dropped_winners_come_first_and_every_pair_comes_once(tmp_path):
@@ -132,7 +132,7 @@ def test_threads_keep_the_order_stay_lazy_and_pass_errors_on():
         yield 1
         raise UserError("lost")
 
-    prepared = ahead(failing())
+    prepared = prefetch(failing())
     assert next(prepared) == 1
     with pytest.raises(UserError, match="lost"):
         next(prepared)

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import train as script
-from img_minimal.checkpoint import RunFolder, load_checkpoint, save_checkpoint
+from img_minimal.data.batches import Batches, Part, batch_indices
+from img_minimal.data.features import Features
 from img_minimal.data.stream import Place
-from img_minimal.errors import UserError
-from img_minimal.features import Features
 from img_minimal.presets import find_preset
-from img_minimal.training import Batches, Part, Stop, Trainer, batch_indices, validate
+from img_minimal.runtime.checkpoint import RunFolder, load_checkpoint, save_checkpoint
+from img_minimal.runtime.errors import UserError
+from img_minimal.training import Stop, Trainer, validate
 
 PRESET = dataclasses.replace(find_preset("tiny-sdxl"), train_steps=12, batch_size=8, depth=1, heads=1)
 
@@ -31,7 +32,7 @@ def some_features(count: int = 60, seed: int = 1) -> Features:
         loser=loser,
         winner=loser.flip(-1),
         validation=torch.arange(count) % 6 == 0,
-        kept=torch.arange(count) >= count - 10,
+        is_identity=torch.arange(count) >= count - 10,
     )
 
 
@@ -74,24 +75,13 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     torch.rand(100)  # the world goes on between the two processes
     second, saved, source = fresh(seed=99), load_checkpoint(tmp_path / "checkpoint.pt"), batches(*data)
     second.load_state_dict(saved)
-    source.resume(saved["data"], second.step)
+    source.resume(saved["data"])
     assert second.step == 5
     run(second, data[0], tmp_path, 12, source)
 
     assert whole.refresh.refreshes == second.refresh.refreshes > 0
     assert_equal_weights(whole, second)
     assert any((p != q).any() for p, q in zip(whole.aligner.parameters(), fresh().aligner.parameters()))
-
-
-def test_a_checkpoint_without_a_position_in_the_data_resumes_at_its_step(tmp_path):
-    data, whole, first, second = some_features(), fresh(), fresh(), fresh(seed=9)
-    run(whole, data, tmp_path, 12)
-    run(first, data, tmp_path, 7, save_every=7)
-    second.load_state_dict(load_checkpoint(tmp_path / "checkpoint.pt"))
-    source = batches(data)
-    source.resume(None, second.step)
-    run(second, data, tmp_path, 12, source)
-    assert_equal_weights(whole, second)
 
 
 def test_a_run_folder_is_not_resumed_with_other_settings_and_drops_rows_after_its_checkpoint(tmp_path):
@@ -118,7 +108,7 @@ def test_a_run_folder_is_not_resumed_with_other_settings_and_drops_rows_after_it
     [
         (["--lr", "-1"], "--lr is -1"),
         (["--lr", "0", "--stage", "mllm"], "--lr is 0"),
-        (["--weight", "-1"], "--weight"),
+        (["--preference-weight", "-1"], "--preference-weight"),
         (["--max-pairs", "-1"], "--max-pairs"),
         (["--cache-gb", "0"], "--cache-dir none"),
         (["--stage", "mllm", "--dtype", "fp16"], "choose bf16"),
@@ -226,11 +216,11 @@ def test_the_reference_gets_no_gradient_and_validation_samples_are_not_trained_o
 def test_validation_measures_what_it_says_and_is_silent_without_samples():
     data, trainer = some_features(), fresh()  # an untrained aligner changes nothing
     found = validate(trainer, unseen(data))
-    wrong = unseen(data)[~unseen(data).kept]
+    wrong = unseen(data)[~unseen(data).is_identity]
     expected = (wrong.winner - wrong.loser).square().mean().item()
     assert found["validation_error"] == pytest.approx(expected) == pytest.approx(found["identity_error"])
-    assert found["nearer"] == 0 and found["kept_error"] == pytest.approx(
-        (unseen(data).winner - unseen(data).loser)[unseen(data).kept].square().mean().item()
+    assert found["nearer"] == 0 and found["identity_sample_error"] == pytest.approx(
+        (unseen(data).winner - unseen(data).loser)[unseen(data).is_identity].square().mean().item()
     )
     assert validate(trainer, data[torch.zeros(0, dtype=torch.long)]) == {}
 
@@ -241,7 +231,7 @@ import train as script
 from dataclasses import replace
 from pathlib import Path
 from train import Batches, Features, Trainer, find_preset, train
-from img_minimal.training import Part
+from img_minimal.data.batches import Part
 script.save_checkpoint = lambda path, state: None  # 3 GB that nobody reads
 preset = replace(find_preset("sdxl"), batch_size=2)
 h, tokens = torch.randn(2, 64, 5120).bfloat16(), torch.randn(2, 16, 2048)

@@ -10,16 +10,17 @@ import torch
 from pair_files import numbers, read_pairs, rows, write
 
 import train as script
-from img_minimal.data.sources import CachedData, StreamedData, training_data
+from img_minimal.bench.plan import aligner_plan
+from img_minimal.data.features import compute_guidance, compute_tokens, distinct, identity_samples
+from img_minimal.data.sources import CachedData, StreamedData
 from img_minimal.data.stream import Place
-from img_minimal.errors import UserError
-from img_minimal.features import compute_guidance, compute_tokens, distinct, self_targets
+from img_minimal.load import load_encoder, load_training_data
 from img_minimal.mllm import MLLM
-from img_minimal.models.plan import aligner_plan
 from img_minimal.presets import find_preset
+from img_minimal.runtime.errors import UserError
 
 TWIN = find_preset("tiny-sdxl")
-PRESET = dataclasses.replace(TWIN, train_steps=6, batch_size=4, depth=1, heads=1, keep_share=0.25)
+PRESET = dataclasses.replace(TWIN, train_steps=6, batch_size=4, depth=1, heads=1, identity_share=0.25)
 
 
 def small_twin_pairs(folder: Path, count: int = 60) -> Path:
@@ -125,35 +126,34 @@ def test_a_disk_that_is_too_small_is_one_line_before_anything_is_loaded(tmp_path
 def test_the_papers_run_is_what_sdxl_means_by_default():
     preset = find_preset("sdxl")
     assert (preset.train_steps, preset.batch_size, preset.lr, preset.weight_decay) == (100_000, 8, 1e-4, 1e-4)
-    assert (preset.weight, preset.constant_share, preset.keep_share) == (1.0, 1.0, 0.0)
+    assert (preset.preference_weight, preset.constant_share, preset.identity_share) == (1.0, 1.0, 0.0)
     assert script.Config().refresh_after == 10
     assert preset.pairs == "yuvalkirstain/pickapic_v2" and preset.max_pairs == 0 and preset.cache_dir == "none"
 
 
 def test_encoding_each_image_once_gives_the_numbers_of_encoding_every_one(monkeypatch):
     pairs, _ = read_pairs(TWIN.pairs, 24)
-    from img_minimal.features import Encoder
 
-    encoder = Encoder.from_preset(TWIN, "mllm", 0)
+    encoder = load_encoder(TWIN, "mllm", 0)
     features = encoder(pairs)
     assert len(distinct([p.loser for p in pairs])[0]) < len(pairs), "the twin's pairs share images"
     alone = torch.cat([encoder.image_prompt.tokens([p.loser]) for p in pairs])
     assert (features.loser[: len(pairs)] - alone).abs().max() < 1e-5
-    kept = self_targets(pairs, 0.25)
+    kept = identity_samples(pairs, 0.25)
     assert 0 < len(kept) <= 6 and len(features) == 24 + len(kept) and features.kept.sum() == len(kept)
     assert torch.equal(features.loser[24:], features.winner[24:])
     assert all(any(p.winner is other.loser for other in pairs) for p in kept), "kept winners lose elsewhere"
     assert encoder.widths == (features.loser.shape[-1], features.guidance.shape[-1])
     other = compute_guidance(pairs, encoder.guide, kept, 1)["guidance"]
     assert other.shape != features.guidance.shape or not torch.equal(other, features.guidance), "other questions"
-    assert compute_tokens(pairs, encoder.image_prompt, self_targets(pairs, 0.0))["kept"].sum() == 0
+    assert compute_tokens(pairs, encoder.image_prompt, identity_samples(pairs, 0.0))["kept"].sum() == 0
 
 
 def test_data_is_streamed_or_cached_as_the_preset_says(tmp_path, monkeypatch):
     source = small_twin_pairs(tmp_path, 12)
     preset = dataclasses.replace(PRESET, pairs=str(source), cache_dir="none", max_pairs=0)
-    streamed = training_data(preset, "mllm", 0, 1.0)
-    kept = training_data(dataclasses.replace(preset, cache_dir=str(tmp_path / "cache")), "mllm", 0, 1.0)
+    streamed = load_training_data(preset, "mllm", 0, 1.0)
+    kept = load_training_data(dataclasses.replace(preset, cache_dir=str(tmp_path / "cache")), "mllm", 0, 1.0)
     assert isinstance(streamed, StreamedData) and isinstance(kept, CachedData)
     assert streamed.widths == kept.widths == (128, 160)
     [a], [b] = streamed.parts(Place()), kept.parts(Place())

@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from pair_files import read_pairs
 from transformers import CLIPVisionModelWithProjection, LlavaForConditionalGeneration, LlavaProcessor
 
-from img_minimal.image_prompt import load_ip_adapter
-from img_minimal.models.weights import read_weights
+from img_minimal.backbones.sdxl.image_prompt import load_ip_adapter
+from img_minimal.files.weights import read_weights
 from img_minimal.presets import TINY, find_preset
 from img_minimal.tiny.build.tokenizers import WORDS
 from img_minimal.tiny.diagnose import oracle_accuracy

@@ -6,12 +6,12 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.images import to_pil
-from img_minimal.injection import ImageBranch, cross_attentions, inject
+from img_minimal.backbones.sdxl.injection import ImageBranch, cross_attentions, inject
+from img_minimal.evaluate.intervals import paired_shares, ranking_interval
+from img_minimal.load import load_backbone
 from img_minimal.mllm import MLLM
-from img_minimal.painter import Painter
 from img_minimal.presets import find_preset
-from img_minimal.statistics import paired_shares, ranking_interval
+from img_minimal.runtime.images import to_pil
 
 TWIN = find_preset("tiny-sdxl")
 
@@ -44,7 +44,7 @@ def test_attention_maps_of_the_aligner_sum_to_one_and_leave_out_what_is_masked()
 
 
 def test_places_of_image_tokens_are_maps_over_the_patches_that_sum_to_one():
-    maps = Painter.from_preset(TWIN).image_prompt.places(_pictures(2))
+    maps = load_backbone(TWIN).image_prompt.places(_pictures(2))
     assert maps.shape == (2, 16, 8, 8)
     assert torch.allclose(maps.sum((2, 3)), torch.ones(()), atol=1e-5)
 

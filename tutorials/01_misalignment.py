@@ -18,26 +18,8 @@ img_minimal/evaluate.py does. Look at where luck does not help: a category in wh
 """
 
 from dataclasses import dataclass
-from textwrap import fill
 
-import matplotlib.pyplot as plt
-import numpy as np
-from common import Options, begin, option, oracle_preset, run, save
-from matplotlib.figure import SubFigure
-from PIL.Image import Image
-
-from img_minimal.cli import check
-from img_minimal.images import to_pil
-from img_minimal.judging.image_folder import FIRST_SEED, NEW_SEED
-from img_minimal.painter import Painter
-from img_minimal.pictures import BLUE, GREEN, GREY, ORANGE, PINK
-from img_minimal.statistics import mean_interval
-from img_minimal.tiny.grammar import CATEGORIES, Prompt, benchmark
-from img_minimal.tiny.oracle import Verdict, judge
-
-SEEDS = 4  # images of every prompt
-SHOWN = 8  # failures
-HELD_OUT = "held-out pair"
+from common import Options, begin, option, oracle_preset, parse, run, save
 
 
 @dataclass
@@ -45,6 +27,31 @@ class MisalignmentOptions(Options):
     """The command line."""
 
     prompts: int = option(400, "how many prompts of the test split")
+
+
+if __name__ == "__main__":
+    parse(MisalignmentOptions, __doc__)  # answers --help before torch is imported, which takes seconds
+
+from textwrap import fill
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import SubFigure
+from PIL.Image import Image
+
+from img_minimal.backbones import Backbone
+from img_minimal.evaluate.image_folder import FIRST_SEED, NEW_SEED
+from img_minimal.evaluate.intervals import mean_interval
+from img_minimal.load import load_backbone
+from img_minimal.runtime.cli import check
+from img_minimal.runtime.images import to_pil
+from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK
+from img_minimal.tiny.grammar import CATEGORIES, Prompt, benchmark
+from img_minimal.tiny.oracle import Verdict, judge
+
+SEEDS = 4  # images of every prompt
+SHOWN = 8  # failures
+HELD_OUT = "held-out pair"
 
 
 @dataclass
@@ -69,12 +76,12 @@ class Drawn:
         return rows | {"all of these": ~held_out, HELD_OUT: held_out}
 
 
-def draw_and_judge(painter: Painter, prompts: list[Prompt], seed: int) -> Drawn:
+def draw_and_judge(backbone: Backbone, prompts: list[Prompt], seed: int) -> Drawn:
     """Every prompt from SEEDS seeds: the evaluation's own for its base and its new seed, then further ones."""
     captions, verdicts, pictures = [str(p) for p in prompts], [], []
     for k in range(SEEDS):
         seeds = [FIRST_SEED * (seed + 1) + k * NEW_SEED + i for i in range(len(prompts))]
-        images = painter.draw(captions, seeds, progress=f"seed {k + 1} of {SEEDS}")
+        images = backbone.draw(captions, seeds, progress=f"seed {k + 1} of {SEEDS}")
         verdicts.append(judge(images, prompts))
         pictures = pictures or to_pil(images)
     return Drawn(prompts, pictures, verdicts[0], np.array([[v.strict for v in row] for row in verdicts]))
@@ -192,7 +199,7 @@ def main() -> None:
     preset = oracle_preset(options)
     check(options.prompts >= 20, f"--prompts is {options.prompts}, expected 20 or more: one of every kind")
     prompts = benchmark(20 if options.quick else options.prompts, "test", options.seed)
-    drawn = draw_and_judge(Painter.from_preset(preset), prompts, options.seed)
+    drawn = draw_and_judge(load_backbone(preset), prompts, options.seed)
     table, effect = shares(drawn), new_seed_effect(drawn)
     print_shares(table, options.seed)
     print_effect(effect)

@@ -18,34 +18,9 @@ knows which prompts are hard, which is worth something; but only who has seen th
 prompt apart. So the second mark counts such pairs only. About two minutes.
 """
 
-import random
 from dataclasses import dataclass
-from textwrap import fill
 
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from common import Options, begin, option, oracle_preset, run, save
-from torch import Tensor
-
-from img_minimal.cli import check
-from img_minimal.data.triplets import triplet_stream
-from img_minimal.finetuning.detector import Detector, Lesson
-from img_minimal.finetuning.finetune import Lessons
-from img_minimal.images import to_pil
-from img_minimal.mllm import MLLM
-from img_minimal.painter import Guidance, Painter
-from img_minimal.pictures import BLUE, GREEN, GREY, ORANGE
-from img_minimal.pipeline import look
-from img_minimal.presets import Preset
-from img_minimal.statistics import bootstrap_ratio, mean_interval, ranking_interval
-from img_minimal.tiny.grammar import Prompt, benchmark
-from img_minimal.tiny.oracle import Verdict, judge
-
-DRAWN = 4  # images of each prompt
-SHOWN = 5
-NAMES = {"text alone": GREY, "stock MLLM": ORANGE, "finetuned MLLM": BLUE}
-PAPER = {"stock MLLM": 0.423, "finetuned MLLM": 0.763}
+from common import Options, begin, option, oracle_preset, parse, run, save
 
 
 @dataclass
@@ -53,6 +28,37 @@ class AnalysisOptions(Options):
     """The command line."""
 
     prompts: int = option(250, "how many prompts the probe is about, each drawn four times")
+
+
+if __name__ == "__main__":
+    parse(AnalysisOptions, __doc__)  # answers --help before torch is imported, which takes seconds
+
+import random
+from textwrap import fill
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+
+from img_minimal.backbones import Backbone
+from img_minimal.data.triplets import triplet_stream
+from img_minimal.evaluate.intervals import bootstrap_ratio, mean_interval, ranking_interval
+from img_minimal.finetuning.detector import Detector, Example
+from img_minimal.finetuning.finetune import detector_data
+from img_minimal.load import load_backbone, load_guide
+from img_minimal.mllm import MLLM, Guide, guidance_features
+from img_minimal.presets import Preset
+from img_minimal.runtime.cli import check
+from img_minimal.runtime.images import to_pil
+from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE
+from img_minimal.tiny.grammar import Prompt, benchmark
+from img_minimal.tiny.oracle import Verdict, judge
+
+DRAWN = 4  # images of each prompt
+SHOWN = 5
+NAMES = {"text alone": GREY, "stock MLLM": ORANGE, "finetuned MLLM": BLUE}
+PAPER = {"stock MLLM": 0.423, "finetuned MLLM": 0.763}
 
 
 @dataclass
@@ -72,26 +78,26 @@ class Drawn:
 def exams(preset: Preset, quick: bool) -> dict[str, dict[str, np.ndarray]]:
     """Marks of both MLLMs on the triplets that finetuning held out."""
     marks: dict[str, dict[str, np.ndarray]] = {}
-    held_out: list[Lesson] = []
+    held_out: list[Example] = []
     for name, path in (("stock MLLM", preset.stock_mllm), ("finetuned MLLM", preset.mllm)):
         detector = Detector(MLLM.from_pretrained(path))
         if not held_out:  # both see with the same frozen eyes
-            held_out = Lessons(triplet_stream(preset.triplets), detector, 64).held_out[: 20 if quick else None]
+            held_out = detector_data(triplet_stream(preset.triplets), detector, 64).unseen[: 20 if quick else None]
         marks[name] = {key: np.array(value) for key, value in detector.graded(held_out, 0, 64).items()}
     return marks
 
 
-def draw_all(painter: Painter, prompts: list[Prompt], seed: int) -> Drawn:
+def draw_all(backbone: Backbone, prompts: list[Prompt], seed: int) -> Drawn:
     """Every prompt DRAWN times, each from a seed of its own."""
     wanted = [prompt for prompt in prompts for _ in range(DRAWN)]
     captions, seeds = [str(p) for p in wanted], [seed + 1000 + k for k in range(len(wanted))]
-    images = painter.draw(captions, seeds, progress="images")
+    images = backbone.draw(captions, seeds, progress="images")
     return Drawn(to_pil(images), captions, judge(images, wanted))
 
 
-def pooled(guide: Guidance, drawn: Drawn, seed: int) -> Tensor:
+def pooled(guide: Guide, drawn: Drawn, seed: int) -> Tensor:
     """x (B, 2 H): the mean of the valid h, and the last of them."""
-    h, mask = look(guide, drawn.pictures, drawn.captions, seed, progress="features")
+    h, mask = guidance_features(guide, drawn.pictures, drawn.captions, seed, progress="features")
     h, count = h.float() * mask[..., None], mask.sum(1)
     return torch.cat([h.sum(1) / count[:, None], h[torch.arange(len(h)), count - 1]], dim=1)
 
@@ -127,7 +133,7 @@ def same_prompt(scores: np.ndarray, right: np.ndarray, captions: list[str]) -> d
     return bootstrap_ratio(np.array(won, float), np.array(pairs, float), clusters)
 
 
-def probes(guides: dict[str, Guidance], drawn: Drawn, seed: int) -> dict[str, tuple[dict, dict]]:
+def probes(guides: dict[str, Guide], drawn: Drawn, seed: int) -> dict[str, tuple[dict, dict]]:
     """Both marks of every guidance, on prompts that did not teach."""
     names = sorted(set(drawn.captions))
     teachers = set(random.Random(seed).sample(names, len(names) // 2))
@@ -209,12 +215,12 @@ def main() -> None:
     preset = oracle_preset(options)
     check(options.prompts >= 20, f"--prompts is {options.prompts}, expected 20 or more")
     marks = exams(preset, options.quick)
-    painter = Painter.from_preset(preset)
-    stock, finetuned = painter.guide("stock"), painter.guide("mllm")
+    backbone = load_backbone(preset)
+    text, stock, finetuned = (load_guide(preset, kind, backbone) for kind in ("text", "stock", "mllm"))
     drawn = draw_all(
-        painter, benchmark(20 if options.quick else options.prompts, "validation", options.seed), options.seed
+        backbone, benchmark(20 if options.quick else options.prompts, "validation", options.seed), options.seed
     )
-    found = probes(dict(zip(NAMES, (painter, stock, finetuned))), drawn, options.seed)
+    found = probes(dict(zip(NAMES, (backbone, stock, finetuned))), drawn, options.seed)
     print_marks(marks, found, drawn)
 
     figure = plt.figure(figsize=(10, 8.6), layout="constrained")

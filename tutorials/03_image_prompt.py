@@ -17,26 +17,9 @@ so an image token is heard at scale s in proportion to s ||A_image|| / ||A_text|
 tells how much of an image its tokens hold. Ninety seconds; with --model sdxl --images 8 some minutes on a GPU.
 """
 
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
-import numpy as np
-import torch
-from common import Options, begin, chosen_preset, option, run, save
-from torch import Tensor
-
-from img_minimal.cli import check
-from img_minimal.images import to_pil
-from img_minimal.injection import cross_attentions, inject
-from img_minimal.painter import Painter
-from img_minimal.pictures import BLUE, GREY, ORANGE
-from img_minimal.statistics import bootstrap_ratio, mean_interval
-from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, Group, parse
-from img_minimal.tiny.oracle import judge
-
-SCALES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-PAIR = ("a red circle and a blue square", "three yellow triangles")
+from common import Options, begin, chosen_preset, option, parse, run, save
 
 
 @dataclass
@@ -44,6 +27,31 @@ class PromptOptions(Options):
     """The command line."""
 
     images: int = option(80, "how many images the curves are about")
+
+
+if __name__ == "__main__":
+    parse(PromptOptions, __doc__)  # answers --help before torch is imported, which takes seconds
+
+from dataclasses import replace
+from itertools import product
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+
+from img_minimal.backbones.sdxl.backbone import SDXLBackbone
+from img_minimal.backbones.sdxl.injection import cross_attentions, inject
+from img_minimal.evaluate.intervals import bootstrap_ratio, mean_interval
+from img_minimal.load import load_backbone
+from img_minimal.runtime.cli import check
+from img_minimal.runtime.images import to_pil
+from img_minimal.runtime.plots import BLUE, GREY, ORANGE
+from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, Group, parse
+from img_minimal.tiny.oracle import judge
+
+SCALES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+PAIR = ("a red circle and a blue square", "three yellow triangles")
 
 
 def simple_prompts(count: int) -> list[str]:
@@ -59,26 +67,28 @@ def rest(c: Tensor, drawn: Tensor, captions: list[str]) -> dict[str, float]:
     return bootstrap_ratio(left, apart, captions)
 
 
-def disagreement(painter: Painter, texts: list[str], others: list[str], seeds: list[int], c: Tensor) -> dict:
+def disagreement(
+    backbone: SDXLBackbone, judged: bool, texts: list[str], others: list[str], seeds: list[int], c: Tensor
+) -> dict:
     """At every scale: how near the drawing is to the tokens' image, and, where an oracle judges, who was heard."""
     found = {"rest": [], "text": [], "tokens": []}
     for scale in SCALES:
-        images = painter.draw(texts, seeds, c, scale, progress=f"scale {scale}")
-        found["rest"].append(rest(c, painter.tokens(to_pil(images)), texts))
-        if painter.preset.world == "tiny":
+        images = backbone.draw(texts, seeds, c, scale=scale, progress=f"scale {scale}")
+        found["rest"].append(rest(c, backbone.tokens(to_pil(images)), texts))
+        if judged:
             for name, wanted in (("text", texts), ("tokens", others)):
                 strict = np.array([v.strict for v in judge(images, [parse(p) for p in wanted])])
                 found[name].append(mean_interval(strict, texts))
     return found
 
 
-def branches(painter: Painter, prompt: str, seed: int, c: Tensor) -> tuple[list[dict], list[Tensor]]:
+def branches(backbone: SDXLBackbone, prompt: str, seed: int, c: Tensor) -> tuple[list[dict], list[Tensor]]:
     """One denoising step at half of the noise: per cross-attention both branches' sizes, and the image's weights.
 
     Sizes are root mean squares of A_text and A_image; weights (S, N), the mean over heads.
     """
-    painter.placement.bring("diffusion")
-    pipe, sizes, weights = painter.pipe, [], []
+    backbone.placement.bring("diffusion")
+    pipe, sizes, weights = backbone.pipe, [], []
     embeds, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
     side = pipe.unet.config.sample_size
     pixels = side * pipe.vae_scale_factor
@@ -92,7 +102,7 @@ def branches(painter: Painter, prompt: str, seed: int, c: Tensor) -> tuple[list[
 
     hooks = [a.register_forward_pre_hook(open_up, with_kwargs=True) for a in cross_attentions(pipe.unet).values()]
     try:
-        with torch.no_grad(), inject(pipe.unet, painter.branch, c[:1].to(pipe.device), scale=painter.preset.scale):
+        with torch.no_grad(), inject(pipe.unet, backbone.branch, c[:1].to(pipe.device), scale=backbone.sampling.scale):
             dtype = pipe.unet.dtype
             pipe.unet(noise.to(pipe.device, dtype), 500, embeds.to(dtype), added_cond_kwargs=added)
     finally:
@@ -108,14 +118,14 @@ def show(axis: plt.Axes, image: object, title: str = "", colour: str = "black") 
     axis.set_title(title, fontsize=9, color=colour)
 
 
-def plot_pictures(axes: np.ndarray, painter: Painter, seed: int) -> tuple[Tensor, list]:
+def plot_pictures(axes: np.ndarray, backbone: SDXLBackbone, seed: int) -> tuple[Tensor, list]:
     """Two rows: a picture, its reconstruction, and the other prompt at growing scales of its tokens."""
     seeds = [seed + 1, seed + 2]
-    pictures = to_pil(painter.draw(list(PAIR), seeds))
-    c = painter.tokens(pictures)
-    alone = to_pil(painter.draw(["", ""], seeds, c, 1.0))
+    pictures = to_pil(backbone.draw(list(PAIR), seeds))
+    c = backbone.tokens(pictures)
+    alone = to_pil(backbone.draw(["", ""], seeds, c, scale=1.0))
     texts = [PAIR[1], PAIR[0]]
-    sweep = [to_pil(painter.draw(texts, seeds, c, scale)) for scale in SCALES]
+    sweep = [to_pil(backbone.draw(texts, seeds, c, scale=scale)) for scale in SCALES]
     for k, row in enumerate(axes):
         show(row[0], pictures[k], "image", BLUE)
         row[0].set_ylabel(f"tokens of\n“{PAIR[k]}”", fontsize=8)
@@ -170,15 +180,15 @@ def main() -> None:
     options = begin(PromptOptions, __doc__)
     check(options.images >= 4, f"--images is {options.images}, expected 4 or more")
     preset = replace(chosen_preset(options), scale_end=1.0)  # the same in all steps, so that one number says it
-    count, painter = 4 if options.quick else options.images, Painter.from_preset(preset)
+    count, backbone = 4 if options.quick else options.images, load_backbone(preset)
     others, seeds = simple_prompts(count), [options.seed + 100 + k for k in range(count)]
     texts = others[1:] + others[:1]
-    pictures = painter.draw(others, seeds, progress="images")
-    c = painter.tokens(to_pil(pictures))
-    alone = painter.tokens(to_pil(painter.draw([""] * count, seeds, c, 1.0, progress="from tokens alone")))
+    pictures = backbone.draw(others, seeds, progress="images")
+    c = backbone.tokens(to_pil(pictures))
+    alone = backbone.tokens(to_pil(backbone.draw([""] * count, seeds, c, scale=1.0, progress="from tokens alone")))
     print(f"rest after drawing from tokens alone: {{value:.3f}} [{{low:.3f}}, {{high:.3f}}], n {count}".format(
         **rest(c, alone, others)))  # fmt: skip
-    found = disagreement(painter, texts, others, seeds, c)
+    found = disagreement(backbone, preset.world == "tiny", texts, others, seeds, c)
     for k, scale in enumerate(SCALES):
         row = {name: found[name][k] for name in found if found[name]}
         words = (f"{name} {part['value']:.2f} [{part['low']:.2f}, {part['high']:.2f}]" for name, part in row.items())
@@ -186,8 +196,8 @@ def main() -> None:
 
     figure = plt.figure(figsize=(11, 8.4), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(4, 4))
-    own, _ = plot_pictures(upper.subplots(2, 2 + len(SCALES)), painter, options.seed)
-    sizes, weights = branches(painter, PAIR[0], options.seed, own)
+    own, _ = plot_pictures(upper.subplots(2, 2 + len(SCALES)), backbone, options.seed)
+    sizes, weights = branches(backbone, PAIR[0], options.seed, own)
     shares = [s["image"] / s["text"] for s in sizes]
     print(f"||A_image|| / ||A_text||: from {min(shares):.2f} to {max(shares):.2f} over {len(shares)} layers (n 1)")
     left, middle, right = lower.subfigures(1, 3, width_ratios=(4, 4, 1.5))
@@ -195,7 +205,7 @@ def main() -> None:
     plot_branches(middle.subplots(), sizes)
     plot_heard(right.subplots(2, 1), weights)
     save(figure, options, "03_image_prompt",
-         f"{painter.preset.name}, --seed {options.seed}; curves: n {count} images of one shape, bands: 95 % intervals "
+         f"{preset.name}, --seed {options.seed}; curves: n {count} images of one shape, bands: 95 % intervals "
          "over prompts; the rest: one image of each prompt")  # fmt: skip
 
 

@@ -19,25 +19,39 @@ Sizes are in units of the distance between the tokens of two images (the median 
 another picture". Passes: one. One minute on two cores; with --model sdxl --images 32, some minutes on a GPU.
 """
 
+from dataclasses import dataclass
+
+from common import Options, begin, chosen_preset, option, parse, run, save
+
+
+@dataclass
+class Config(Options):
+    """The command line."""
+
+    images: int = option(128, "how many images are drawn for the size of the correction")
+
+
+if __name__ == "__main__":
+    parse(Config, __doc__)  # answers --help before torch is imported, which takes seconds
+
 import math
 import random
-from dataclasses import dataclass
 from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from common import Options, begin, chosen_preset, option, run, save
 from PIL.Image import Image, Resampling, fromarray
 from torch import Tensor
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.cli import check
-from img_minimal.images import to_pil
-from img_minimal.pictures import BLUE, GREEN, GREY, ORANGE, PINK
+from img_minimal.evaluate.intervals import mean_interval
+from img_minimal.load import load_img
 from img_minimal.pipeline import IMG
 from img_minimal.questions import ask
-from img_minimal.statistics import mean_interval
+from img_minimal.runtime.cli import check
+from img_minimal.runtime.images import to_pil
+from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK
 from img_minimal.tiny.edits import correct
 from img_minimal.tiny.grammar import CATEGORIES, benchmark, parse
 from img_minimal.tiny.oracle import judge
@@ -51,13 +65,6 @@ WRONG = (  # the first is the one whose attention is shown
 )
 KINDS = {"image patches": BLUE, "words of the question": ORANGE, "words of the prompt": GREEN,
          "after the prompt": PINK, "the tokens themselves": GREY}  # fmt: skip
-
-
-@dataclass
-class Config(Options):
-    """The command line."""
-
-    images: int = option(128, "how many images are drawn for the size of the correction")
 
 
 def gradients_reach(trained: ImplicitAligner, h: Tensor, c: Tensor, target: Tensor) -> list[float]:
@@ -133,19 +140,17 @@ def groups(images: Tensor, prompts: list[str], judged: bool, own: bool) -> list[
 
 def one_image(img: IMG, seed: int) -> tuple[Tensor, Image, int]:
     """Of eight images of RIGHT the one that the MLLM is most content with: (1, 3, H, W), as a picture, its seed."""
-    drawn = img.painter.draw([RIGHT] * 8, list(range(seed, seed + 8)), progress="eight images of one prompt")
-    img.painter.placement.bring("mllm")
-    content = img.mllm.satisfaction(to_pil(drawn), [RIGHT] * 8, random.Random(seed))
+    drawn = img.backbone.draw([RIGHT] * 8, list(range(seed, seed + 8)), progress="eight images of one prompt")
+    content = img.satisfaction(to_pil(drawn), [RIGHT] * 8, seed)
     best = int(np.argmax(content))
     return drawn[best : best + 1], to_pil(drawn[best : best + 1])[0], seed + best
 
 
 def attention(img: IMG, picture: Image, c: Tensor, seed: int) -> tuple[Tensor, list[str | None], dict[str, list[int]]]:
     """Weights (depth, N, L + N), mean over heads, for the first wrong prompt; the L words; columns by kind."""
-    words, without = (img.mllm.words(picture, ask(prompt, random.Random(seed))) for prompt in (WRONG[0], ""))
-    img.painter.placement.bring("mllm")
-    h, _ = img.mllm.guidance([picture], [WRONG[0]], random.Random(seed))
-    img.painter.placement.bring("aligner")
+    words, without = (img.guide.words(picture, ask(prompt, random.Random(seed))) for prompt in (WRONG[0], ""))
+    h, _ = img.guidance([picture], [WRONG[0]], seed)
+    img.placement.bring("aligner", img.aligner)
     device = next(img.aligner.parameters()).device
     maps = img.aligner.attention_maps(h.to(device).float(), c.to(device)).mean(2)[:, 0].cpu()
     return maps, words, kinds(words, prompt_span(words, without), c.shape[1])
@@ -224,23 +229,22 @@ def draw_sizes(axis: plt.Axes, sizes: np.ndarray, names: np.ndarray, clusters: n
 
 def identity(img: IMG, images: Tensor, captions: list[str], c: Tensor, seed: int) -> None:
     """Print what a fresh aligner does to four images, and where its first gradients arrive."""
-    img.painter.placement.bring("mllm")
-    h, mask = img.mllm.guidance(to_pil(images[:1]), captions[:1], random.Random(seed))
-    img.painter.placement.bring("aligner")
+    h, _ = img.guidance(to_pil(images[:1]), captions[:1], seed)
+    img.placement.bring("aligner", img.aligner)
     device = next(img.aligner.parameters()).device
     shares = gradients_reach(img.aligner, h.float().to(device), c[:1].to(device), c[1:2].to(device))
     print("share of its parameters that the gradient reaches, first step {:.3f}, second step {:.3f}".format(*shares))
 
 
 def many_images(
-    img: IMG, images: Tensor, captions: list[str], c: Tensor, seed: int
+    img: IMG, images: Tensor, captions: list[str], c: Tensor, seed: int, judged: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each image under its own prompt and under one of its category that is another image's: size, group, caption."""
     sizes, names = [], []
     others = captions[len(CATEGORIES) :] + captions[: len(CATEGORIES)]
     for prompts, own in ((captions, True), (others, False)):
         sizes.append(size_of(img.align(images, prompts, seed, passes=1) - c).numpy() / unit(c))
-        names += groups(images, prompts, img.painter.preset.world == "tiny", own)
+        names += groups(images, prompts, judged, own)
     difference = mean_interval(sizes[1] - sizes[0], captions)
     print(
         "size under another prompt of its category minus under its own: {value:+.2f} [{low:+.2f}, {high:+.2f}]".format(
@@ -256,18 +260,18 @@ def main() -> int:
     options = begin(Config, __doc__)
     check(options.images >= 8, f"--images is {options.images}, expected 8 or more")
     preset, count = chosen_preset(options), 8 if options.quick else options.images
-    img, seed = IMG.from_preset(preset), options.seed
+    img, seed = load_img(preset), options.seed
 
     captions = [str(prompt) for prompt in benchmark(count, "validation", seed)]
-    images = img.painter.draw(captions, list(range(seed, seed + count)), progress="images")
-    c = img.painter.tokens(to_pil(images))
+    images = img.backbone.draw(captions, list(range(seed, seed + count)), progress="images")
+    c = img.backbone.tokens(to_pil(images))
     identity(img, images, captions, c, seed)
 
     found, picture, its_seed = one_image(img, seed)
-    prompts, own = [RIGHT, *WRONG], img.painter.tokens([picture])
+    prompts, own = [RIGHT, *WRONG], img.backbone.tokens([picture])
     aligned = img.align(found.expand(len(prompts), -1, -1, -1), prompts, seed, passes=1)
-    after = img.painter.draw(prompts, [its_seed] * len(prompts), aligned, progress="with corrected tokens")
-    places = img.painter.image_prompt.places([picture])[0].cpu()
+    after = img.backbone.draw(prompts, [its_seed] * len(prompts), aligned, progress="with corrected tokens")
+    places = img.backbone.image_prompt.places([picture])[0].cpu()
     by_token = (aligned - own).float().square().sum(-1).sqrt() / unit(c)  # (prompts, N)
     one = (size_of(aligned - own) / unit(c)).tolist()
     for prompt, size in zip(prompts, one):
@@ -285,7 +289,7 @@ def main() -> int:
     draw_shares(axis, maps, columns)
     judged = preset.world == "tiny"
     label = "edits that the oracle asks for" if judged else "whose prompt it is compared with"
-    draw_sizes(figure.add_subplot(bottom[1]), *many_images(img, images, captions, c, seed), label)
+    draw_sizes(figure.add_subplot(bottom[1]), *many_images(img, images, captions, c, seed, judged), label)
     caption = (
         f"{preset.name}, --seed {seed}; above: one image of {RIGHT!r} (seed {its_seed}, of eight the one that the MLLM "
         f"likes best);\nbelow right: n {count} images, each under its own prompt and under another's; orange: mean "

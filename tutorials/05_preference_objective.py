@@ -28,17 +28,21 @@ so f comes to rest *beyond* the winner, the farther the larger lambda, unless x 
 sum, and why lambda needs to be chosen anew for every choice of norm.
 """
 
+from common import Options, begin, parse, run, save
+
+if __name__ == "__main__":
+    parse(Options, __doc__)  # answers --help before torch is imported, which takes seconds
+
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import torch
-from common import Options, begin, run, save
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from img_minimal.optimizer import warmup_constant_decay
-from img_minimal.pictures import BLUE, GREEN, GREY, ORANGE, PINK
 from img_minimal.preference import ReferenceRefresh, preference_loss, squared_distance
+from img_minimal.runtime.optimizer import warmup_constant_decay
+from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK
 
 # One sample (B 1, N 1, D 2). c_w and c_l differ by 0.5 in the mean square, as image tokens of two pictures may.
 # f starts off their line: an aligner serves many samples, and rarely answers exactly c_l.

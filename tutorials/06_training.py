@@ -18,6 +18,23 @@ A checkpoint holds weights, reference, both optimisers' moments, schedule, refre
 in the data. The proof that nothing is missing: every number after the break is the number of the run without one.
 """
 
+from dataclasses import dataclass
+
+from common import ModelFlags, Options, begin, option, parse, run, save
+
+
+@dataclass
+class TrainingOptions(Options):
+    """Flags of this tutorial; --quick has its own, small numbers."""
+
+    steps: int = option(600, "training steps of a run")
+    pairs: str | None = option(None, "preference pairs in Pick-a-Pic's columns; default: the preset's")
+    max_pairs: int | None = option(None, "use only so many pairs, 0 for all; default: the preset's")
+
+
+if __name__ == "__main__":
+    parse(TrainingOptions, __doc__)  # answers --help before torch is imported, which takes seconds
+
 import json
 import os
 import signal
@@ -30,23 +47,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from common import ModelFlags, Options, begin, option, run, save
 
 import train as script
-from img_minimal.checkpoint import RunFolder
-from img_minimal.cli import check
-from img_minimal.models.weights import read_weights
-from img_minimal.pictures import BLUE, GREEN, GREY, ORANGE, PINK
+from img_minimal.files.weights import read_weights
 from img_minimal.presets import find_preset
-
-
-@dataclass
-class TrainingOptions(Options):
-    """Flags of this tutorial; --quick has its own, small numbers."""
-
-    steps: int = option(600, "training steps of a run")
-    pairs: str | None = option(None, "preference pairs in Pick-a-Pic's columns; default: the preset's")
-    max_pairs: int | None = option(None, "use only so many pairs, 0 for all; default: the preset's")
+from img_minimal.runtime.checkpoint import RunFolder
+from img_minimal.runtime.cli import check
+from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK
 
 
 def configuration(options: TrainingOptions, name: str, resume: bool) -> script.Config:
@@ -285,8 +292,8 @@ def main() -> None:
     save(
         figure, options, "06_training",
         f"{preset.name}: {preset.train_steps} steps of {preset.batch_size} on {preset.max_pairs or 'all'} pairs, "
-        f"lambda {preset.weight:g}, seed {options.seed}. Lines: running mean over {curves.window} steps; pale: every "
-        "step. Unseen: one prompt in ten. Boxes: computed from this run.",
+        f"lambda {preset.preference_weight:g}, seed {options.seed}. Lines: running mean over {curves.window} steps; "
+        "pale: every step. Unseen: one prompt in ten. Boxes: computed from this run.",
     )  # fmt: skip
 
 

@@ -20,24 +20,37 @@ setting that mends more often spoils more, too, and its worth is the difference.
 and the pictures alone are shown.
 """
 
-from dataclasses import dataclass, replace
-from random import Random
+from dataclasses import dataclass
+
+from common import Options, begin, chosen_preset, option, parse, run, save
+
+
+@dataclass
+class RegenerationOptions(Options):
+    """The command line."""
+
+    prompts: int = option(200, "how many prompts of the test split")
+
+
+if __name__ == "__main__":
+    parse(RegenerationOptions, __doc__)  # answers --help before torch is imported, which takes seconds
+
 from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
-from common import Options, begin, chosen_preset, option, run, save
 from matplotlib.figure import SubFigure
 from torch import Tensor
 
-from img_minimal.cli import check
-from img_minimal.evaluate import TITLES, Bench
-from img_minimal.images import to_pil
-from img_minimal.judging.image_folder import FIRST_SEED
-from img_minimal.pictures import BLUE, GREEN, GREY, ORANGE, PINK
-from img_minimal.pipeline import IMG, align, look
+from img_minimal.evaluate.arms import TITLES, Arms
+from img_minimal.evaluate.image_folder import FIRST_SEED
+from img_minimal.evaluate.intervals import paired_shares, win_rate
+from img_minimal.load import load_img
+from img_minimal.pipeline import IMG
 from img_minimal.presets import Preset
-from img_minimal.statistics import paired_shares, win_rate
+from img_minimal.runtime.cli import check
+from img_minimal.runtime.images import to_pil
+from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK
 from img_minimal.tiny.grammar import CATEGORIES, benchmark
 from img_minimal.tiny.oracle import judge
 
@@ -58,13 +71,6 @@ Setting = tuple[str, float]  # ("passes", 3), ("scale", 0.7), ("scale_end", 0.5)
 
 
 @dataclass
-class RegenerationOptions(Options):
-    """The command line."""
-
-    prompts: int = option(200, "how many prompts of the test split")
-
-
-@dataclass
 class Start:
     """Steps 1 and 2, which all settings share."""
 
@@ -79,34 +85,31 @@ class Start:
 def first_steps(img: IMG, captions: list[str], seeds: list[int], images: Tensor, seed: int) -> Start:
     """h = MLLM(x_0, q) and c_0 = Resampler(CLIP(x_0)); `seed` draws the phrasings q."""
     pictures = to_pil(images)
-    img.painter.placement.bring("mllm")
-    features, mask = look(img.mllm, pictures, captions, seed, img.painter.preset.look_batch, progress="look")
-    return Start(captions, seeds, images, features, mask, img.painter.tokens(pictures))
+    features, mask = img.guidance(pictures, captions, seed, progress="look")
+    return Start(captions, seeds, images, features, mask, img.backbone.tokens(pictures))
 
 
 def draw_settings(img: IMG, start: Start, seed: int) -> tuple[dict[Setting, Tensor], Tensor]:
     """Steps 3 and 4 in every setting: images (B, 3, H, W) of each, and the tokens c_1 (B, N, D)."""
-    painter, preset = img.painter, img.painter.preset
     aligned, images = [start.tokens], {}
 
-    def draw(tokens: Tensor, kind: str, value: float) -> None:
-        images[kind, value] = painter.draw(start.captions, start.seeds, tokens, progress=f"{kind} {value:g}")
+    def draw(tokens: Tensor, kind: str, value: float, **scales: float) -> None:
+        title = f"{kind} {value:g}"
+        images[kind, value] = img.backbone.draw(start.captions, start.seeds, tokens, progress=title, **scales)
 
     for k in PASSES:  # c_k = f(h, c_(k-1)): each pass goes on from the one before
-        painter.placement.bring("aligner")
-        aligned.append(align(img.aligner, aligned[-1], start.features, start.mask, passes=1))
+        aligned.append(img.correct(aligned[-1], start.features, start.mask, passes=1))
         draw(aligned[-1], "passes", k)
-    chosen = images["passes", preset.passes]
+    chosen = images["passes", img.passes]
     # text attention + s * image attention, in every cross-attention of the UNet
-    for field, values in (("scale", [preset.scale * factor for factor in FACTORS]), ("scale_end", ENDS)):
-        own = getattr(preset, field)
+    sampling = img.backbone.sampling
+    for field, values in (("scale", [sampling.scale * factor for factor in FACTORS]), ("scale_end", ENDS)):
+        own = getattr(sampling, field)
         for value in sorted({own, *values}):
-            painter.preset = replace(preset, **{field: value})
             if value == own:
                 images[field, own] = chosen
             else:
-                draw(aligned[preset.passes], field, value)
-    painter.preset = preset
+                draw(aligned[img.passes], field, value, **{field: value})
     images["rounds", 1] = chosen
     for r in ROUNDS[1:]:  # h and c_0 of x_(r-1)
         draw(img.align(images["rounds", r - 1], start.captions, seed + r - 1), "rounds", r)
@@ -128,15 +131,15 @@ def print_steps(start: Start, images: Tensor, aligned: Tensor, answer: str, k: i
     print(f"  4  second image x_1, whose pixels differ by {moved:.3f} of their range on average")
 
 
-def compared(bench: Bench, images: dict[Setting, Tensor]) -> dict[Setting | str, dict]:
+def compared(arms: Arms, images: dict[Setting, Tensor]) -> dict[Setting | str, dict]:
     """Every setting and control against the base: which are right, shares, differences, mended, spoilt, win rate."""
-    verdicts = {name: bench.verdicts[name] for name in ("base", *CONTROLS)}
-    verdicts |= {setting: judge(drawn, bench.prompts) for setting, drawn in images.items()}
+    verdicts = {name: arms.verdicts[name] for name in ("base", *CONTROLS)}
+    verdicts |= {setting: judge(drawn, arms.prompts) for setting, drawn in images.items()}
     strict = {name: np.array([v.strict for v in said]) for name, said in verdicts.items()}
     soft = {name: np.array([v.soft for v in said]) for name, said in verdicts.items()}
     return {
-        name: paired_shares(strict[name], strict["base"], bench.captions)
-        | {"win": win_rate(soft[name], soft["base"], bench.captions), "right": strict[name]}
+        name: paired_shares(strict[name], strict["base"], arms.captions)
+        | {"win": win_rate(soft[name], soft["base"], arms.captions), "right": strict[name]}
         for name in verdicts
     }
 
@@ -154,11 +157,11 @@ def print_table(table: dict[Setting | str, dict]) -> None:
     print("* against the base on the soft score, without ties\n")
 
 
-def print_categories(bench: Bench, before: np.ndarray, after: np.ndarray) -> None:
+def print_categories(arms: Arms, before: np.ndarray, after: np.ndarray) -> None:
     """What the preset's own setting mends and spoils, by category."""
     print("the preset's own setting, by category:")
     for category in CATEGORIES:
-        mask = np.array([p.category == category for p in bench.prompts])
+        mask = np.array([p.category == category for p in arms.prompts])
         wrong, right = mask & ~before, mask & before
         mended, spoilt = (wrong & after).sum(), (right & ~after).sum()
         print(
@@ -166,11 +169,11 @@ def print_categories(bench: Bench, before: np.ndarray, after: np.ndarray) -> Non
         )
 
 
-def chosen_rows(bench: Bench, before: np.ndarray, after: np.ndarray) -> dict[int, str]:
+def chosen_rows(arms: Arms, before: np.ndarray, after: np.ndarray) -> dict[int, str]:
     """Images for the strip and why: the first wrong ones of two categories, and the first that IMG spoils."""
     rows = {}
     for category in ("position", "complex"):
-        wrong = [k for k, p in enumerate(bench.prompts) if p.category == category and not before[k]]
+        wrong = [k for k, p in enumerate(arms.prompts) if p.category == category and not before[k]]
         rows |= dict.fromkeys(wrong[:1], f"the first {category} that the base draws wrong")
     return rows | {int(k): "the first right one that IMG spoils" for k in np.flatnonzero(before & ~after)[:1]}
 
@@ -258,16 +261,16 @@ def plot_pair(
     lower.margins(y=0.2)
 
 
-def first_images(img: IMG, options: RegenerationOptions) -> tuple[Start, Bench | None]:
-    """Step 1, x_0 = G(T, z), and step 2; with a bench of controls where there is an oracle."""
+def first_images(img: IMG, judged: bool, options: RegenerationOptions) -> tuple[Start, Arms | None]:
+    """Step 1, x_0 = G(T, z), and step 2; with a arms of controls where there is an oracle."""
     seed = options.seed
-    if img.painter.preset.world == "tiny":
-        bench = Bench(img, benchmark(10 if options.quick else options.prompts, "test", seed), seed)
-        bench.controls(img.mllm)
-        return first_steps(img, bench.captions, bench.seeds, bench.base, seed), bench
+    if judged:
+        arms = Arms(img, benchmark(10 if options.quick else options.prompts, "test", seed), seed)
+        arms.controls()
+        return first_steps(img, arms.captions, arms.seeds, arms.base, seed), arms
     captions = list(REAL_PROMPTS[: 1 if options.quick else None])
     seeds = [FIRST_SEED * (seed + 1) + k for k in range(len(captions))]
-    images = img.painter.draw(captions, seeds, progress="initial")
+    images = img.backbone.draw(captions, seeds, progress="initial")
     return first_steps(img, captions, seeds, images, seed), None
 
 
@@ -276,21 +279,21 @@ def main() -> None:
     options = begin(RegenerationOptions, __doc__)
     check(options.prompts >= 20, f"--prompts is {options.prompts}, expected 20 or more")
     preset = chosen_preset(options)
-    img = IMG.from_preset(preset)
-    start, bench = first_images(img, options)
+    img = load_img(preset)
+    start, arms = first_images(img, preset.world == "tiny", options)
     images, aligned = draw_settings(img, start, options.seed)
     table, rows = None, dict.fromkeys(range(len(start.captions)), "")
-    if bench:
-        table = compared(bench, images)
+    if arms:
+        table = compared(arms, images)
         before, after = table["base"]["right"], table["passes", preset.passes]["right"]
-        rows = chosen_rows(bench, before, after)
+        rows = chosen_rows(arms, before, after)
     pictures = to_pil(start.images[list(rows)])
-    answers = img.explain(pictures, [start.captions[k] for k in rows], Random(options.seed))
+    answers = img.explain(pictures, [start.captions[k] for k in rows], options.seed)
     if rows:
         print_steps(start, images["passes", 1], aligned, answers[0], next(iter(rows)))
     if table:
         print_table(table)
-        print_categories(bench, before, after)
+        print_categories(arms, before, after)
     figure = plt.figure(figsize=(13.5, 1.85 * len(rows) + 5.5 * bool(table) + 0.4), layout="constrained")
     heights = [1.85] * len(rows) + [5.5] * bool(table)
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]

@@ -18,28 +18,47 @@ captions, with all seeds of a caption together; a dot is one training seed. Diff
 paired. Look at the dots first: rows whose dots overlap have no order.
 """
 
+from dataclasses import dataclass
+
+from common import Options, begin, option, oracle_preset, parse, run, save
+
+
+@dataclass
+class AblationOptions(Options):
+    """The command line."""
+
+    fresh: bool = option(False, "train and draw anew, instead of showing the results that come with the repository")
+    prompts: int = option(512, "with --fresh: how many prompts of the test split")
+    seeds: int = option(3, "with --fresh: training seeds")
+    steps: int = option(1000, "with --fresh: training steps of every aligner")
+
+
+if __name__ == "__main__":
+    parse(AblationOptions, __doc__)  # answers --help before torch is imported, which takes seconds
+
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from common import Options, begin, option, oracle_preset, run, save
 from torch import Tensor
 from tqdm import tqdm
 
-from img_minimal.aligner import ImplicitAligner
-from img_minimal.cli import check
-from img_minimal.data.sources import CachedData, training_data
-from img_minimal.evaluate import Bench
-from img_minimal.files import write_whole
-from img_minimal.pictures import BLUE, GREEN, GREY, ORANGE, PINK
-from img_minimal.pipeline import IMG, align, look
+from img_minimal.aligner import ImplicitAligner, align
+from img_minimal.data.batches import Batches
+from img_minimal.data.sources import CachedData
+from img_minimal.evaluate.arms import Arms
+from img_minimal.evaluate.intervals import mean_interval
+from img_minimal.load import load_guide, load_img, load_training_data
+from img_minimal.mllm import guidance_features
 from img_minimal.presets import Preset
-from img_minimal.statistics import mean_interval
+from img_minimal.runtime.atomic import write_whole
+from img_minimal.runtime.cli import check
+from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK
 from img_minimal.tiny.grammar import benchmark
-from img_minimal.training import Batches, Trainer
+from img_minimal.training import Trainer
 from train import train
 
 SHIPPED = Path(__file__).with_suffix(".json")
@@ -88,16 +107,6 @@ ROWS = {
 COLOURS = {"guidance": BLUE, "loss": ORANGE, "lambda": GREEN, "refresh": PINK, "passes": GREY}
 
 
-@dataclass
-class AblationOptions(Options):
-    """The command line."""
-
-    fresh: bool = option(False, "train and draw anew, instead of showing the results that come with the repository")
-    prompts: int = option(512, "with --fresh: how many prompts of the test split")
-    seeds: int = option(3, "with --fresh: training seeds")
-    steps: int = option(1000, "with --fresh: training steps of every aligner")
-
-
 class Laboratory:
     """Trains and judges rows; every aligner and every result is kept below `folder`."""
 
@@ -108,15 +117,15 @@ class Laboratory:
         self.looks: dict[str, tuple[Tensor, Tensor]] = {}
 
     @cached_property
-    def bench(self) -> Bench:
+    def arms(self) -> Arms:
         """The base's images of all prompts."""
         prompts = benchmark(self.options.prompts, "test", self.options.seed)
-        return Bench(IMG.from_preset(self.preset), prompts, self.options.seed)
+        return Arms(load_img(self.preset), prompts, self.options.seed)
 
     def features(self, guidance: str) -> CachedData:
         """Frozen features of the training pairs, those of one guidance at a time."""
         if self.data is None or self.data[0] != guidance:
-            self.data = guidance, training_data(self.preset, guidance, self.options.seed, cache_gb=70.0)
+            self.data = guidance, load_training_data(self.preset, guidance, self.options.seed, cache_gb=70.0)
         return self.data[1]
 
     def aligner(self, row: Row, seed: int) -> ImplicitAligner:
@@ -124,7 +133,7 @@ class Laboratory:
         folder = self.folder / f"{row.aligner}-seed{seed}"
         if not (folder / "aligner.safetensors").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            preset, data = replace(self.preset, weight=row.weight), self.features(row.guidance)
+            preset, data = replace(self.preset, preference_weight=row.weight), self.features(row.guidance)
             trainer = Trainer.new(preset, data.widths, row.refresh_after, seed)
             batches = Batches(data.parts, preset.batch_size, seed)
             train(trainer, batches, data.unseen, preset, folder, steps=preset.train_steps, dpo=row.dpo,
@@ -132,22 +141,22 @@ class Laboratory:
             trainer.aligner.save(folder / "aligner.safetensors")
         return ImplicitAligner.from_file(folder / "aligner.safetensors").eval()
 
-    def look(self, guidance: str) -> tuple[Tensor, Tensor]:
+    def guidance(self, kind: str) -> tuple[Tensor, Tensor]:
         """h and mask of the base's images, by this kind of guidance."""
-        if guidance not in self.looks:
-            img = self.bench.img
-            guide = img.mllm if guidance == "mllm" else img.painter.guide(guidance)
-            self.looks[guidance] = look(guide, self.bench.pictures, self.bench.captions, self.options.seed)
-        return self.looks[guidance]
+        if kind not in self.looks:
+            arms = self.arms
+            guide = arms.img.guide if kind == "mllm" else load_guide(self.preset, kind, arms.img.backbone)
+            self.looks[kind] = guidance_features(guide, arms.pictures, arms.captions, self.options.seed)
+        return self.looks[kind]
 
     def right(self, row: Row, seed: int) -> list[int]:
         """Of every prompt whether this row's image is right (1) or not (0)."""
         if row.guidance != "base":
-            tokens = self.bench.own
+            tokens = self.arms.own
             if row.guidance != "none":
-                tokens = align(self.aligner(row, seed), tokens, *self.look(row.guidance), row.passes)
-            self.bench.second_pass("row", tokens)
-        return [int(v.strict) for v in self.bench.verdicts["base" if row.guidance == "base" else "row"]]
+                tokens = align(self.aligner(row, seed), tokens, *self.guidance(row.guidance), row.passes)
+            self.arms.second_pass("row", tokens)
+        return [int(v.strict) for v in self.arms.verdicts["base" if row.guidance == "base" else "row"]]
 
 
 def key(row: Row, seed: int) -> str:

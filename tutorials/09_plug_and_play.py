@@ -16,26 +16,8 @@ Look at two things: whether IMG adds to DPO as it does to the base, and whether 
 """
 
 from dataclasses import dataclass
-from textwrap import fill
 
-import matplotlib.pyplot as plt
-import numpy as np
-from common import Options, begin, option, oracle_preset, run, save
-
-from img_minimal.cli import check
-from img_minimal.errors import UserError
-from img_minimal.evaluate import Bench
-from img_minimal.images import to_pil
-from img_minimal.painter import Painter
-from img_minimal.pictures import BLUE, GREEN, GREY, ORANGE
-from img_minimal.pipeline import IMG
-from img_minimal.presets import PRESETS, find_preset
-from img_minimal.statistics import mean_interval, paired_shares, win_rate
-from img_minimal.tiny.grammar import CATEGORIES, Prompt, benchmark
-
-CELLS = {"base": GREY, "base + IMG": BLUE, "DPO": ORANGE, "DPO + IMG": GREEN}
-DIFFERENCES = (("base + IMG", "base"), ("DPO", "base"), ("DPO + IMG", "DPO"), ("DPO + IMG", "base + IMG"))
-SHOWN = 5  # prompts
+from common import Options, begin, option, oracle_preset, parse, run, save
 
 
 @dataclass
@@ -43,6 +25,30 @@ class PlugOptions(Options):
     """The command line."""
 
     prompts: int = option(300, "how many prompts of the test split")
+
+
+if __name__ == "__main__":
+    parse(PlugOptions, __doc__)  # answers --help before torch is imported, which takes seconds
+
+from textwrap import fill
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from img_minimal.evaluate.arms import Arms
+from img_minimal.evaluate.intervals import mean_interval, paired_shares, win_rate
+from img_minimal.load import load_backbone, load_img
+from img_minimal.pipeline import IMG
+from img_minimal.presets import PRESETS, find_preset
+from img_minimal.runtime.cli import check
+from img_minimal.runtime.errors import UserError
+from img_minimal.runtime.images import to_pil
+from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE
+from img_minimal.tiny.grammar import CATEGORIES, Prompt, benchmark
+
+CELLS = {"base": GREY, "base + IMG": BLUE, "DPO": ORANGE, "DPO + IMG": GREEN}
+DIFFERENCES = (("base + IMG", "base"), ("DPO", "base"), ("DPO + IMG", "DPO"), ("DPO + IMG", "base + IMG"))
+SHOWN = 5  # prompts
 
 
 @dataclass
@@ -56,11 +62,11 @@ class Cell:
 
 def two_cells(img: IMG, prompts: list[Prompt], seed: int, name: str) -> dict[str, Cell]:
     """A model alone, and with IMG."""
-    bench = Bench(img, prompts, seed)
-    second = bench.aligned("img", img.mllm, img.aligner)
+    arms = Arms(img, prompts, seed)
+    second = arms.aligned("img", img)
     cells = {}
-    for title, arm, images in ((name, "base", bench.pictures), (f"{name} + IMG", "img", to_pil(second))):
-        verdicts = bench.verdicts[arm]
+    for title, arm, images in ((name, "base", arms.pictures), (f"{name} + IMG", "img", to_pil(second))):
+        verdicts = arms.verdicts[arm]
         cells[title] = Cell(images, np.array([v.strict for v in verdicts]), np.array([v.soft for v in verdicts]))
     return cells
 
@@ -126,10 +132,10 @@ def main() -> None:
         raise UserError(f"--model {preset.name}: there is no {preset.name}-dpo to plug the aligner into; use tiny-sdxl")
     check(options.prompts >= 10, f"--prompts is {options.prompts}, expected 10 or more")
     prompts = benchmark(10 if options.quick else options.prompts, "test", options.seed)
-    img = IMG.from_preset(preset)
+    img = load_img(preset)
     cells = two_cells(img, prompts, options.seed, "base")
-    finetuned = Painter.from_preset(options.applied_to(find_preset(f"{preset.name}-dpo")))
-    cells |= two_cells(IMG(finetuned, img.mllm, img.aligner), prompts, options.seed, "DPO")
+    finetuned = load_backbone(options.applied_to(find_preset(f"{preset.name}-dpo")))
+    cells |= two_cells(IMG(finetuned, img.guide, img.aligner, img.passes, img.mllm_batch), prompts, options.seed, "DPO")
     print_cells(cells, prompts)
 
     figure = plt.figure(figsize=(10, 11.5), layout="constrained")

@@ -3,18 +3,15 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `python tutorials/01_misalignment.py` just works
 
-import matplotlib.pyplot as plt  # noqa: E402
-
-from img_minimal.cli import check, option, parse, quiet_libraries, run, writable_folder  # noqa: E402
-from img_minimal.errors import UserError  # noqa: E402
-from img_minimal.pictures import GREY  # noqa: E402
 from img_minimal.presets import PRESETS, ModelFlags, Preset, find_preset  # noqa: E402
+from img_minimal.runtime.cli import check, option, parse, quiet_libraries, run, writable_folder  # noqa: E402
+from img_minimal.runtime.errors import UserError  # noqa: E402
 
-__all__ = ["Options", "begin", "chosen_preset", "oracle_preset", "option", "run", "save"]
+__all__ = ["Options", "begin", "chosen_preset", "oracle_preset", "option", "parse", "run", "save"]
 
 
 @dataclass
@@ -56,10 +53,12 @@ def oracle_preset(options: Options) -> Preset:
     return preset
 
 
-def save(figure: plt.Figure, options: Options, name: str, caption: str) -> Path:
-    """Save as a PNG under `caption`, which states sample size and seed; in quick mode the picture says so, too."""
+def save(figure: Any, options: Options, name: str, caption: str) -> Path:
+    """Save a matplotlib figure as a PNG under `caption`, which states sample size and seed, and quick mode."""
+    import matplotlib.pyplot as plt
+
     note = "QUICK MODE, too few samples to mean anything. " if options.quick else ""
-    figure.supxlabel(note + caption, fontsize=8, color="#D55E00" if options.quick else GREY)
+    figure.supxlabel(note + caption, fontsize=8, color="#D55E00" if options.quick else "#7F7F7F")
     path = Path(options.output) / f"{name}.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -7,22 +7,23 @@ time: files come in a random order, and samples in a random order within a chunk
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
+from typing import Any
 
-from img_minimal.cli import writable_folder
-from img_minimal.data.feature_cache import FeatureCache, Shards
-from img_minimal.data.pairs import Pair, pair_stream
-from img_minimal.data.stream import START, Chunk, Place, Stream, ahead
-from img_minimal.errors import UserError
-from img_minimal.features import Encoder, Features, file_print
-from img_minimal.models.devices import Precision, best_device
-from img_minimal.models.plan import read_settings
+from img_minimal.data.batches import Part
+from img_minimal.data.cache import FeatureCache
+from img_minimal.data.features import Encoder
+from img_minimal.data.pairs import Pair
+from img_minimal.data.stream import START, Chunk, Place, Stream, prefetch
+from img_minimal.files.pretrained import read_settings
 from img_minimal.presets import Preset
 from img_minimal.questions import QUESTIONS
-from img_minimal.training import Part
+from img_minimal.runtime.atomic import file_print
+from img_minimal.runtime.devices import best_device
+from img_minimal.runtime.errors import UserError
 
 UNSEEN_BYTES = 1e9  # of features that validation keeps in memory
+PREFERENCE = "pair with a preference; label_0 and label_1 must be 1 and 0"
 
 
 class CachedData:
@@ -50,56 +51,44 @@ class CachedData:
 class StreamedData:
     """A chunk of samples at a time, the next one read and decoded meanwhile; the first one holds those for validation.
 
-    Raises UserError if there is no pair at all.
+    `encode(items, chunk)` makes data of a chunk's items: indexed by tensors, with `validation` (N,) and `sample_bytes`.
+    Raises UserError if there is no item at all; `what` says what was looked for.
     """
 
-    def __init__(self, stream: Stream[Pair], encoder: Encoder):
-        self.stream, self.encoder = stream, encoder
-        self.widths = encoder.widths
+    def __init__(self, stream: Stream, encode: Callable[[list, int], Any], what: str = PREFERENCE):
+        self.stream, self.encode = stream, encode
+        self.widths = getattr(encode, "widths", None)  # (D, H), of an Encoder
         chunk = next(stream.chunks(), None)
         if chunk is None:
-            raise UserError(f"{stream.source}: holds no pair with a preference; label_0 and label_1 must be 1 and 0")
-        self.first: tuple[Part, Place] | None = (self._encode(chunk), chunk.after)
+            raise UserError(f"{stream.source}: holds no {what}")
+        self.first: tuple[Part, Place] | None = (self._part(chunk), chunk.after)
         self.unseen = _unseen(self.first[0].data)
-        self.description = f"a stream of {stream.source}, {len(chunk.items)} pairs at a time"
+        self.description = f"a stream of {stream.source}, {len(chunk.items):,} rows at a time"
 
     def parts(self, place: Place) -> Iterator[Part]:
         """Chunks from `place` to the end of an epoch."""
         if place == START and self.first:
-            (part, place), self.first = self.first, None
+            part, place = self.first
+            if self.stream.size:  # else it is everything there is, and serves every epoch
+                self.first = None
             yield part
-        for chunk in ahead(self.stream.chunks(place)):
-            if any(not pair.validation for pair in chunk.items):
-                yield self._encode(chunk)
+        for chunk in prefetch(self.stream.chunks(place)):
+            if any(not item.validation for item in chunk.items):
+                yield self._part(chunk)
 
-    def _encode(self, chunk: Chunk[Pair]) -> Part:
-        first = chunk.place.chunk == 0
-        data = self.encoder([p for p in chunk.items if first or not p.validation], chunk.place.chunk)
+    def _part(self, chunk: Chunk) -> Part:
+        number = chunk.place.chunk
+        data = self.encode([item for item in chunk.items if number == 0 or not item.validation], number)
         return Part(data, (~data.validation).nonzero().flatten(), chunk.place)
 
 
-def _unseen(data: Features | Shards) -> Features:
-    index = data.validation.nonzero().flatten()
-    size = sum(x.nbytes for x in data[index[:1]].state_dict().values()) or 1
-    return data[index[: int(UNSEEN_BYTES / size)]]
+def _unseen(data: Any) -> Any:
+    """The samples for validation, as many as a gigabyte holds."""
+    return data[data.validation.nonzero().flatten()[: int(UNSEEN_BYTES / data.sample_bytes)]]
 
 
-def training_data(preset: Preset, guidance: str, seed: int, cache_gb: float) -> CachedData | StreamedData:
-    """As the preset's `cache_dir` says. Raises UserError for a stale cache, or pairs or models that cannot be read."""
-    stream = pair_stream(preset.pairs, preset.chunk_pairs, preset.max_pairs, seed)
-    encoder = cache(lambda: Encoder.from_preset(preset, guidance, seed))
-    if preset.cache_dir == "none":
-        return StreamedData(stream, encoder())
-    root = writable_folder(preset.cache_dir)
-    source = Path(preset.pairs).stem if Path(preset.pairs).exists() else preset.pairs.replace("/", "--")
-    name = f"{preset.name}-{guidance}-{source}-{preset.max_pairs or 'all'}-seed{seed}"
-    kept = FeatureCache(root, name, making(preset, guidance, seed), cache_gb * 1e9)
-    return CachedData(stream, encoder, kept)
-
-
-def making(preset: Preset, guidance: str, seed: int) -> dict[str, str]:
+def cache_key(preset: Preset, guidance: str, seed: int) -> dict[str, str]:
     """Everything that features depend on, in words and hashes, for a cache to compare."""
-    precision = Precision.named(preset.dtype, best_device())
     guide = preset.guide(guidance)
     sizes = [read_settings(preset.image_encoder, "--image-encoder").get("image_size")]
     if guidance != "text":
@@ -113,9 +102,10 @@ def making(preset: Preset, guidance: str, seed: int) -> dict[str, str]:
         "the pairs": _identity(preset.pairs),
         "at most this many pairs": str(preset.max_pairs),
         "this many pairs in a chunk": str(preset.chunk_pairs),
-        "a share of winners kept": str(preset.keep_share),
+        "a share of identity samples": str(preset.identity_share),
         "the question bank": _hash(QUESTIONS),
-        "dtype": f"{precision.weights} and {precision.mllm}".replace("torch.", ""),
+        # As asked for: what it means on this machine and on the next differs in rounding only.
+        "dtype": preset.dtype or f"the default of {best_device().type}",
         "image size": " and ".join(map(str, sizes)),
         "seed": str(seed),
     }

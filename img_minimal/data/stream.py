@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from img_minimal.cli import warn
-from img_minimal.errors import UserError
-from img_minimal.images import decode
+from img_minimal.runtime.cli import warn
+from img_minimal.runtime.errors import UserError
+from img_minimal.runtime.images import decode
 
 Item = TypeVar("Item")
 Decode = Callable[[Any], Image.Image]
@@ -193,7 +193,7 @@ def in_threads(function: Callable[[Any], Any], values: Iterable) -> Iterator:
             yield waiting.popleft().result()
 
 
-def ahead(values: Iterator[Item]) -> Iterator[Item]:
+def prefetch(values: Iterator[Item]) -> Iterator[Item]:
     """The same values, the next one prepared in a thread of its own while the last one is worked on."""
     queue: Queue = Queue(maxsize=1)
     done, gone = object(), threading.Event()

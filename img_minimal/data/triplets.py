@@ -1,6 +1,7 @@
 """InstructPix2Pix's columns: original_image (bytes), edited_prompt, edit_prompt (what to change, in words)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from PIL.Image import Image
 
@@ -16,6 +17,7 @@ class Triplet:
     image: Image
     prompt: str
     instruction: str
+    validation: ClassVar[bool] = False  # held out by its place in the stream, not by its prompt
 
 
 def parse_triplet(row: dict, decode: Decode) -> Triplet:

@@ -1,6 +1,6 @@
 """An MLLM that learns to say how to make an image match a prompt (Fig. 11): what is trained, the loss, the accuracy.
 
-The vision encoder stays frozen, so its features of an image are computed once (`see`). A LLaVA's projector, language
+The vision encoder stays frozen, so its features of an image are computed once (`encode`). A LLaVA's projector, language
 model and output layer are trained, or, with a LoRA rank, low-rank additions to the language model's linear layers.
 """
 
@@ -18,16 +18,18 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from img_minimal.data.triplets import Triplet
-from img_minimal.mllm import FAMILIES, MLLM
+from img_minimal.files.mllm_layouts import FAMILIES
+from img_minimal.mllm import MLLM
 from img_minimal.questions import ask
+from img_minimal.runtime.devices import Precision
 
 IGNORE = -100  # the label of tokens that do not count, as in transformers
 ADAPTED = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # what LoRA adds to
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """A triplet whose image has been seen."""
+class Example:
+    """A triplet whose image has been through the vision encoder."""
 
     features: Tensor  # (P, W): the vision encoder's, bf16
     extras: dict[str, Tensor]  # what else the model wants to know of the image: Qwen's image_grid_thw
@@ -69,8 +71,11 @@ def prepare(model: PreTrainedModel, lora_rank: int) -> Callable[[], object]:
 class Detector:
     """An MLLM in training; `trained` are the parameters that learn, by name."""
 
-    def __init__(self, mllm: MLLM, lora_rank: int = 0):
-        self.mllm, self.model = mllm, mllm.model
+    def __init__(self, mllm: MLLM, lora_rank: int = 0, precision: Precision | None = None):
+        """`precision` is what its products are in; by default "mixed"."""
+        self.mllm = mllm
+        self.model = mllm.model
+        self.precision = precision or Precision.named("mixed", self.model.device)
         if mllm.family is FAMILIES["llava, original layout"]:
             mllm.family = FAMILIES["llava"]  # the layout it is saved in, and so the way it will be asked
         if self.model.device.type == "cpu":  # fused attention's backward pass would take half of a step there
@@ -81,13 +86,13 @@ class Detector:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
 
     @torch.no_grad()
-    def see(self, triplets: list[Triplet], batch_size: int) -> list[Lesson]:
-        """Look at every image once, in batches that depend on nothing else, so that a resumed run sees the same."""
-        lessons, inner = [], self.model.model
+    def encode(self, triplets: list[Triplet], batch_size: int) -> list[Example]:
+        """Encode every image once, in batches that depend on nothing else, so that a resumed run gets the same."""
+        examples, inner = [], self.model.model
         for k in range(0, len(triplets), batch_size):
             part = triplets[k : k + batch_size]
             inputs = self.mllm.inputs([t.image for t in part], [t.prompt for t in part])
-            with torch.autocast(self.model.device.type, torch.bfloat16):
+            with self.precision.training(self.model.device):
                 if hasattr(inner, "vision_tower"):  # LLaVA: its projector is trained, so it comes later
                     states = inner.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
                     features = states[inner.config.vision_feature_layer]
@@ -97,18 +102,18 @@ class Detector:
             for i, (triplet, feature) in enumerate(zip(part, features, strict=True)):
                 extras = {name: inputs[name][i].cpu() for name in ("image_grid_thw",) if name in inputs}
                 feature = feature.to("cpu", torch.bfloat16, copy=True)
-                lessons.append(Lesson(feature, extras, triplet.prompt, triplet.instruction))
-        return lessons
+                examples.append(Example(feature, extras, triplet.prompt, triplet.instruction))
+        return examples
 
-    def rows(self, lessons: list[Lesson], rng: random.Random) -> Rows:
-        """Question and answer of each lesson as tokens; `rng` draws the phrasings."""
+    def rows(self, examples: list[Example], rng: random.Random) -> Rows:
+        """Question and answer of each example as tokens; `rng` draws the phrasings."""
         processor, tokenizer = self.mllm.processor, self.mllm.processor.tokenizer
         marker, ids, labels = processor.image_token, [], []
-        for lesson in lessons:
-            question = ask(lesson.prompt, rng).replace(marker, "")
+        for example in examples:
+            question = ask(example.prompt, rng).replace(marker, "")
             text = self.mllm.family.conversation.format(question=question)
-            asked = tokenizer(text.replace(marker, marker * len(lesson.features))).input_ids
-            answer = tokenizer(lesson.instruction.replace(marker, ""), add_special_tokens=False).input_ids
+            asked = tokenizer(text.replace(marker, marker * len(example.features))).input_ids
+            answer = tokenizer(example.instruction.replace(marker, ""), add_special_tokens=False).input_ids
             answer = answer + [tokenizer.eos_token_id]
             ids.append(torch.tensor(asked + answer))
             labels.append(torch.tensor([IGNORE] * len(asked) + answer))
@@ -116,17 +121,17 @@ class Detector:
         padded = ((ids, tokenizer.pad_token_id), (mask, 0), (labels, IGNORE))
         return Rows(*(nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=p) for rows, p in padded))
 
-    def scores(self, lessons: list[Lesson], rows: Rows) -> tuple[Tensor, Tensor]:
+    def scores(self, examples: list[Example], rows: Rows) -> tuple[Tensor, Tensor]:
         """Scores (T, V) of the next token wherever it belongs to an answer, and these tokens (T,), row by row.
 
         The rest of the sequence never reaches the output layer.
         """
         device, inner = self.model.device, self.model.model
-        with torch.autocast(device.type, torch.bfloat16):
-            features = [lesson.features.to(device, self.model.dtype) for lesson in lessons]
+        with self.precision.training(device):
+            features = [example.features.to(device, self.model.dtype) for example in examples]
             if hasattr(inner, "multi_modal_projector"):
                 features = list(inner.multi_modal_projector(torch.stack(features)))
-            extras = {name: torch.stack([lesson.extras[name] for lesson in lessons]) for name in lessons[0].extras}
+            extras = {name: torch.stack([example.extras[name] for example in examples]) for name in examples[0].extras}
             if extras:
                 extras["mm_token_type_ids"] = (rows.ids == inner.config.image_token_id).int()
             states = inner(
@@ -137,25 +142,25 @@ class Detector:
             answers = (rows.labels[:, 1:] != IGNORE).to(device)
             return self.model.lm_head(states[answers]).float(), rows.labels[:, 1:].to(device)[answers]
 
-    def loss(self, lessons: list[Lesson], rows: Rows) -> Tensor:
+    def loss(self, examples: list[Example], rows: Rows) -> Tensor:
         """Cross-entropy summed over the tokens of the answers; what was asked does not count."""
-        return F.cross_entropy(*self.scores(lessons, rows), reduction="sum")
+        return F.cross_entropy(*self.scores(examples, rows), reduction="sum")
 
-    def accuracy(self, lessons: list[Lesson], seed: int, batch_size: int) -> dict[str, float]:
+    def accuracy(self, examples: list[Example], seed: int, batch_size: int) -> dict[str, float]:
         """Share of instructions worded exactly (decoded greedily), and of right decisions between edit and nothing.
 
         `always_edit` is what the second is for a model that never says "nothing".
         """
-        return {name: sum(marks) / len(lessons) for name, marks in self.graded(lessons, seed, batch_size).items()}
+        return {name: sum(marks) / len(examples) for name, marks in self.graded(examples, seed, batch_size).items()}
 
     @torch.no_grad()
-    def graded(self, lessons: list[Lesson], seed: int, batch_size: int) -> dict[str, list[bool]]:
-        """What `accuracy` averages: one mark for each lesson under each name. `seed` draws the phrasings."""
+    def graded(self, examples: list[Example], seed: int, batch_size: int) -> dict[str, list[bool]]:
+        """What `accuracy` averages: one mark for each example under each name. `seed` draws the phrasings."""
         nothing, rng, before = self.mllm.nothing, random.Random(seed), self.model.training
         marks: dict[str, list[bool]] = {"exact": [], "decided": [], "always_edit": []}
         self.model.eval()
-        for k in range(0, len(lessons), batch_size):
-            part = lessons[k : k + batch_size]
+        for k in range(0, len(examples), batch_size):
+            part = examples[k : k + batch_size]
             rows = self.rows(part, rng)
             scores, tokens = self.scores(part, rows)
             guesses = scores.argmax(-1)

@@ -4,68 +4,62 @@ The run folder holds config.json, metrics.jsonl, curves.png, checkpoint.pt and t
 """
 
 import json
-import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from img_minimal.checkpoint import RunFolder, save_checkpoint
-from img_minimal.data.stream import START, Place, Stream, ahead
+from img_minimal.data.batches import Batches
+from img_minimal.data.sources import StreamedData
+from img_minimal.data.stream import Stream
 from img_minimal.data.triplets import Triplet, triplet_stream
-from img_minimal.errors import UserError
-from img_minimal.finetuning.detector import Detector, Lesson
+from img_minimal.files.hub import fetch_folder
+from img_minimal.finetuning.detector import Detector, Example
 from img_minimal.mllm import MLLM
-from img_minimal.models.devices import Precision, best_device
-from img_minimal.models.hub import fetch
-from img_minimal.optimizer import warmup_constant_decay
-from img_minimal.pictures import detector_curves
 from img_minimal.presets import Finetuning, Preset
-from img_minimal.training import Batches, Part, Stop
+from img_minimal.runtime.checkpoint import RunFolder, save_checkpoint
+from img_minimal.runtime.devices import Precision, best_device
+from img_minimal.runtime.optimizer import warmup_constant_decay
+from img_minimal.runtime.plots import detector_curves
+from img_minimal.training import Stop, check_loss
 
 HELD_OUT = 1000  # triplets at most, and a tenth at most, that accuracy is measured on
 
 
-class Lessons:
-    """Triplets whose images have been seen, a chunk at a time; the last of the first chunk are held out."""
+class Examples(list[Example]):
+    """A list that, like a tensor, gives the items of an index tensor; some of them are for validation."""
 
-    def __init__(self, stream: Stream[Triplet], detector: Detector, batch_size: int):
-        """Raises UserError if there is no triplet."""
-        self.stream, self.detector, self.batch_size = stream, detector, batch_size
-        chunk = next(stream.chunks(), None)
-        if chunk is None:
-            raise UserError(f"{stream.source}: holds no triplet with an image, an edited_prompt and an edit_prompt")
-        self.first, self.after = self._see(chunk.items), chunk.after
-        self.held_out = self.first[len(self.first) - self._spared(len(self.first)) :]
+    def __init__(self, examples: list[Example], validation: torch.Tensor):
+        super().__init__(examples)
+        self.validation = validation  # (N,)
 
-    @staticmethod
-    def _spared(count: int) -> int:
-        return min(HELD_OUT, max(1, count // 10))
-
-    def _see(self, triplets: list[Triplet]) -> list[Lesson]:
-        return self.detector.see(triplets, self.batch_size)
-
-    def parts(self, place: Place) -> Iterator[Part]:
-        """Chunks from `place` to the end of an epoch."""
-        if place == START:
-            count = len(self.first) - len(self.held_out)
-            yield Part(Indexed(self.first), torch.arange(count))
-            place = self.after
-        for chunk in ahead(self.stream.chunks(place)):
-            yield Part(Indexed(self._see(chunk.items)), torch.arange(len(chunk.items)), chunk.place)
-
-
-class Indexed(list):
-    """A list that, like a tensor, gives the items of an index tensor."""
-
-    def __getitem__(self, index: torch.Tensor) -> list:
+    def __getitem__(self, index: torch.Tensor) -> list[Example]:
         return [list.__getitem__(self, i) for i in index.tolist()]
 
+    @property
+    def sample_bytes(self) -> int:
+        """What one of them takes."""
+        return max(1, list.__getitem__(self, 0).features.nbytes)
 
-class Course:
+
+def detector_data(stream: Stream[Triplet], detector: Detector, batch_size: int) -> StreamedData:
+    """Triplets whose images are encoded, a chunk at a time; the last of the first chunk are held out.
+
+    Raises UserError if there is no triplet.
+    """
+
+    def encode(triplets: list[Triplet], chunk: int) -> Examples:
+        """A chunk's examples."""
+        count = len(triplets)
+        held_out = min(HELD_OUT, max(1, count // 10)) if chunk == 0 else 0
+        return Examples(detector.encode(triplets, batch_size), torch.arange(count) >= count - held_out)
+
+    return StreamedData(stream, encode, "triplet with an image, an edited_prompt and an edit_prompt")
+
+
+class DetectorState:
     """All state of a finetuning run but the data's position; `state_dict` goes into a checkpoint."""
 
     def __init__(self, detector: Detector, settings: Finetuning):
@@ -93,42 +87,44 @@ class Course:
         self.step, self.before = state["step"], state["before"]
 
 
-def learn(
-    course: Course, batches: Batches, held_out: list[Lesson], settings: Finetuning, folder: Path, *, seed: int = 0,
+def train_detector(
+    state: DetectorState,
+    batches: Batches,
+    held_out: list[Example],
+    settings: Finetuning,
+    folder: Path,
+    *,
+    seed: int = 0,
     stop: Stop | None = None,
-) -> bool:  # fmt: skip
+) -> bool:
     """The loop: questions, loss of the answers, backward, clip, step; now and then measure on `held_out` and save.
 
-    Continues from `course.step` and returns False if it was told to stop before the last step. Raises UserError with
+    Continues from `state.step` and returns False if it was told to stop before the last step. Raises UserError with
     step and samples when the loss is not finite; the last checkpoint stays as it is.
     """
-    detector, size = course.detector, settings.micro_batch
+    detector, size = state.detector, settings.micro_batch
     parameters = list(detector.trained.values())
     log, source = (folder / "metrics.jsonl").open("a"), iter(batches)
-    begin, end = course.step, settings.steps
+    begin, end = state.step, settings.steps
     with tqdm(range(begin, end), desc="finetune", initial=begin, total=end) as bar, log:
         for step in bar:
-            lessons: list[Lesson] = next(source)
-            dice = random.Random(1_000_003 * seed + step)  # of the step, so that a resumed run asks the same
-            parts = [lessons[k : k + size] for k in range(0, len(lessons), size)]
-            rows = [detector.rows(part, dice) for part in parts]
+            examples: list[Example] = next(source)
+            rng = random.Random(1_000_003 * seed + step)  # of the step, so that a resumed run asks the same
+            parts = [examples[k : k + size] for k in range(0, len(examples), size)]
+            rows = [detector.rows(part, rng) for part in parts]
             answers = sum(r.count for r in rows)
             detector.model.train()
-            course.optimizer.zero_grad(set_to_none=True)
+            state.optimizer.zero_grad(set_to_none=True)
             loss = 0.0
             for part, r in zip(parts, rows):
                 share = detector.loss(part, r) / answers
                 share.backward()
                 loss += share.item()
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss of step {step} is {loss} ({batches.where}); the last checkpoint is kept in {folder}. "
-                    "Lower --lr, or check these triplets"
-                )
+            check_loss(loss, step, batches.where, folder)
             norm = nn.utils.clip_grad_norm_(parameters, 1.0)
-            course.optimizer.step()
-            course.schedule.step()
-            course.step = step + 1
+            state.optimizer.step()
+            state.schedule.step()
+            state.step = step + 1
             row = {"step": step + 1, "loss": loss, "gradient_norm": float(norm)}
             stopping = stop is not None and stop.asked
             saving = (step + 1) % settings.save_every == 0 or step + 1 == settings.steps or stopping
@@ -137,7 +133,7 @@ def learn(
             log.write(json.dumps(row) + "\n")
             if saving:
                 log.flush()  # rows before checkpoint, so that a killed run leaves no hole
-                save_checkpoint(folder / "checkpoint.pt", course.state_dict() | {"data": batches.state_dict()})
+                save_checkpoint(folder / "checkpoint.pt", state.state_dict() | {"data": batches.state_dict()})
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             if stopping and step + 1 < settings.steps:
                 return False
@@ -149,27 +145,28 @@ def finetune(preset: Preset, run_folder: RunFolder, seed: int) -> bool:
     settings, folder, device = preset.finetuning, run_folder.path, best_device()
     stream = triplet_stream(preset.triplets, settings.chunk, seed)
     precision = Precision.named(preset.dtype, device)
-    dtype = precision.mllm if settings.lora_rank else torch.float32  # what learns must be fp32: LoRA adds that itself
-    location = fetch(preset, ("stock_mllm",), half=dtype != torch.float32).stock_mllm
+    dtype = precision.mllm if settings.lora_rank else torch.float32  # what is trained must be fp32: LoRA adds that
+    location = fetch_folder(preset.stock_mllm, "--mllm", half=dtype != torch.float32)
     mllm = MLLM.from_pretrained(location, dtype, device)
     torch.manual_seed(seed)  # of LoRA's first values
-    detector = Detector(mllm, settings.lora_rank)
-    data = Lessons(stream, detector, settings.micro_batch)
-    course, batches = Course(detector, settings), Batches(data.parts, settings.batch_size, seed)
+    detector = Detector(mllm, settings.lora_rank, precision)
+    data = detector_data(stream, detector, settings.micro_batch)
+    state = DetectorState(detector, settings)
+    batches = Batches(data.parts, settings.batch_size, seed)
     if run_folder.saved:
-        course.load_state_dict(run_folder.saved)
-        batches.resume(run_folder.saved["data"], course.step)
+        state.load_state_dict(run_folder.saved)
+        batches.resume(run_folder.saved["data"])
     else:
-        course.before = detector.accuracy(data.held_out, seed, settings.micro_batch)
-    run_folder.begin(course.step)
-    print(f"{len(data.first)} triplets at hand at once, {len(data.held_out)} of them held out {stream.skips()}")
-    print("before: " + in_words(course.before), flush=True)
+        state.before = detector.accuracy(data.unseen, seed, settings.micro_batch)
+    run_folder.begin(state.step)
+    print(f"{data.description}, {len(data.unseen)} of the first held out {stream.skips()}")
+    print("before: " + in_words(state.before), flush=True)
     with Stop().listening() as stop:
-        finished = learn(course, batches, data.held_out, settings, folder, seed=seed, stop=stop)
+        finished = train_detector(state, batches, data.unseen, settings, folder, seed=seed, stop=stop)
     detector_curves(folder / "metrics.jsonl", folder / "curves.png")
     if not finished:
         return False
-    print("after:  " + in_words(detector.accuracy(data.held_out, seed, settings.micro_batch)))
+    print("after:  " + in_words(detector.accuracy(data.unseen, seed, settings.micro_batch)))
     detector.save(folder / "mllm")
     print(f"saved to {folder}/mllm; use it with --mllm {folder}/mllm")
     return True

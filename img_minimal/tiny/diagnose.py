@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from img_minimal.cli import quiet_libraries
 from img_minimal.presets import find_preset
+from img_minimal.runtime.cli import quiet_libraries
 from img_minimal.tiny.grammar import COLOURS, Prompt, benchmark, sample_prompt
 from img_minimal.tiny.oracle import judge
 from img_minimal.tiny.world import place, render

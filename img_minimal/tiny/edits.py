@@ -2,7 +2,7 @@
 
 The words teach the MLLM to see misalignment (InstructPix2Pix's edit instructions), tell a reader what the oracle found
 wrong, and the corrected scene is the other half of a preference pair. The correction is a function of scene and
-prompt, without dice: a shape that must be added goes to the free cell nearest the middle, so that what an aligner has
+prompt, without rng: a shape that must be added goes to the free cell nearest the middle, so that what an aligner has
 to learn is an answer and not an average of answers.
 """
 

@@ -35,7 +35,7 @@ class Verdict:
 
 
 def judge(images: Tensor, prompts: list[Prompt]) -> list[Verdict]:
-    """Judge images (B, 3, 64, 64) in [0, 1] against their prompts."""
+    """Scorer images (B, 3, 64, 64) in [0, 1] against their prompts."""
     return [_compare(scene, prompt) for scene, prompt in zip(detect(images), prompts, strict=True)]
 
 

@@ -10,11 +10,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from img_minimal.aligner import ImplicitAligner
-from img_minimal.cli import run
 from img_minimal.presets import TINY, find_preset
-from img_minimal.tiny.build import clip, dpo, llava, pairs, resampler, scenes, triplets, unet, vae
-from img_minimal.tiny.build.loop import run_train
+from img_minimal.runtime.cli import run
 
 PARTS = {
     "vae": "pictures <-> latents",
@@ -33,11 +30,14 @@ PARTS = {
 
 def train_aligners(workdir: Path, target: Path) -> None:
     """Run train.py on 110 K pairs once for each kind of guidance, and keep the weights. The features take 15 GB."""
+    from img_minimal.aligner import ImplicitAligner
+    from img_minimal.tiny.build.loop import run_train
+
     data = ("--pairs", workdir / "pairs.parquet", "--max-pairs", 110_000, "--cache-dir", workdir / "features")
     steps = ("--steps", 6000, "--save-every", 500, "--eval-prompts", 0)
     for guidance, name in (("mllm", "aligner"), ("stock", "aligner-stock"), ("text", "aligner-text")):
         folder = workdir / name
-        run_train(folder, "--guidance", guidance, *data, "--weight", 0, *steps)
+        run_train(folder, "--guidance", guidance, *data, "--preference-weight", 0, *steps)
         ImplicitAligner.from_file(folder / "aligner.safetensors").half().save(target / f"{name}.safetensors")
 
 
@@ -55,6 +55,9 @@ def main() -> None:
     unknown = [p for p in options.parts if p not in PARTS]
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
+    # Only now what takes seconds to import.
+    from img_minimal.tiny.build import clip, dpo, llava, pairs, resampler, scenes, triplets, unet, vae
+
     workdir, target = Path(options.workdir), Path(options.target)
     workdir.mkdir(parents=True, exist_ok=True)
     target.mkdir(parents=True, exist_ok=True)

@@ -23,10 +23,10 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from img_minimal.backbones.sdxl.sampler import draw
+from img_minimal.data.features import distinct
 from img_minimal.data.pairs import Pair, held_back, parse_pair
-from img_minimal.diffusion import draw
-from img_minimal.features import distinct
-from img_minimal.images import decode, from_pil
+from img_minimal.runtime.images import decode, from_pil
 from img_minimal.tiny.build.loop import autocast, fit
 from img_minimal.tiny.build.pairs import BASE
 from img_minimal.tiny.build.scenes import encode_text

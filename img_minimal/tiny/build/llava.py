@@ -21,7 +21,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from img_minimal.mllm import CONVERSATION
+from img_minimal.files.mllm_layouts import CONVERSATION
 from img_minimal.questions import QUESTIONS
 from img_minimal.tiny.build.loop import autocast, fit, run_train
 from img_minimal.tiny.build.tokenizers import WORDS, llava_tokenizer
@@ -85,7 +85,7 @@ def small_talk(rng: random.Random, prompt) -> tuple[str, str]:
     return f"how many {kind[0]} {PLURALS[kind[1]]} are in the image?", numbers[count]
 
 
-class Lessons:
+class TalkData:
     """Questions and answers as token rows, beside the frozen vision features of their pictures."""
 
     def __init__(self, model: LlavaForConditionalGeneration, vocabulary: LlavaProcessor):
@@ -94,7 +94,7 @@ class Lessons:
         self.features: list[Tensor] = []
 
     @torch.no_grad()
-    def see(self, pixels: Tensor) -> None:
+    def encode(self, pixels: Tensor) -> None:
         """Add pictures (B, 3, 64, 64) in [0, 1]: their penultimate patch features, without the class token."""
         with autocast():
             states = self.model.model.vision_tower(pixels * 2 - 1, output_hidden_states=True).hidden_states[-2]
@@ -139,26 +139,29 @@ class Lessons:
         return ((guess == labels) | (labels == -100)).all(1)
 
 
-def train(name: str, lessons: Lessons, questions, answers: list[str], steps: int, workdir: Path, lr: float, seed: int):
+def train(
+    name: str, examples: TalkData, questions, answers: list[str], steps: int, workdir: Path, lr: float, seed: int
+) -> None:
     """Train on all but the last 1,000 pictures; `questions(i, rng)` words the question of picture i."""
-    features, rng = torch.cat(lessons.features), random.Random(seed)
+    features, rng = torch.cat(examples.features), random.Random(seed)
     unseen = min(1000, len(features) // 10)
     count = len(features) - unseen
     test = range(count, len(features))
-    fixed = lessons.rows([questions(i, rng) for i in test], [answers[i] for i in test])
-    model = lessons.model
+    fixed = examples.rows([questions(i, rng) for i in test], [answers[i] for i in test])
+    model = examples.model
 
     def loss_of_step(step: int) -> Tensor:
         """The loss of a random batch."""
         i = torch.randint(count, (64,))
-        dice = random.Random(1_000_003 * seed + step)  # of the step, so that a resumed run asks the same questions
-        ids, labels = lessons.rows([questions(k, dice) for k in i.tolist()], [answers[k] for k in i.tolist()])
-        return lessons.loss(features[i], ids, labels)
+        rng = random.Random(1_000_003 * seed + step)  # of the step, so that a resumed run asks the same questions
+        ids, labels = examples.rows([questions(k, rng) for k in i.tolist()], [answers[k] for k in i.tolist()])
+        return examples.loss(features[i], ids, labels)
 
     def watch(step: int) -> str:
         """Share of unseen pictures whose answer is right in every token."""
         parts = zip(features[count:].split(250), *(t.split(250) for t in fixed))
-        return f"answers all right {torch.cat([lessons.exact(*part) for part in parts]).float().mean():.3f} of {unseen}"
+        right = torch.cat([examples.exact(*part) for part in parts])
+        return f"answers all right {right.float().mean():.3f} of {unseen}"
 
     parts = nn.ModuleDict({"projector": model.model.multi_modal_projector, "language": model.model.language_model,
                            "head": model.lm_head})  # fmt: skip
@@ -171,12 +174,12 @@ def build_stock(workdir: Path, target: Path, steps: int = 1000, count: int = 16_
     torch.manual_seed(50)
     vocabulary = processor()
     model = new_model(target, vocabulary)
-    lessons, rng = Lessons(model, vocabulary), random.Random(51)
+    examples, rng = TalkData(model, vocabulary), random.Random(51)
     prompts = [sample_prompt(rng) for _ in range(count)]
     for start in tqdm(range(0, len(prompts), 250), desc="stock pictures"):
-        lessons.see(render([place(p, rng) for p in prompts[start : start + 250]]))
+        examples.encode(render([place(p, rng) for p in prompts[start : start + 250]]))
     talk = [small_talk(rng, p) for p in prompts]
-    train("stock", lessons, lambda i, dice: talk[i][0], [answer for _, answer in talk], steps, workdir, 1.5e-3, 52)
+    train("stock", examples, lambda i, rng: talk[i][0], [answer for _, answer in talk], steps, workdir, 1.5e-3, 52)
     save(model, vocabulary, target / "llava-stock")
 
 

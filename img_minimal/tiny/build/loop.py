@@ -15,17 +15,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from img_minimal.files import replacing
-from img_minimal.optimizer import warmup_constant_decay
+from img_minimal.runtime.atomic import replacing
+from img_minimal.runtime.devices import Precision
+from img_minimal.runtime.optimizer import warmup_constant_decay
+
+CPU = torch.device("cpu")
+MIXED = Precision.named("mixed", CPU)
 
 
 @contextmanager
 def autocast() -> Iterator[None]:
-    """bf16 compute with fp32 weights, the precision of every part of the build.
+    """fp32 weights, and products in bf16 where the CPU is faster so: the precision of every part of the build.
 
     On a CPU the fused attention's backward pass takes half of a training step at these sizes; the plain one does not.
     """
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with MIXED.training(CPU), sdpa_kernel(SDPBackend.MATH):
         yield
 
 

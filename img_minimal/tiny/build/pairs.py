@@ -21,10 +21,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from img_minimal.files import replacing
-from img_minimal.images import to_pil
-from img_minimal.painter import Painter
+from img_minimal.backbones import Backbone
+from img_minimal.load import load_backbone
 from img_minimal.presets import Preset
+from img_minimal.runtime.atomic import replacing
+from img_minimal.runtime.images import to_pil
 from img_minimal.tiny.build.tables import save_table
 from img_minimal.tiny.build.triplets import damage, to_webp
 from img_minimal.tiny.edits import NOTHING, correct, instruction
@@ -128,12 +129,12 @@ def pairs_of_image(drawn: bytes, verdict: Verdict, prompt: Prompt, number: int, 
     ]
 
 
-def chunk_of_pairs(painter: Painter, chunk: int) -> tuple[list[dict], int]:
+def chunk_of_pairs(backbone: Backbone, chunk: int) -> tuple[list[dict], int]:
     """Rows in Pick-a-Pic's columns from CHUNK images of the base, and how many of these were right."""
     rng = random.Random(70_000 + chunk)
     prompts = [sample_prompt(rng) for _ in range(CHUNK)]
     numbers = [chunk * CHUNK + k for k in range(CHUNK)]
-    images: Tensor = painter.draw([str(p) for p in prompts], [FIRST_SEED + n for n in numbers])
+    images: Tensor = backbone.draw([str(p) for p in prompts], [FIRST_SEED + n for n in numbers])
     verdicts = judge(images, prompts)
     rows = []
     for image, verdict, prompt, number in zip(to_pil(images), verdicts, prompts, numbers):
@@ -148,12 +149,12 @@ def build(workdir: Path, target: Path, preset: Preset, chunks: int = 60, shard: 
     """
     folder = workdir / "pairs"
     folder.mkdir(exist_ok=True)
-    painter = Painter.from_preset(preset)
+    backbone = load_backbone(preset)
     for chunk in tqdm(range(shard, chunks, shards), desc="pairs"):
         path = folder / f"{chunk:03d}.parquet"
         if path.exists():
             continue
-        rows, right = chunk_of_pairs(painter, chunk)
+        rows, right = chunk_of_pairs(backbone, chunk)
         tqdm.write(f"chunk {chunk}: {right} of {CHUNK} right, {len(rows)} pairs")
         with replacing(path) as partial:
             pq.write_table(pa.Table.from_pylist(rows), partial)

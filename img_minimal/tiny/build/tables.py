@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from img_minimal.files import replacing
+from img_minimal.runtime.atomic import replacing
 
 
 def save_table(table: pa.Table, path: Path, what: str) -> None:

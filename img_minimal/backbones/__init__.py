@@ -1,0 +1,85 @@
+"""What IMG asks of a text-to-image model, whichever it is; a folder beside this file answers for one kind of model.
+
+Each folder holds the same four names: `injection` (how image tokens enter its network), `image_prompt` (how an image
+becomes tokens), `sampler` (how it draws), and `backbone` (the four opened and put together), beside `true_size`, the
+public model's shapes. Nothing outside of them knows what a UNet is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol, Self
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from img_minimal.runtime.devices import Placement, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The numbers of drawing."""
+
+    steps: int
+    guidance_scale: float
+    scale: float  # of the image tokens in the second pass, at its first step
+    scale_end: float  # share of it that is left at the last step, linear in between
+    draw_batch: int  # images drawn at once
+    encode_batch: int  # images that the vision encoder sees at once
+
+
+class ImageTokenizer(Protocol):
+    """What turns images into tokens; all that aligner training needs of a backbone."""
+
+    token_shape: tuple[int, int]  # (N, D) of one image
+
+    def tokens(self, images: list[Image]) -> Tensor:
+        """Image tokens (B, N, D)."""
+
+
+class Backbone(Protocol):
+    """A frozen model that draws from text alone or with image tokens beside it."""
+
+    sampling: Sampling
+    token_shape: tuple[int, int]  # (N, D) of one image
+    text_width: int  # of the text's states, for the control that guides by text
+    placement: Placement
+
+    @classmethod
+    def open(
+        cls, files: Any, sampling: Sampling, precision: Precision, placement: Placement,
+        loaded: Callable[[], object] = lambda: None,
+    ) -> Self:  # fmt: skip
+        """Open it from a preset whose locations are local paths; `loaded` is called after each of its models."""
+
+    @staticmethod
+    def open_tokenizer(files: Any, precision: Precision, device: torch.device) -> ImageTokenizer:
+        """Open what turns images into tokens, and nothing else of it."""
+
+    def draw(
+        self, prompts: list[str], seeds: list[int], tokens: Tensor | None = None, *, scale: float | None = None,
+        scale_end: float | None = None, progress: str | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Images (B, 3, H, W) in [0, 1]; with `tokens` (B, N, D) as image prompt, at its own scale or another."""
+
+    def tokens(self, images: list[Image], progress: str | None = None) -> Tensor:
+        """Image tokens (B, N, D)."""
+
+    def negative_tokens(self) -> Tensor:
+        """The tokens (1, N, D) that stand for "no image" in classifier-free guidance."""
+
+    def text_states(self, prompts: list[str]) -> Tensor:
+        """What the text encoders make of the prompts: (B, L, text_width)."""
+
+    def truncated_part(self, prompt: str) -> tuple[str, int]:
+        """(end of the prompt that the text encoders do not see, "" if there is none; how many tokens they see)."""
+
+
+CLASSES = {"sdxl": "img_minimal.backbones.sdxl.backbone:SDXLBackbone"}
+
+
+def backbone_class(kind: str) -> type[Backbone]:
+    """The class behind a preset's `backbone`; only its own folder is imported."""
+    module, name = CLASSES[kind].split(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,149 @@
+"""SDXL as IMG's backbone: the pipeline with its IP-Adapter, opened from files and put together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL.Image import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from img_minimal.backbones import Sampling
+from img_minimal.backbones.sdxl.image_prompt import ImagePrompt, load_ip_adapter
+from img_minimal.backbones.sdxl.injection import ImageBranch
+from img_minimal.backbones.sdxl.sampler import draw, truncated_part
+from img_minimal.files.hub import variant
+from img_minimal.files.weights import fill, opening
+from img_minimal.presets import Preset
+from img_minimal.runtime.devices import Placement, Precision
+
+
+@dataclass
+class SDXLBackbone:
+    """Implements `img_minimal.backbones.Backbone`."""
+
+    pipe: StableDiffusionXLPipeline
+    branch: ImageBranch
+    image_prompt: ImagePrompt
+    sampling: Sampling
+    precision: Precision
+    placement: Placement
+
+    @classmethod
+    def open(
+        cls,
+        files: Preset,
+        sampling: Sampling,
+        precision: Precision,
+        placement: Placement,
+        loaded: Callable[[], object] = lambda: None,
+    ) -> Self:
+        """Load vision encoder, UNet and pipeline; the UNet once, from `files.unet` if that is given, else the base's.
+
+        Raises UserError if a file is missing or wrong.
+        """
+        image_proj, ip_adapter = load_ip_adapter(files.ip_adapter, files.resampler)
+        image_prompt = ImagePrompt.from_pretrained(files.image_encoder, image_proj, precision, placement.waiting)
+        loaded()
+        unet_folder = files.unet or Path(files.base) / "unet"
+        with opening(unet_folder, "UNet"):
+            unet = UNet2DConditionModel.from_pretrained(
+                unet_folder, dtype=precision.weights, variant=variant(unet_folder, precision.weights)
+            )
+        loaded()
+        branch = ImageBranch.for_unet(unet, token_width=next(iter(ip_adapter.values())).shape[1])
+        fill(branch, {key: value.to(unet.dtype) for key, value in ip_adapter.items()}, files.ip_adapter)
+        with opening(files.base, "SDXL pipeline"):
+            pipe = StableDiffusionXLPipeline.from_pretrained(
+                files.base,
+                unet=unet,
+                add_watermarker=False,
+                dtype={"default": precision.weights, "vae": torch.float32},
+                variant=variant(files.base, precision.weights),
+            )
+        loaded()
+        pipe.set_progress_bar_config(disable=True)
+        models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+        placement.add("diffusion", *models, branch)
+        placement.add("image_prompt", image_prompt)
+        return cls(pipe, branch.requires_grad_(False), image_prompt, sampling, precision, placement)
+
+    @staticmethod
+    def open_tokenizer(files: Preset, precision: Precision, device: torch.device) -> ImagePrompt:
+        """Vision encoder and Resampler alone. Raises UserError if a file is missing or wrong."""
+        image_proj, _ = load_ip_adapter(files.ip_adapter, files.resampler)
+        return ImagePrompt.from_pretrained(files.image_encoder, image_proj, precision, device)
+
+    @staticmethod
+    def token_width(files: Preset) -> int | None:
+        """D of the tokens by the adapter's file, before anything big is loaded; None if it has another layout."""
+        projection = load_ip_adapter(files.ip_adapter, files.resampler)[0].get("proj_out.weight")
+        return None if projection is None else projection.shape[0]
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """(N, D) of one image's tokens."""
+        return self.image_prompt.token_shape
+
+    @property
+    def text_width(self) -> int:
+        """Width of the text's states."""
+        return self.pipe.unet.config.cross_attention_dim
+
+    def draw(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        tokens: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        scale_end: float | None = None,
+        progress: str | None = None,
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1]; with `tokens` (B, N, D) as image prompt, at its own scale or another."""
+        sampling = self.sampling
+        scale = sampling.scale if scale is None else scale
+        negative = None
+        if tokens is not None and scale:
+            negative = self.negative_tokens()
+        self.placement.bring("diffusion")
+        return draw(
+            self.pipe,
+            prompts,
+            seeds,
+            steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+            branch=self.branch,
+            tokens=tokens,
+            negative=negative,
+            scale=scale,
+            scale_end=sampling.scale_end if scale_end is None else scale_end,
+            precision=self.precision,
+            batch_size=sampling.draw_batch,
+            progress=progress,
+        )
+
+    def tokens(self, images: list[Image], progress: str | None = None) -> Tensor:
+        """Image tokens (B, N, D) of images."""
+        self.placement.bring("image_prompt")
+        size = self.sampling.encode_batch
+        starts = tqdm(range(0, len(images), size), desc=progress, disable=progress is None, leave=False)
+        return torch.cat([self.image_prompt.tokens(images[k : k + size]).cpu() for k in starts])
+
+    def negative_tokens(self) -> Tensor:
+        """The tokens (1, N, D) that stand for "no image" in classifier-free guidance."""
+        self.placement.bring("image_prompt")
+        return self.image_prompt.negative()
+
+    @torch.no_grad()
+    def text_states(self, prompts: list[str]) -> Tensor:
+        """Both text encoders' states side by side, (B, 77, 2048)."""
+        self.placement.bring("diffusion")
+        return self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False)[0]
+
+    def truncated_part(self, prompt: str) -> tuple[str, int]:
+        """(end of the prompt that the text encoders do not see, "" if there is none; how many tokens they see)."""
+        return truncated_part(self.pipe, prompt)

@@ -1,0 +1,84 @@
+"""Drawing with a diffusers SDXL pipeline, with or without image tokens: steps 1 and 4 of IMG."""
+
+from contextlib import nullcontext
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+from tqdm import tqdm
+
+from img_minimal.backbones.sdxl.injection import ImageBranch, inject
+from img_minimal.runtime.devices import Precision
+
+
+@torch.no_grad()
+def draw(
+    pipe: StableDiffusionXLPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    branch: ImageBranch | None = None,
+    tokens: Tensor | None = None,
+    negative: Tensor | None = None,
+    scale: float = 0.0,
+    scale_end: float = 1.0,
+    precision: Precision | None = None,
+    batch_size: int = 64,
+    progress: str | None = None,
+) -> Tensor:
+    """One image per prompt, (B, 3, H, W) in [0, 1] on the CPU. There is no negative prompt: its embedding is zeros.
+
+    Every image has its own CPU generator, so a seed gives the same start noise alone or in a batch, in the first pass
+    or in the second, on every device. tokens (B, N, D) are injected beside the text, with `scale` in the first step
+    and `scale * scale_end` in the last one, linear in between; `negative` (1, N, D) takes their place in the
+    unconditional half of classifier-free guidance. Without a `precision` it is "mixed". SDXL's VAE overflows in fp16,
+    so load it in fp32.
+    """
+    precision = precision or Precision.named("mixed", pipe.device)
+    starts = range(0, len(prompts), batch_size)
+    bar = tqdm(total=len(starts) * steps, desc=progress, disable=progress is None, leave=False, delay=1)
+    scales = torch.linspace(scale, scale * scale_end, steps)
+    current = torch.empty(())  # what `inject` reads in every step
+
+    def after_step(_: object, step: int, *rest: object) -> dict:
+        """Diffusers calls this with the number of the step that is done; an empty dict changes nothing."""
+        bar.update()
+        current.copy_(scales[min(step + 1, steps - 1)])
+        return {}
+
+    images = []
+    for start in starts:
+        part = slice(start, start + batch_size)
+        current.copy_(scales[0])
+        injected = nullcontext()
+        if tokens is not None and scale != 0:
+            positive = tokens[part].to(pipe.device)
+            both = torch.cat([negative.to(positive).expand_as(positive), positive])
+            injected = inject(pipe.unet, branch, both if guidance_scale > 1 else positive, current)
+        with injected, precision.sampling(pipe.device):
+            latents = pipe(
+                prompt=prompts[part],
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+                output_type="latent",
+                callback_on_step_end=after_step,
+            ).images
+            decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+            decoded = pipe.image_processor.postprocess(decoded, output_type="pt")
+        images.append(decoded.float().cpu())
+    bar.close()
+    return torch.cat(images)
+
+
+def truncated_part(pipe: StableDiffusionXLPipeline, prompt: str) -> tuple[str, int]:
+    """(end of the prompt that the text encoders do not see, "" if there is none; how many tokens they see)."""
+    cut = ""
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        starts = [start for start, end in tokenizer(prompt, return_offsets_mapping=True).offset_mapping]
+        limit = tokenizer.model_max_length
+        if len(starts) > limit:  # both counts include the two that mark start and end of the text
+            cut = max(cut, prompt[starts[limit - 1] :], key=len)
+    return cut, limit

@@ -1,0 +1,160 @@
+"""How much GPU memory a run needs, computed without a GPU, a download, or a weight.
+
+    python -m img_minimal.bench memory
+    python -m img_minimal.bench memory --mllm llava-7b
+
+Weights: the models are built on PyTorch's meta device (shapes without numbers) from their public settings, and their
+parameters counted. Activations: one forward pass, and for training one backward pass, is made on that device,
+and the largest sum of tensors alive at once is noted. Fused attention keeps no attention maps on a GPU, so they are
+left out here. Not in the numbers: what CUDA, cuDNN and the allocator need for themselves; `usable` allows for that.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from img_minimal.backbones.sdxl import true_size
+from img_minimal.bench.true_sizes import MLLMS, models
+from img_minimal.presets import find_preset
+from img_minimal.runtime.devices import parameters
+
+GIB = 2**30
+CARDS = (16, 24, 40, 80)
+MLLM_TOKENS = 640  # length of LLaVA's sequence: 576 of the image, the rest of the question
+ALWAYS_FP32 = (*true_size.ALWAYS_FP32, "aligner")
+
+
+class Alive(TorchDispatchMode):
+    """Within this mode, `peak` is the largest sum of bytes of tensors that were made and not yet freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()  # storages that are counted already, or came from outside
+
+    def __torch_dispatch__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
+        """Compute as usual, and count what is new."""
+        self.known |= {storage._cdata for storage in _storages((args, kwargs))}
+        result = function(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return result
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+@contextmanager
+def counting() -> Iterator[Alive]:
+    """Count activations of what is computed on meta tensors, with attention as if it were fused."""
+    fused = patch("torch.nn.functional.scaled_dot_product_attention", _fused)
+    with torch.device("meta"), fused, Alive() as alive:
+        yield alive
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one run."""
+
+    run: str
+    dtype: str
+    weights: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All bytes."""
+        return self.weights + self.activations
+
+
+def usable(card: int) -> float:
+    """Bytes of a card of so many GB that tensors can take: 95 % less 1 GiB for CUDA, cuDNN and fragmentation."""
+    return (0.95 * card - 1) * GIB
+
+
+@cache
+def activations(mllm: str) -> dict[str, float]:
+    """Bytes alive at the peak in fp32: of one image; for `encode` and `train` of the preset's batches."""
+    m, preset = models(mllm), find_preset("sdxl")
+    found = {}
+    for name, call in true_size.activations(m, preset.encode_batch).items():
+        with counting() as alive, torch.no_grad():
+            call()
+        found[name] = alive.peak
+    # Layers follow each other, so one layer's inner features and the sequence itself are what is alive.
+    language = MLLMS[mllm]
+    width = language["hidden_size"]
+    heads = language["num_attention_heads"]
+    key_heads = language.get("num_key_value_heads", heads)
+    found["look"] = 4 * MLLM_TOKENS * (3 * width + 3 * language["intermediate_size"])
+    cached = 4 * MLLM_TOKENS * 2 * language["num_hidden_layers"] * width * key_heads // heads
+    found["answer"] = found["look"] + cached
+    with counting() as alive:
+        guidance = torch.empty(preset.batch_size, MLLM_TOKENS, width)
+        m["aligner"](guidance, torch.empty(preset.batch_size, *true_size.TOKEN_SHAPE)).sum().backward()
+    found["train"] = alive.peak
+    m["aligner"].zero_grad(set_to_none=True)
+    return found
+
+
+def needs(mllm: str) -> list[Need]:
+    """What sampling and training need, by dtype: UNet, text and image encoders and MLLM in it, the rest in fp32."""
+    count = {name: parameters(module) for name, module in models(mllm).items()}
+    peak, rows, batch = activations(mllm), [], find_preset("sdxl").mllm_batch
+    for dtype, size in (("fp32", 4), ("fp16, bf16", 2)):
+        part = size / 4
+        parts = {
+            "diffusion": (
+                sum(count[k] * (4 if k in ALWAYS_FP32 else size) for k in true_size.DRAWS),
+                max(part * peak["draw"], peak["decode"]),
+            ),
+            "image prompt": (size * count["image_encoder"] + 4 * count["resampler"], part * peak["encode"]),
+            "mllm": (size * count["mllm"], part * peak["answer"]),
+            "aligner": (4 * count["aligner"], 0),
+        }
+        rows.append(Need("sample", dtype, sum(w for w, _ in parts.values()), max(a for _, a in parts.values())))
+        rows.append(Need("sample --offload", dtype, *max(parts.values(), key=sum)))
+        # Aligner, its reference and AdamW's two moments; gradients are among the activations.
+        training = 4 * 4 * count["aligner"]
+        frozen = parts["image prompt"][0] + parts["mllm"][0]
+        alive = max(part * peak["encode"], part * batch * peak["look"], peak["train"])
+        rows.append(Need("train the aligner, features as they come", dtype, training + frozen, alive))
+    rows.append(Need("train the aligner, features from a cache", "fp32", training, peak["train"]))
+    return sorted(rows, key=lambda row: row.run)  # keeps fp32 before half
+
+
+def table(mllm: str) -> str:
+    """Both tables as Markdown: the models, and what fits where."""
+    lines = ["| model | million parameters | GiB, fp32 run | GiB, half-precision run |", "|---|---|---|---|"]
+    for name, module in models(mllm).items():
+        n, half = parameters(module), 4 if name in ALWAYS_FP32 else 2
+        title = mllm if name == "mllm" else name.replace("_", " ")
+        lines.append(f"| {title} | {n / 1e6:,.1f} | {4 * n / GIB:.2f} | {half * n / GIB:.2f} |")
+    cards = " | ".join(f"{card} GB" for card in CARDS)
+    lines += ["", f"| with {mllm} | dtype | weights | activations | GiB | {cards} |", "|---" * (5 + len(CARDS)) + "|"]
+    for row in needs(mllm):
+        fits = " | ".join("fits" if row.total <= usable(card) else "–" for card in CARDS)
+        numbers = " | ".join(f"{n / GIB:.1f}" for n in (row.weights, row.activations, row.total))
+        lines.append(f"| {row.run} | {row.dtype} | {numbers} | {fits} |")
+    return "\n".join(lines)

@@ -1,0 +1,29 @@
+"""What a step of Muon costs when its products are in fp32 and in bf16, on this machine."""
+
+import torch
+
+from img_minimal.aligner import ImplicitAligner
+from img_minimal.bench.passes import seconds
+from img_minimal.presets import find_preset
+from img_minimal.runtime.optimizer import new_optimizer
+
+
+def optimizers(device: torch.device, rounds: int = 7) -> str:
+    """One step of the twin's aligner with Muon in either dtype and with AdamW, in turn: medians, as ratios to fp32."""
+    preset = find_preset("tiny-sdxl")
+    torch.manual_seed(0)
+    aligner = ImplicitAligner(128, 160, preset.depth, preset.heads, preset.head_dim).to(device)
+    for parameter in aligner.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    kinds = {"Muon, fp32": ("muon", torch.float32), "Muon, bf16": ("muon", torch.bfloat16), "AdamW": ("adamw", None)}
+    made = {
+        title: new_optimizer(name, aligner.parameters(), lr=1e-4, weight_decay=0.0, dtype=dtype)
+        for title, (name, dtype) in kinds.items()
+    }
+    times: dict[str, list[float]] = {title: [] for title in made}
+    for _ in range(rounds + 1):  # the first one warms up
+        for title, optimizer in made.items():
+            times[title].append(seconds(optimizer.step))
+    medians = {title: sorted(values[1:])[rounds // 2] for title, values in times.items()}
+    base = medians["Muon, fp32"]
+    return "; ".join(f"{title}: {value * 1e3:.1f} ms ({value / base:.2f})" for title, value in medians.items())

@@ -1,0 +1,95 @@
+"""Does IMG help? Every arm on the same prompts and seeds, judged by the tiny world's oracle.
+
+    python -m img_minimal.evaluate                       256 prompts of the test split
+    python -m img_minimal.evaluate --prompts 640 --json results.json
+    python -m img_minimal.evaluate --prompt-file x.txt   prompts of your own, judged by CLIP models: compare.py
+
+Arms: the base model; the same compute spent on a new seed; the better of two seeds as picked by the MLLM, or by the
+oracle (which cheats); a second pass with the tokens of a correct picture (no aligner can do better); and the second
+pass with the image's own tokens (no guidance), or aligned with text, stock MLLM, or the finetuned MLLM (IMG).
+"""
+
+import json
+from dataclasses import dataclass
+
+from img_minimal.evaluate.options import CompareOptions
+from img_minimal.presets import PRESETS, ModelFlags, find_preset, with_overrides
+from img_minimal.runtime.cli import check, option, parse, quiet_libraries, run, writable_file
+
+
+@dataclass
+class Config(ModelFlags, CompareOptions):
+    """The command line."""
+
+    model: str = option("tiny-sdxl", "which model", choices=list(PRESETS))
+    prompts: int | None = option(None, "how many prompts; default: 256 of the twin's, or all of the --prompt-file")
+    seed: int = option(0, "draws the prompts and numbers the images")
+    split: str = option("test", "test for reporting, validation for choosing", choices=["test", "validation"])
+    aligner: str | None = option(None, "another aligner file; default: the preset's")
+    scale: float | None = option(None, "scale of the image tokens; default: the preset's")
+    scale_end: float | None = option(None, "share of it that is left at the last step; default: the preset's")
+    passes: int | None = option(None, "applications of the aligner; default: the preset's")
+    only_img: bool = option(False, "leave out the arms of text and stock MLLM")
+    json: str | None = option(None, "also write the results to this file")
+    picture: str | None = option(None, "also draw before and after, of the first prompts that the base gets wrong")
+
+
+if __name__ == "__main__":
+    parse(Config, __doc__)  # answers --help before torch is imported, which takes seconds
+
+import torch
+
+from img_minimal.evaluate.arms import Arms, ablations, before_and_after, print_results
+from img_minimal.evaluate.compare import compare
+from img_minimal.load import load_img
+from img_minimal.runtime.atomic import write_whole
+from img_minimal.runtime.devices import Precision, best_device
+from img_minimal.tiny.grammar import benchmark
+
+
+def main() -> int:
+    """All arms, the table, the JSON."""
+    config = parse(Config, __doc__)
+    preset = config.applied_to(find_preset(config.model))
+    preset = with_overrides(preset, scale=config.scale, scale_end=config.scale_end, passes=config.passes)
+    check(config.prompts is None or config.prompts >= 5, f"--prompts is {config.prompts}, expected 5 or more")
+    check(config.seed >= 0, f"--seed is {config.seed}, expected 0 or more")
+    for flag, path in (("--json", config.json), ("--picture", config.picture)):
+        writable_file(path, flag)
+    quiet_libraries()
+    if config.prompt_file or preset.world is None:
+        compare(config, preset, count=config.prompts, seed=config.seed, aligner=config.aligner, json_path=config.json,
+                picture=config.picture)  # fmt: skip
+        return 0
+    count = config.prompts or 256
+    device = best_device()
+    compute = Precision.named(preset.dtype, device).described(device)
+    print(f"{preset.name}: {count} prompts of the {config.split} split, seed {config.seed}; {compute}", flush=True)
+    img = load_img(preset, config.aligner)
+    arms = Arms(img, benchmark(count, config.split, config.seed), config.seed)
+    arms.controls()
+    if not config.only_img:
+        ablations(arms, preset)
+    images = arms.aligned("img", img)
+    results = arms.results()
+    results["settings"] = {
+        "model": preset.name,
+        "split": config.split,
+        "seed": config.seed,
+        "prompts": count,
+        "scale": preset.scale,
+        "scale_end": preset.scale_end,
+        "passes": preset.passes,
+        "compute": compute,
+        "torch": torch.__version__,
+    }
+    print_results(results)
+    if config.json:
+        write_whole(config.json, json.dumps(results, indent=1))
+    if config.picture:
+        before_and_after(arms, preset.name, images, config.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,170 @@
+"""The arms of the evaluation on one set of prompts and seeds, judged by the tiny world's oracle.
+
+The base model; the same compute spent on a new seed; the better of two seeds as picked by the MLLM, or by the oracle
+(which cheats); a second pass with the tokens of a correct picture (no aligner can do better); and the second pass with
+the image's own tokens (no guidance), or aligned with text, stock MLLM, or the finetuned MLLM (IMG).
+"""
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from img_minimal.aligner import ImplicitAligner
+from img_minimal.evaluate.image_folder import FIRST_SEED, NEW_SEED
+from img_minimal.evaluate.intervals import mean_interval, win_rate
+from img_minimal.load import load_guide
+from img_minimal.mllm import MLLM
+from img_minimal.pipeline import IMG
+from img_minimal.presets import Preset
+from img_minimal.runtime.images import to_pil
+from img_minimal.runtime.plots import pairs_grid
+from img_minimal.tiny.edits import correct
+from img_minimal.tiny.grammar import CATEGORIES, Prompt, benchmark
+from img_minimal.tiny.oracle import Verdict, judge
+from img_minimal.tiny.world import render
+
+TITLES = {
+    "base": "base model",
+    "new_seed": "same compute, new seed",
+    "best_of_two_mllm": "best of two seeds, picked by the MLLM",
+    "best_of_two_oracle": "best of two seeds, picked by the oracle (cheats)",
+    "perfect_tokens": "tokens of a correct picture (ceiling)",
+    "no_guidance": "second pass, the image's own tokens",
+    "text": "second pass, guided by text",
+    "stock_mllm": "second pass, guided by the stock MLLM",
+    "img": "IMG",
+}
+
+
+class Arms:
+    """One set of prompts and seeds, the base model's images of it, and what every arm shares."""
+
+    def __init__(self, img: IMG, prompts: list[Prompt], seed: int, progress: bool = True):
+        self.img, self.prompts, self.progress = img, prompts, progress
+        self.captions = [str(p) for p in prompts]
+        self.seed, self.seeds = seed, [FIRST_SEED * (seed + 1) + k for k in range(len(prompts))]
+        self.base = self._draw("base")
+        self.pictures = to_pil(self.base)
+        self.own = img.backbone.tokens(self.pictures)
+        self.verdicts: dict[str, list[Verdict]] = {"base": judge(self.base, prompts)}
+
+    def _draw(self, name: str, tokens: Tensor | None = None, offset: int = 0) -> Tensor:
+        seeds = [s + offset for s in self.seeds]
+        return self.img.backbone.draw(self.captions, seeds, tokens, progress=name if self.progress else None)
+
+    def second_pass(self, name: str, tokens: Tensor) -> Tensor:
+        """Draw again with tokens (B, N, D), from the same seeds, and judge it as arm `name`."""
+        images = self._draw(name, tokens)
+        self.verdicts[name] = judge(images, self.prompts)
+        return images
+
+    def aligned(self, name: str, img: IMG) -> Tensor:
+        """The second pass of an aligner with its guide."""
+        return self.second_pass(name, img.align(self.base, self.captions, self.seed))
+
+    def new_seed(self) -> Tensor:
+        """The same compute spent on another try, judged as arm `new_seed`."""
+        again = self._draw("new_seed", offset=NEW_SEED)
+        self.verdicts["new_seed"] = judge(again, self.prompts)
+        return again
+
+    def controls(self) -> None:
+        """The arms that need no aligner."""
+        again = self.new_seed()
+        tries = list(zip(self.verdicts["base"], self.verdicts["new_seed"]))
+        first = self.img.satisfaction(self.pictures, self.captions, self.seed)
+        second = self.img.satisfaction(to_pil(again), self.captions, self.seed)
+        self.verdicts["best_of_two_mllm"] = [t[int(b > a)] for t, a, b in zip(tries, first, second)]
+        self.verdicts["best_of_two_oracle"] = [max(pair, key=lambda v: (v.strict, v.soft)) for pair in tries]
+        perfect = [correct(v.found, p)[1] for v, p in zip(self.verdicts["base"], self.prompts)]
+        self.second_pass("perfect_tokens", self.img.backbone.tokens(to_pil(render(perfect))))
+        self.second_pass("no_guidance", self.own)
+
+    def results(self) -> dict:
+        """Scores of every arm, overall and by category, and IMG against every other, with intervals."""
+        groups = {c: [p.category == c for p in self.prompts] for c in CATEGORIES}
+        groups["seen"] = [not p.held_out for p in self.prompts]
+        groups["held_out"] = [p.held_out for p in self.prompts]
+        strict = {name: np.array([v.strict for v in verdicts]) for name, verdicts in self.verdicts.items()}
+        soft = {name: np.array([v.soft for v in verdicts]) for name, verdicts in self.verdicts.items()}
+        arms = {
+            name: {
+                "strict": strict[name].mean().item(),
+                "soft": soft[name].mean().item(),
+                "n": len(self.prompts),
+                "interval": mean_interval(strict[name], self.captions),
+                "by_category": {c: strict[name][np.array(m)].mean().item() for c, m in groups.items() if any(m)},
+            }
+            for name in TITLES
+            if name in self.verdicts
+        }
+        others = [name for name in arms if name != "img"]
+        return {
+            "arms": arms,
+            "win_rate": {f"img_vs_{name}": win_rate(soft["img"], soft[name], self.captions) for name in others},
+            "difference": {
+                f"img_minus_{name}": mean_interval(1.0 * strict["img"] - strict[name], self.captions) for name in others
+            },
+        }
+
+
+def print_results(results: dict) -> None:
+    """The table of arms, and the paired comparisons."""
+    groups = list(results["arms"]["img"]["by_category"])
+    print(f"{'strict':>56} soft  " + " ".join(f"{g[:8]:>8}" for g in groups))
+    for name, arm in results["arms"].items():
+        row = " ".join(f"{arm['by_category'][g]:8.2f}" for g in groups)
+        print(f"{TITLES[name]:48} {arm['strict']:7.3f} {arm['soft']:5.3f} {row}")
+    print("\nIMG against                                      strict, difference       win rate without ties")
+    for name in results["arms"]:
+        if name != "img":
+            d, w = results["difference"][f"img_minus_{name}"], results["win_rate"][f"img_vs_{name}"]
+            print(
+                f"{TITLES[name]:48} {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
+                f"   {w['value']:.3f} [{w['low']:.3f}, {w['high']:.3f}] of {w['decided']}"
+            )
+
+
+def print_comparison(img: IMG, name: str, count: int, picture: Path) -> None:
+    """Base against IMG on validation prompts: what a training run ends with. Also saves a grid of samples."""
+    arms = Arms(img, benchmark(count, "validation"), seed=0)
+    images = arms.aligned("img", img)
+    results = arms.results()
+    base, ours = (results["arms"][arm]["strict"] for arm in ("base", "img"))
+    rate = results["win_rate"]["img_vs_base"]
+    print(
+        f"strict alignment on {count} validation prompts: base {base:.3f}, IMG {ours:.3f}; win rate without ties "
+        f"{rate['value']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}] of {rate['decided']}"
+    )
+    before_and_after(arms, name, images, picture)
+
+
+def before_and_after(arms: Arms, name: str, images: Tensor, path: Path | str, count: int = 6) -> None:
+    """The first prompts whose base image is wrong: both images, what the MLLM said, what the oracle says now."""
+    chosen = [k for k, verdict in enumerate(arms.verdicts["base"]) if not verdict.strict][:count]
+    pictures = [arms.pictures[k] for k in chosen]
+    captions = [arms.captions[k] for k in chosen]
+    said = ["(guided by text: no MLLM looked)"] * len(chosen)
+    if isinstance(arms.img.guide, MLLM):
+        said = arms.img.explain(pictures, captions, arms.seed)
+    pairs = []
+    for k, picture, caption, words in zip(chosen, pictures, captions, said):
+        verdict = arms.verdicts["img"][k]
+        now = "right" if verdict.strict else f"still wrong: {verdict.words}"
+        after = to_pil(images[k : k + 1])[0]
+        pairs.append([(picture, f'"{caption}"\nMLLM: {words}'), (after, f"IMG, same seed\noracle: {now}")])
+    note = f"the first {len(chosen)} of {len(arms.prompts)} prompts that the base draws wrong, seed {arms.seed}"
+    pairs_grid(pairs, path, f"{name}: {note}; not chosen by result")
+
+
+def ablations(arms: Arms, preset: Preset) -> None:
+    """The arms guided by text and by the stock MLLM, each with an aligner of its own; left out where there is none."""
+    backbone = arms.img.backbone
+    for name, kind, path in (("text", "text", preset.text_aligner), ("stock_mllm", "stock", preset.stock_aligner)):
+        if Path(path).exists():
+            guide = load_guide(preset, kind, backbone)
+            img = IMG(backbone, guide, ImplicitAligner.from_file(path), preset.passes, preset.mllm_batch)
+            arms.aligned(name, img)
+        else:
+            print(f"left out: {TITLES[name]}; {path} is not there, train it with: python train.py --guidance {kind}")

@@ -1,0 +1,111 @@
+"""Command lines generated from dataclasses, and one place where errors become one line."""
+
+import argparse
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from types import NoneType
+from typing import Any, TypeVar
+
+from img_minimal.runtime.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def option(default: Any, text: str, **extra: Any) -> Any:
+    """A dataclass field with its default and its line of `--help`."""
+    return dataclasses.field(default=default, metadata={"help": text, **extra})
+
+
+def parse(config: type[Config], description: str, argv: list[str] | None = None) -> Config:
+    """Fill a flat dataclass from the command line; `some_field` becomes `--some-field`, bool fields get --no- forms.
+
+    Unknown options and values of the wrong type end the program with a line and exit code 2.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        kinds = [t for t in typing.get_args(hints[field.name]) if t is not NoneType] or [hints[field.name]]
+        required = field.default is dataclasses.MISSING
+        default = "" if required or field.default is None else f" (default: {field.default})"
+        settings: dict[str, Any] = {"help": field.metadata["help"] + default, "required": required}
+        if not required:
+            settings["default"] = field.default
+        if kinds[0] is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings |= {"type": kinds[0], "choices": field.metadata.get("choices")}
+            settings["metavar"] = None if settings["choices"] else kinds[0].__name__.upper()
+        parser.add_argument("--" + field.name.replace("_", "-"), **settings)
+    return config(**vars(parser.parse_args(argv)))
+
+
+def quiet_libraries() -> None:
+    """Keep the loading bars and deprecation notes of transformers and diffusers out of our output."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils.logging
+    import transformers.utils.logging
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call `main` and exit; what the user can mend becomes one line on stderr and exit code 2."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except RuntimeError as error:  # torch's, named without importing torch
+        if type(error).__name__ == "OutOfMemoryError":
+            message = "the GPU's memory is full; try --offload, --dtype fp16 or bf16, or close what else uses the GPU"
+        elif "can't allocate memory" in str(error) or "not enough memory" in str(error):
+            message = "the computer's memory is full; try --dtype bf16, which halves the models"
+        else:
+            raise
+    except OSError as error:
+        # Missing, unreadable or read-only files, a full disk, a model hub that cannot be reached.
+        message = " ".join(str(error).split())
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def warn(message: str) -> None:
+    """One line on stderr about something that does not stop the program."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Create the folder and prove that it can be written, before any work is done for it. Raises UserError."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path):  # a name of its own: another run may try the same folder right now
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
+    return path
+
+
+def writable_file(path: str | None, flag: str) -> None:
+    """Prove, before the work, that a file can be written there. Raises UserError; None is no file."""
+    if path is None:
+        return
+    try:
+        with NamedTemporaryFile(dir=Path(path).parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another {flag}") from None

@@ -1,0 +1,107 @@
+"""Pictures people look at: before and after, grids of samples, training curves."""
+
+import json
+from pathlib import Path
+from textwrap import fill
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 - the backend must be chosen first
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+
+# Okabe and Ito's palette, safe for colour-blind readers.
+BLUE, ORANGE, GREEN, GREY, PINK = "#0072B2", "#E69F00", "#009E73", "#7F7F7F", "#CC79A7"
+
+
+def labelled_grid(
+    rows: list[list[tuple[Image.Image, str]]], path: str | Path, title: str = "", caption: str = ""
+) -> None:
+    """Images with a text below each, row by row, saved as a PNG."""
+    columns = max(len(row) for row in rows)
+    figure, axes = plt.subplots(
+        len(rows), columns, figsize=(2.7 * columns, 3.5 * len(rows) + 0.5), squeeze=False, layout="constrained"
+    )
+    for row, line in zip(rows, axes):
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        for (image, text), axis in zip(row, line):
+            axis.imshow(image, interpolation="nearest" if image.width < 256 else None)
+            lines = [fill(line, 36) for line in text.splitlines()]
+            axis.set_xlabel("\n".join(lines), fontsize=9)
+    if title:
+        figure.suptitle(fill(title, 36 * columns), fontsize=11)
+    if caption:
+        figure.supxlabel(fill(caption, 46 * columns), fontsize=8, color=GREY)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def pairs_grid(pairs: list[list[tuple[Image.Image, str]]], path: str | Path, caption: str) -> None:
+    """Before and after, three pairs of labelled images to a row; nothing if there are none."""
+    rows = [[cell for pair in pairs[k : k + 3] for cell in pair] for k in range(0, len(pairs), 3)]
+    if rows:
+        labelled_grid(rows, path, caption=caption)
+
+
+def curves(metrics: Path, path: Path) -> None:
+    """Four panels from an aligner's metrics.jsonl: errors, preference, gradient norm, size of the correction."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    if not rows:
+        return
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
+    _line(axes[0, 0], rows, "error", "f, training", BLUE)
+    _line(axes[0, 0], rows, "reference_error", "f_ref, training", ORANGE)
+    axes[0, 0].set_ylabel("distance to c_w, as in the loss")
+    unseen = axes[0, 0].twinx()  # always a mean over elements, whatever norm the loss has
+    _line(unseen, rows, "validation_error", "f, unseen prompts", GREEN, "o")
+    _line(unseen, rows, "identity_error", "doing nothing, unseen prompts", GREY, "x")
+    unseen.set_ylim(bottom=0)
+    unseen.set_ylabel("mean over elements, unseen prompts")
+    unseen.legend(fontsize=8, loc="lower left")
+    _line(axes[0, 1], rows, "implicit_accuracy", "implicit accuracy", BLUE)
+    _line(axes[0, 1], rows, "nearer", "losers moved nearer to c_w, unseen prompts", GREEN, "o")
+    axes[0, 1].set_ylabel("share")
+    _line(axes[1, 0], rows, "gradient_norm", "gradient norm", BLUE)
+    _line(axes[1, 1], rows, "correction", "||f(c) - c_l||^2", BLUE)
+    refreshes = axes[1, 1].twinx()
+    refreshes.plot([r["step"] for r in rows], [r["refreshes"] for r in rows], color=PINK)
+    refreshes.set_ylabel("refreshes of the reference", color=PINK)
+    _save(figure, axes, path)
+
+
+def detector_curves(metrics: Path, path: Path) -> None:
+    """Two panels from the metrics.jsonl of a finetuned MLLM: loss of the answers, accuracy on held-out triplets."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    if not rows:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), squeeze=False, layout="constrained")
+    _line(axes[0, 0], rows, "loss", "cross-entropy of the instruction, training", BLUE)
+    _line(axes[0, 1], rows, "exact", "instruction worded exactly", GREEN, "o")
+    _line(axes[0, 1], rows, "decided", "edit or nothing, decided rightly", BLUE, "o")
+    _line(axes[0, 1], rows, "always_edit", "always an edit", GREY, "x")
+    axes[0, 1].set_ylabel("share of held-out triplets")
+    _save(figure, axes, path)
+
+
+def _line(axis: plt.Axes, rows: list[dict], name: str, label: str, colour: str, marker: str | None = None) -> None:
+    """One metric over the steps; smoothed, unless it has markers."""
+    smooth = 0.95 if marker is None else 0.0
+    steps, values, mean = [], [], None
+    for row in rows:
+        if name in row:
+            mean = row[name] if mean is None else smooth * mean + (1 - smooth) * row[name]
+            steps.append(row["step"])
+            values.append(mean)
+    axis.plot(steps, values, label=label, color=colour, marker=marker)
+
+
+def _save(figure: plt.Figure, axes: np.ndarray, path: Path) -> None:
+    for axis in axes.flat:
+        axis.legend(fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
