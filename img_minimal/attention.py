@@ -30,27 +30,29 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(width, 2 * inner, bias=False)  # keys are the first half
         self.to_out = nn.Linear(inner, width, bias=False)
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """What a context (B, L, D) gives to every pass alike, so that it is computed once: 2 x (B, L, heads * d)."""
-        return self.to_kv(self.norm1(context)).chunk(2, dim=-1)
+    def keys_values(self, context: Tensor) -> Tensor:
+        """What a context (B, L, D) gives to every pass alike, so that it is computed once: 2 x (B, heads, L, d)."""
+        return self._heads(self.to_kv(self.norm1(context)), 2)
 
-    def attend(
-        self, tokens: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _heads(self, x: Tensor, parts: int) -> Tensor:
+        """(B, n, parts * heads * d) -> (parts, B, heads, n, d)."""
+        return rearrange(x, "b n (p h d) -> p b h n d", p=parts, h=self.heads)
+
+    def attend(self, tokens: Tensor, keys_values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Like `forward`, from a context's `keys_values`; also returns the weights (B, heads, N, L + N) in fp32."""
         tokens = self.norm2(tokens)
-        q = self.to_q(tokens)  # (B, N, heads * d)
-        own_keys, own_values = self.to_kv(tokens).chunk(2, dim=-1)  # 2 x (B, N, heads * d)
-        k = torch.cat([keys_values[0], own_keys], dim=1)  # (B, L + N, heads * d)
-        v = torch.cat([keys_values[1], own_values], dim=1)
-        q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.heads) for x in (q, k, v))
-        scores = (q * self.head_dim**-0.5) @ k.mT  # (B, heads, N, L + N); fp16 could overflow were q not scaled first
+        k, v = keys_values  # of the context, (B, heads, L, d)
+        own_k, own_v = self._heads(self.to_kv(tokens), 2)  # (B, heads, N, d)
+        (q,) = self._heads(self.to_q(tokens), 1)
+        q = q * self.head_dim**-0.5  # before the product, which could overflow fp16 otherwise
+        scores = torch.cat([q @ k.mT, q @ own_k.mT], dim=-1)  # (B, heads, N, L + N)
         if mask is not None:
             sees = F.pad(mask.bool(), (0, tokens.shape[1]), value=True)  # tokens always see themselves
             scores = scores.masked_fill(~sees[:, None, None], -torch.inf)
         weights = scores.softmax(dim=-1, dtype=torch.float32)  # half precision would lose the tail of a long context
-        out = rearrange(weights.to(v.dtype) @ v, "b h n d -> b n (h d)")
-        return self.to_out(out), weights
+        of_context, of_tokens = weights.to(v.dtype).split([k.shape[2], own_k.shape[2]], dim=-1)
+        out = of_context @ v + of_tokens @ own_v  # (B, heads, N, d)
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)")), weights
 
     def forward(self, tokens: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the tokens (B, N, D) read from the context (B, L, D) and from each other: (B, N, D), no residual.
@@ -78,14 +80,14 @@ class PerceiverLayers(nn.ModuleList):
             nn.ModuleList([PerceiverAttention(width, heads, head_dim), feed_forward(width)]) for _ in range(depth)
         )
 
-    def keys_values(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def keys_values(self, context: Tensor) -> list[Tensor]:
         """Each layer's keys and values of a context (B, L, D), for several calls of `read`."""
         return [attention.keys_values(context) for attention, _ in self]
 
     def read(
         self,
         tokens: Tensor,
-        keys_values: list[tuple[Tensor, Tensor]],
+        keys_values: list[Tensor],
         mask: Tensor | None = None,
         maps: list[Tensor] | None = None,
     ) -> Tensor:

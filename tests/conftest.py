@@ -1,12 +1,39 @@
-"""No test reaches for a network: a missing file must fail here as it would on a plane."""
+"""No test reaches for a network, and workers share the cores: spinning threads cost more than they give."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of the Hugging Face libraries, which read it once
+# Before any import of torch and of the Hugging Face libraries, which read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"  # a missing file must fail here as it would on a plane
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import importlib  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 
 import pytest  # noqa: E402
+
+from img_minimal.runtime import cli  # noqa: E402
+
+MODULES = {"sample.py": "sample", "train.py": "train", "evaluate": "img_minimal.evaluate.__main__"}
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., SimpleNamespace]:
+    """Run a command in this process as its user would: returncode, stdout, stderr."""
+
+    def run(name: str, *arguments: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.run(importlib.import_module(MODULES[name]).main)
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=ended.value.code, stdout=said.out, stderr=said.err)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ def built(tmp_path_factory) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_every_part_of_the_twin_can_be_built_from_nothing(built):
     shipped = Path(find_preset("tiny-sdxl").base).parent
     names = "sdxl/unet sdxl/vae sdxl/text_encoder_2 image_encoder llava-detector ip_adapter unet-dpo"

@@ -10,8 +10,10 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from img_minimal.backbones.sdxl.image_prompt import ImagePrompt, Resampler, load_ip_adapter
 from img_minimal.files.weights import WeightsError
+from img_minimal.runtime.devices import Precision
 
 W, D, N = 24, 32, 4
+FP32 = Precision.named("fp32", torch.device("cpu"))
 
 
 def new_resampler() -> Resampler:
@@ -38,7 +40,7 @@ def new_encoder() -> CLIPVisionModelWithProjection:
 
 def new_prompt() -> ImagePrompt:
     sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
-    return ImagePrompt(new_encoder(), CLIPImageProcessorPil(**sizes), new_resampler())
+    return ImagePrompt(new_encoder(), CLIPImageProcessorPil(**sizes), new_resampler(), FP32)
 
 
 def pictures(n: int = 2) -> list[Image.Image]:
@@ -133,9 +135,11 @@ def test_the_negative_is_a_mid_grey_image_rather_than_a_black_one_or_zero_tokens
 def test_an_image_prompt_is_loaded_from_a_folder_and_an_adapter_file(tmp_path):
     prompt = new_prompt()
     prompt.encoder.save_pretrained(tmp_path)
-    assert ImagePrompt.from_pretrained(tmp_path, prompt.resampler.state_dict()).processor.size.shortest_edge == 224
+    assert (
+        ImagePrompt.from_pretrained(tmp_path, prompt.resampler.state_dict(), FP32).processor.size.shortest_edge == 224
+    )
     prompt.processor.save_pretrained(tmp_path)
-    again = ImagePrompt.from_pretrained(tmp_path, prompt.resampler.state_dict())
+    again = ImagePrompt.from_pretrained(tmp_path, prompt.resampler.state_dict(), FP32)
     assert torch.allclose(again.tokens(pictures()), prompt.tokens(pictures()), atol=1e-5)
 
 

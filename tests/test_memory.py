@@ -1,9 +1,8 @@
 """Memory: one big model on the device at a time with --offload, and the table of what fits where."""
 
-import random
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +10,11 @@ from PIL import Image
 from release_folder import PROMPT, preset
 from torch import nn
 
+from img_minimal.bench import __main__ as bench
 from img_minimal.bench.memory import CARDS, GIB, counting, needs, table, usable
 from img_minimal.load import load_img
 from img_minimal.pipeline import IMG
+from img_minimal.runtime import devices
 from img_minimal.runtime.devices import Placement, Precision
 from img_minimal.runtime.errors import UserError
 
@@ -54,7 +55,7 @@ def test_offload_has_one_model_placed_at_a_time_and_leaves_the_images_as_they_ar
     assert all(torch.equal(a, b) for a, b in zip(usual, offloaded))
     one_round = ["mllm", "image_prompt", "aligner", "image_prompt", "diffusion"]
     assert [name for name, away in moves if not away] == ["diffusion", *one_round, *one_round]
-    img.explain([Image.new("RGB", (64, 64))], prompts[:1], random.Random(0))
+    img.explain([Image.new("RGB", (64, 64))], prompts[:1], 0)
     assert img.placement.resident == "mllm"
 
 
@@ -76,14 +77,34 @@ def test_what_replaces_a_part_makes_it_leave_the_device_first(monkeypatch):
     assert moves == [(old, True), (old, False), (old, True), (new, True), (new, False)]
 
 
-def test_dtypes_follow_the_device_unless_they_are_named():
+def test_bf16_is_chosen_where_the_hardware_has_it_and_fp32_elsewhere(monkeypatch):
+    fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert Precision.named(None, cpu) == Precision(torch.float32, torch.float32)
-    assert Precision.named(None, gpu) == Precision(torch.float16, torch.bfloat16)
-    assert Precision.named("bf16", gpu) == Precision(torch.bfloat16, torch.bfloat16)
-    assert Precision.named("mixed", cpu) == Precision(torch.float32, torch.bfloat16, autocast=True)
+    for fast, compute in ((True, bf16), (False, fp32)):
+        monkeypatch.setattr(devices, "bf16_is_fast", lambda device, fast=fast: fast)
+        assert Precision.named(None, cpu) == Precision(fp32, fp32, fp32)
+        assert Precision.named("mixed", cpu) == Precision(fp32, compute, compute, mixed=True)
+        assert Precision.named(None, gpu) == Precision(fp16, bf16, compute)
+        assert Precision.named("bf16", cpu) == Precision(bf16, bf16, bf16), "what is asked for is done"
+        assert Precision.named("fp32", gpu) == Precision(fp32, fp32, fp32)
+        with Precision.named("mixed", cpu).training(cpu):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == compute
     with pytest.raises(UserError, match="int8.*fp32"):
         Precision.named("int8", gpu)
+
+
+@pytest.mark.parametrize(
+    ("units", "fast"),
+    [({"avx2": True}, False), ({"avx512_f": True}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True),
+     ({"bf16": True}, True)],
+)  # fmt: skip
+def test_a_cpu_is_fast_in_bf16_if_it_has_the_units_and_torch_may_use_them(monkeypatch, units, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    usable = SimpleNamespace(mkldnn=SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True))
+    monkeypatch.setattr(torch, "ops", usable)
+    assert devices.bf16_is_fast(torch.device("cpu")) is fast
+    usable.mkldnn._is_mkldnn_bf16_supported = lambda: False  # ONEDNN_MAX_CPU_ISA=AVX2
+    assert not devices.bf16_is_fast(torch.device("cpu"))
 
 
 def test_activations_are_counted_while_they_live_and_parameters_never():
@@ -144,9 +165,11 @@ def test_the_readme_shows_the_table_that_the_command_prints():
     assert totals in readme
 
 
-def test_the_command_prints_it_and_refuses_an_unknown_mllm():
-    command = [sys.executable, "-m", "img_minimal.bench.memory", "--mllm"]
-    said = subprocess.run([*command, "qwen2.5-vl-7b"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert said.returncode == 0 and "| qwen2.5-vl-7b | 8,292.2 |" in said.stdout, said.stderr
-    refused = subprocess.run([*command, "gpt"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert refused.returncode == 2 and "invalid choice: 'gpt'" in refused.stderr
+def test_the_command_prints_it_and_refuses_an_unknown_mllm(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "memory", "--mllm", "qwen2.5-vl-7b"])
+    assert bench.main() == 0
+    assert "| qwen2.5-vl-7b | 8,292.2 |" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["bench", "memory", "--mllm", "gpt"])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2 and "invalid choice: 'gpt'" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from img_minimal.runtime.optimizer import MuonAdamW, new_optimizer
+from img_minimal.runtime.optimizer import MuonAdamW, new_optimizer, orthogonalized
 
 
 def model() -> nn.Module:
@@ -23,7 +23,7 @@ def one_step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> Non
 
 def test_matrices_move_as_with_muon_alone_and_vectors_as_with_adamw_alone() -> None:
     ours, parts = model(), model()
-    both = MuonAdamW(ours.parameters(), 1e-2, 0.01)
+    both = MuonAdamW(ours.parameters(), 1e-2, 0.01, torch.bfloat16)
     muon = torch.optim.Muon(
         [p for p in parts.parameters() if p.ndim == 2], 1e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
     )
@@ -41,9 +41,18 @@ def test_matrices_move_as_with_muon_alone_and_vectors_as_with_adamw_alone() -> N
 def test_a_muon_update_of_a_matrix_has_singular_values_of_about_one_size() -> None:
     net = model()
     before = net[0].weight.detach().clone()
-    one_step(net, MuonAdamW(net.parameters(), 1e-2, 0.0), 0)
+    one_step(net, MuonAdamW(net.parameters(), 1e-2, 0.0, torch.float32), 0)
     values = torch.linalg.svdvals(net[0].weight.detach() - before)
     assert values.max() / values.min() < 2.5
+
+
+def test_orthogonalized_in_fp32_is_what_it_is_in_float64_and_near_what_it_is_in_bf16() -> None:
+    torch.manual_seed(0)
+    for shape in ((6, 8), (8, 6), (16, 16)):
+        matrix = torch.randn(*shape)
+        exact = orthogonalized(matrix, torch.float64)
+        assert (orthogonalized(matrix, torch.float32) - exact).abs().max() < 1e-5
+        assert (orthogonalized(matrix, torch.bfloat16) - exact).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -69,7 +78,7 @@ def test_a_reloaded_optimiser_goes_on_to_bitwise_the_same_weights(name: str) -> 
 
 def test_a_schedule_sets_the_rate_of_both_halves() -> None:
     net = model()
-    optimizer = MuonAdamW(net.parameters(), 1e-2, 0.0)
+    optimizer = MuonAdamW(net.parameters(), 1e-2, 0.0, torch.float32)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.1)
     schedule.step()
     assert [group["lr"] for part in optimizer.parts for group in part.param_groups] == pytest.approx([1e-3, 1e-3])

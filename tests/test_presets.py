@@ -1,17 +1,12 @@
 """Presets hold the published numbers; flags change one of them and nothing else."""
 
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import pytest
 
 from img_minimal.presets import PRESETS, ModelFlags, find_preset, with_overrides
 from img_minimal.runtime.cli import option, parse
 from img_minimal.runtime.errors import UserError
-
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -72,9 +67,3 @@ def test_overrides_that_are_none_leave_the_preset_as_it_is():
     preset = find_preset("tiny-sdxl")
     assert with_overrides(preset, scale=None, passes=None) == preset
     assert with_overrides(preset, scale=0.0).scale == 0.0
-
-
-def test_presets_and_help_need_no_torch():
-    program = "import sys, img_minimal.presets, sample; print('torch' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert said.stdout == "False\n", said.stderr

@@ -246,6 +246,7 @@ print(sum(p.numel() for p in trainer.aligner.parameters()), resource.getrusage(r
 """
 
 
+@pytest.mark.slow
 def test_the_aligner_of_true_size_trains_three_steps_on_this_machine(tmp_path, capsys):
     """In a process of its own, so that the peak is its own; 195 M parameters x 20 bytes are 3.9 GB."""
     command = [sys.executable, "-c", TRUE_SIZE, str(tmp_path)]

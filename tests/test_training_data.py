@@ -137,16 +137,16 @@ def test_encoding_each_image_once_gives_the_numbers_of_encoding_every_one(monkey
     encoder = load_encoder(TWIN, "mllm", 0)
     features = encoder(pairs)
     assert len(distinct([p.loser for p in pairs])[0]) < len(pairs), "the twin's pairs share images"
-    alone = torch.cat([encoder.image_prompt.tokens([p.loser]) for p in pairs])
+    alone = torch.cat([encoder.tokenizer.tokens([p.loser]) for p in pairs])
     assert (features.loser[: len(pairs)] - alone).abs().max() < 1e-5
     kept = identity_samples(pairs, 0.25)
-    assert 0 < len(kept) <= 6 and len(features) == 24 + len(kept) and features.kept.sum() == len(kept)
+    assert 0 < len(kept) <= 6 and len(features) == 24 + len(kept) and features.is_identity.sum() == len(kept)
     assert torch.equal(features.loser[24:], features.winner[24:])
     assert all(any(p.winner is other.loser for other in pairs) for p in kept), "kept winners lose elsewhere"
     assert encoder.widths == (features.loser.shape[-1], features.guidance.shape[-1])
     other = compute_guidance(pairs, encoder.guide, kept, 1)["guidance"]
     assert other.shape != features.guidance.shape or not torch.equal(other, features.guidance), "other questions"
-    assert compute_tokens(pairs, encoder.image_prompt, identity_samples(pairs, 0.0))["kept"].sum() == 0
+    assert compute_tokens(pairs, encoder.tokenizer, identity_samples(pairs, 0.0))["is_identity"].sum() == 0
 
 
 def test_data_is_streamed_or_cached_as_the_preset_says(tmp_path, monkeypatch):

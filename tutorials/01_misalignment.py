@@ -14,7 +14,7 @@ seed. With r_s in {0, 1} for "the image of seed s is right" and means over promp
 
 A method that is tried on failures alone is credited with E[r_1 | r_0 = 0], although it may know nothing: part of what
 looks like repair is luck that returns to the mean. Both ways have to be counted, on all prompts, as
-img_minimal/evaluate.py does. Look at where luck does not help: a category in which even the best of four is low.
+img_minimal/evaluate/arms.py does. Look at where luck does not help: a category in which even the best of four is low.
 """
 
 from dataclasses import dataclass

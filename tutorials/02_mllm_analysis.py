@@ -220,7 +220,7 @@ def main() -> None:
     drawn = draw_all(
         backbone, benchmark(20 if options.quick else options.prompts, "validation", options.seed), options.seed
     )
-    found = probes(dict(zip(NAMES, (backbone, stock, finetuned))), drawn, options.seed)
+    found = probes(dict(zip(NAMES, (text, stock, finetuned))), drawn, options.seed)
     print_marks(marks, found, drawn)
 
     figure = plt.figure(figsize=(10, 8.6), layout="constrained")

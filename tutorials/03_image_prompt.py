@@ -8,7 +8,7 @@ IMG corrects nothing but 16 image tokens, so whatever they cannot say it cannot 
 4. the two branches of one cross-attention: their sizes at every layer, and where two of the tokens are heard.
 
     tokens   c = Resampler(CLIP penultimate states of the image)                   (N, D); SDXL: 16 x 2048
-    layer    to_out( A_text + s A_image ),   A_x = softmax(Q K_x^T / sqrt(d)) V_x      (img_minimal/injection.py)
+    layer    to_out( A_text + s A_image ),   A_x = softmax(Q K_x^T / sqrt(d)) V_x      (backbones/sdxl/injection.py)
 
 so an image token is heard at scale s in proportion to s ||A_image|| / ||A_text||. Without text the distance of tokens,
 

@@ -8,7 +8,7 @@ minutes.
 Why it can work: f maps tokens to tokens. Both c and f(h, c) live in the space of the IP-Adapter's Resampler, and a UNet
 meets them only through the keys and values of its image branch,
 
-    Attention(Q, K_text, V_text) + scale * Attention(Q, f(h, c) W_k, f(h, c) W_v)      (img_minimal/injection.py)
+    Attention(Q, K_text, V_text) + scale * Attention(Q, f(h, c) W_k, f(h, c) W_v)      (backbones/sdxl/injection.py)
 
 where W_k and W_v belong to the adapter. A finetuned UNet asks with other queries Q, but is answered in the same words.
 

@@ -32,7 +32,8 @@ def main() -> int:
     if options.what == "passes":
         from img_minimal.bench.passes import passes
 
-        print(passes(device))
+        for images in (1, 4):  # sample.py draws four by default
+            print(passes(device, images))
     else:
         from img_minimal.bench.optimizers import optimizers
 

@@ -18,12 +18,12 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def passes(device: torch.device, rounds: int = 7, length: int = 640) -> str:
+def passes(device: torch.device, images: int, rounds: int = 7, length: int = 640) -> str:
     """Three passes in one call against three calls of one pass, in turn, at SDXL's true size: the median ratio."""
     torch.manual_seed(0)
     aligner = ImplicitAligner(2048, 5120).to(device).eval()
-    guidance = torch.randn(1, length, 5120, device=device)
-    tokens = torch.randn(1, 16, 2048, device=device)
+    guidance = torch.randn(images, length, 5120, device=device)
+    tokens = torch.randn(images, 16, 2048, device=device)
 
     def three_calls() -> None:
         """As if nothing were known of the call before."""
@@ -36,6 +36,7 @@ def passes(device: torch.device, rounds: int = 7, length: int = 640) -> str:
     ratios = sorted(once / apart for once, apart in both)
     times = [sorted(column)[rounds // 2] for column in zip(*both)]
     return (
-        f"three passes of the true-size aligner in one call {times[0]:.3f} s, in three calls {times[1]:.3f} s (medians "
-        f"of {rounds}); ratio {ratios[rounds // 2]:.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}], guidance {length} x 5120"
+        f"{images} image{'s' * (images > 1)}, guidance {length} x 5120: three passes in one call {times[0]:.3f} s, in "
+        f"three calls {times[1]:.3f} s (medians of {rounds}); ratio {ratios[rounds // 2]:.2f} [{ratios[0]:.2f}, "
+        f"{ratios[-1]:.2f}]"
     )

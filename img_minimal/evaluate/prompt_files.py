@@ -11,15 +11,17 @@ Column and key names are looked up without regard to case. Blank lines are skipp
 one is an error with its number, because an evaluation with fewer prompts than its file is another evaluation.
 """
 
+import csv
 import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from img_minimal.runtime.cli import check
 from img_minimal.runtime.errors import UserError
 
-CATEGORY_KEYS = ("category", "tag")
+KINDS = (".txt", ".jsonl", ".tsv", ".json")
 
 
 @dataclass(frozen=True)
@@ -38,84 +40,61 @@ def read_prompts(path: str | Path, count: int | None = None, seed: int = 0) -> l
     if the file is missing, is of no known format, holds no prompt, or if any line of it is damaged.
     """
     path = Path(path)
-    readers = {".txt": _text_lines, ".jsonl": _json_lines, ".tsv": _table, ".json": _json_list}
-    if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: unknown kind of prompt file; expected {', '.join(readers)}")
+    kind = path.suffix.lower()
+    check(kind in KINDS, f"{path}: unknown kind of prompt file; expected {', '.join(KINDS)}")
     try:
         data = path.read_bytes()
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check --prompt-file") from None
-    try:
-        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
     prompts = []
-    for where, row in readers[path.suffix.lower()](path, text):
+    for where, row in _rows(path, kind, text):
         prompt, category = _prompt_and_category(row)
-        if not prompt:
-            raise UserError(f"{path}, {where}: no prompt; expected a text, or an object whose `prompt` is one")
+        check(bool(prompt), f"{path}, {where}: no prompt; expected a text, or an object whose `prompt` is one")
         prompts.append(FilePrompt(len(prompts), prompt, category))
-    if not prompts:
-        raise UserError(f"{path}: holds no prompt")
+    check(bool(prompts), f"{path}: holds no prompt")
     if count is None or count >= len(prompts):
         return prompts
     return [prompts[k] for k in sorted(random.Random(seed).sample(range(len(prompts)), count))]
 
 
-def _prompt_and_category(row: object) -> tuple[str, str]:
-    if isinstance(row, str):
-        return row.strip(), ""
-    if not isinstance(row, dict):
-        return "", ""
-    values = {str(key).strip().lower(): value for key, value in row.items()}
-    prompt = values.get("prompt")
-    category = next((values[key] for key in CATEGORY_KEYS if isinstance(values.get(key), str)), "")
-    return prompt.strip() if isinstance(prompt, str) else "", category.strip()
+def _rows(path: Path, kind: str, text: str) -> Iterator[tuple[str, object]]:
+    """What stands at each place that is not blank. Only newlines end a line, not every Unicode separator."""
+    lines = [(f"line {k}", line.removesuffix("\r")) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if kind == ".txt":
+        yield from lines
+    elif kind == ".jsonl":
+        for where, line in lines:
+            yield where, _json(line, f"{path}, {where}", "mend or remove the line")
+    elif kind == ".json":
+        rows = _json(text, str(path), "if every line is JSON of its own, name it .jsonl")
+        check(isinstance(rows, list), f"{path}, line 1: expected a list of prompts, found {type(rows).__name__}")
+        yield from ((f"item {k}", row) for k, row in enumerate(rows, 1))
+    else:
+        # No quoting: PartiPrompts has quotation marks inside its prompts, and they mean themselves.
+        cells = csv.reader([line for _, line in lines], delimiter="\t", quoting=csv.QUOTE_NONE)
+        columns = next(cells, [])
+        named = "prompt" in [column.strip().lower() for column in columns]
+        check(named, f"{path}, line 1: no column `Prompt`; expected the columns' names, separated by tabs")
+        for (where, _), row in zip(lines[1:], cells):
+            fits = len(row) <= len(columns)
+            check(fits, f"{path}, {where}: {len(row)} columns, the first line names {len(columns)}")
+            yield where, dict(zip(columns, row))
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1. Only newlines end a line, not every Unicode separator."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield number, line.removesuffix("\r")
-
-
-def _text_lines(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    for number, line in _lines(text):
-        yield f"line {number}", line
-
-
-def _json_lines(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    for number, line in _lines(text):
-        try:
-            yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); mend or remove the line") from None
-
-
-def _table(path: Path, text: str) -> Iterator[tuple[str, object]]:
-    """Tab-separated without quoting: PartiPrompts has quotation marks inside its prompts, and they mean themselves."""
-    lines = _lines(text)
-    _, header = next(lines, (1, ""))
-    columns = header.split("\t")
-    if "prompt" not in (column.strip().lower() for column in columns):
-        raise UserError(f"{path}, line 1: no column `Prompt`; expected the columns' names, separated by tabs")
-    for number, line in lines:
-        cells = line.split("\t")
-        if len(cells) > len(columns):
-            raise UserError(f"{path}, line {number}: {len(cells)} columns, the first line names {len(columns)}")
-        yield f"line {number}", dict(zip(columns, cells))
-
-
-def _json_list(path: Path, text: str) -> Iterator[tuple[str, object]]:
+def _json(text: str, where: str, instead: str) -> object:
     try:
-        rows = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg}); if every line is JSON of its own, name it .jsonl"
-        ) from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}, line 1: expected a list of prompts, found {type(rows).__name__}")
-    for number, row in enumerate(rows, start=1):
-        yield f"item {number}", row
+        where = where if ", line" in where else f"{where}, line {error.lineno}"
+        raise UserError(f"{where}: not JSON ({error.msg}); {instead}") from None
+
+
+def _prompt_and_category(row: object) -> tuple[str, str]:
+    """Both stripped; "" where there is none, or where it is no text."""
+    values = {str(k).strip().lower(): v for k, v in row.items()} if isinstance(row, dict) else {"prompt": row}
+    texts = {key: value.strip() for key, value in values.items() if isinstance(value, str)}
+    return texts.get("prompt", ""), texts.get("category", texts.get("tag", ""))
