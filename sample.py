@@ -23,6 +23,8 @@ class Config(ModelFlags):
     num_images: int = option(4, "images, from consecutive seeds")
     rounds: int = option(1, "times to look and draw again")
     steps: int | None = option(None, "denoising steps; default: the preset's")
+    height: int | None = option(None, "of the images in pixels; default: the model's own size")
+    width: int | None = option(None, "of the images in pixels; default: the model's own size")
     passes: int | None = option(None, "applications of the aligner; default: the preset's")
     scale: float | None = option(None, "weight of the aligned image tokens; default: the preset's")
     scale_end: float | None = option(None, "share of it that is left at the last step; default: the preset's")
@@ -55,7 +57,7 @@ def main() -> int:
 
     preset = with_overrides(
         config.applied_to(find_preset(config.model)), sampling_steps=config.steps, passes=config.passes,
-        scale=config.scale, scale_end=config.scale_end,
+        scale=config.scale, scale_end=config.scale_end, height=config.height, width=config.width,
     )  # fmt: skip
     wanted = parse_prompt(config.prompt) if preset.world == "tiny" else None
     folder = writable_folder(config.output)

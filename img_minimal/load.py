@@ -62,10 +62,13 @@ def load_backbone(
     sampling = Sampling(
         steps=preset.sampling_steps,
         guidance_scale=preset.guidance_scale,
+        true_cfg_scale=preset.true_cfg_scale,
         scale=preset.scale,
         scale_end=preset.scale_end,
         draw_batch=preset.draw_batch,
         encode_batch=preset.encode_batch,
+        height=preset.height,
+        width=preset.width,
     )
     return backbone_class(preset.backbone).open(fetch(preset, BACKBONE), sampling, precision, placement, loaded)
 

@@ -50,6 +50,9 @@ class Preset:
     # sampling
     sampling_steps: int
     guidance_scale: float
+    true_cfg_scale: float = 1.0  # FLUX's classifier-free guidance, beside the embedding that guidance_scale is there
+    height: int | None = None  # of the images, in pixels; None: the model's own
+    width: int | None = None
     scale: float  # of the image tokens in the second pass, at its first step
     scale_end: float = 1.0  # share of it that is left at the last step, linear in between; 1 = constant
     passes: int  # applications of the aligner
@@ -190,14 +193,32 @@ PRESETS["tiny-sdxl-dpo"] = replace(PRESETS["tiny-sdxl"], name="tiny-sdxl-dpo", u
 PRESETS["sdxl-dpo"] = replace(PRESETS["sdxl"], name="sdxl-dpo", unet="mhdang/dpo-sdxl-text2image-v1/unet")
 
 
+PRESETS["flux"] = replace(
+    PRESETS["sdxl"],
+    name="flux",
+    backbone="flux",
+    base="black-forest-labs/FLUX.1-dev",
+    image_encoder="openai/clip-vit-large-patch14",
+    ip_adapter="XLabs-AI/flux-ip-adapter/ip_adapter.safetensors",
+    resampler=None,
+    aligner="shi-labs/IMG/aligner_flux.pth",
+    stock_aligner="outputs/flux-stock/aligner.safetensors",
+    text_aligner="outputs/flux-text/aligner.safetensors",
+    sampling_steps=30,
+    guidance_scale=3.5,
+    true_cfg_scale=3.5,
+    dtype="bf16",  # T5 overflows in fp16
+)
+
+
 @dataclass
 class ModelFlags:
     """Flags that every command shares: other locations than the preset's, and how to compute. Inherit to have them."""
 
-    base: str | None = option(None, "base model: SDXL pipeline as a folder or hub id; default: the preset's")
+    base: str | None = option(None, "base model: diffusers pipeline, folder or hub id; default: the preset's")
     unet: str | None = option(None, "UNet instead of the base's, e.g. mhdang/dpo-sdxl-text2image-v1/unet")
     image_encoder: str | None = option(None, "CLIP vision model, folder or hub id; default: the preset's")
-    ip_adapter: str | None = option(None, "IP-Adapter Plus file (.bin, .safetensors); default: the preset's")
+    ip_adapter: str | None = option(None, "IP-Adapter file (.bin, .safetensors); default: the preset's")
     resampler: str | None = option(None, "file that replaces the adapter's Resampler; '' keeps the adapter's own")
     mllm: str | None = option(None, "LLaVA or other multimodal LLM, folder or hub id; default: the preset's")
     dtype: str | None = option(

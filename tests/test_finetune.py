@@ -110,7 +110,7 @@ def test_only_the_tokens_of_the_answer_count_and_another_question_leaves_them_al
     assert tokens.tolist() == sum(answers[0], []) and len(scores) == a.count
     # What transformers makes of labels that are -100 outside of the answer.
     inner, features = detector.model, torch.stack([x.features for x in examples]).float()
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with detector.precision.training(torch.device("cpu")), torch.no_grad():
         projected = inner.model.multi_modal_projector(features)
         embeds = inner.get_input_embeddings()(a.ids)
         where = (a.ids == inner.config.image_token_id)[..., None].expand_as(embeds)
@@ -129,7 +129,7 @@ def test_features_seen_once_give_the_scores_of_looking_at_every_step(kind, folde
     inputs |= {"input_ids": rows.ids, "attention_mask": rows.mask}
     if "mm_token_type_ids" in inputs:
         inputs["mm_token_type_ids"] = (rows.ids == mllm.model.config.image_token_id).int()
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+    with detector.precision.training(torch.device("cpu")), torch.no_grad():
         whole = mllm.model(**inputs).logits[:, :-1][rows.labels[:, 1:] != IGNORE].float()
         scores, _ = detector.scores(examples, rows)
     assert (scores - whole).abs().max() < 0.05 * whole.abs().max()

@@ -22,11 +22,14 @@ class Sampling:
     """The numbers of drawing."""
 
     steps: int
-    guidance_scale: float
+    guidance_scale: float  # of classifier-free guidance; for FLUX.1-dev, which is distilled, its embedding
+    true_cfg_scale: float = 1.0  # of classifier-free guidance beside the embedding, FLUX only
     scale: float  # of the image tokens in the second pass, at its first step
     scale_end: float  # share of it that is left at the last step, linear in between
     draw_batch: int  # images drawn at once
     encode_batch: int  # images that the vision encoder sees at once
+    height: int | None = None  # pixels; None: the model's own size
+    width: int | None = None
 
 
 class ImageTokenizer(Protocol):
@@ -76,7 +79,10 @@ class Backbone(Protocol):
         """(end of the prompt that the text encoders do not see, "" if there is none; how many tokens they see)."""
 
 
-CLASSES = {"sdxl": "img_minimal.backbones.sdxl.backbone:SDXLBackbone"}
+CLASSES = {
+    "sdxl": "img_minimal.backbones.sdxl.backbone:SDXLBackbone",
+    "flux": "img_minimal.backbones.flux.backbone:FluxBackbone",
+}
 
 
 def backbone_class(kind: str) -> type[Backbone]:

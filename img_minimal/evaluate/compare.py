@@ -34,8 +34,9 @@ from img_minimal.tiny.grammar import parse
 
 # Fields of a preset that change its images. A file at such a place is known by its content.
 DRAWN_BY = (
-    "name", "backbone", "base", "unet", "image_encoder", "ip_adapter", "resampler", "mllm", "aligner", "sampling_steps",
-    "guidance_scale", "scale", "scale_end", "passes", "dtype", "draw_batch", "mllm_batch", "encode_batch",
+    "name", "backbone", "base", "unet", "image_encoder", "ip_adapter", "resampler", "mllm", "aligner",
+    "sampling_steps", "guidance_scale", "true_cfg_scale", "height", "width", "scale", "scale_end", "passes", "dtype",
+    "draw_batch", "mllm_batch", "encode_batch",
 )  # fmt: skip
 GROUP = 64  # prompts whose guidance features are held at once, 0.4 GB with LLaVA-13B
 

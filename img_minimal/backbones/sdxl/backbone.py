@@ -18,6 +18,7 @@ from img_minimal.backbones.sdxl.sampler import draw, truncated_part
 from img_minimal.files.hub import variant
 from img_minimal.files.weights import fill, opening
 from img_minimal.presets import Preset
+from img_minimal.runtime.cli import check
 from img_minimal.runtime.devices import Placement, Precision
 
 
@@ -105,6 +106,9 @@ class SDXLBackbone:
     ) -> Tensor:
         """Images (B, 3, H, W) in [0, 1]; with `tokens` (B, N, D) as image prompt, at its own scale or another."""
         sampling = self.sampling
+        for name, value in (("height", sampling.height), ("width", sampling.width)):
+            fits = value is None or (value > 0 and value % 8 == 0)
+            check(fits, f"--{name} is {value}, SDXL draws multiples of 8; try 1024")
         scale = sampling.scale if scale is None else scale
         negative = None
         if tokens is not None and scale:
@@ -122,6 +126,8 @@ class SDXLBackbone:
             scale=scale,
             scale_end=sampling.scale_end if scale_end is None else scale_end,
             precision=self.precision,
+            height=sampling.height,
+            width=sampling.width,
             batch_size=sampling.draw_batch,
             progress=progress,
         )

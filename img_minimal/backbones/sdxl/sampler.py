@@ -25,6 +25,8 @@ def draw(
     scale: float = 0.0,
     scale_end: float = 1.0,
     precision: Precision | None = None,
+    height: int | None = None,
+    width: int | None = None,
     batch_size: int = 64,
     progress: str | None = None,
 ) -> Tensor:
@@ -33,8 +35,8 @@ def draw(
     Every image has its own CPU generator, so a seed gives the same start noise alone or in a batch, in the first pass
     or in the second, on every device. tokens (B, N, D) are injected beside the text, with `scale` in the first step
     and `scale * scale_end` in the last one, linear in between; `negative` (1, N, D) takes their place in the
-    unconditional half of classifier-free guidance. Without a `precision` it is "mixed". SDXL's VAE overflows in fp16,
-    so load it in fp32.
+    unconditional half of classifier-free guidance. Without a size images have the model's own, without a `precision`
+    it is "mixed". SDXL's VAE overflows in fp16, so load it in fp32.
     """
     precision = precision or Precision.named("mixed", pipe.device)
     starts = range(0, len(prompts), batch_size)
@@ -62,6 +64,8 @@ def draw(
                 prompt=prompts[part],
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
+                height=height,
+                width=width,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
                 output_type="latent",
                 callback_on_step_end=after_step,

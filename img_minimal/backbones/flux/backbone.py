@@ -1,0 +1,181 @@
+"""FLUX.1-dev as IMG's backbone: the pipeline with XLabs' IP-Adapter, opened from files and put together."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from diffusers import FluxPipeline
+from PIL.Image import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from img_minimal.backbones import Sampling
+from img_minimal.backbones.flux.image_prompt import ImagePrompt, TokenProjection, load_ip_adapter
+from img_minimal.backbones.flux.injection import ImageBranch
+from img_minimal.backbones.flux.sampler import Condition, draw
+from img_minimal.files.weights import WeightsError, fill, opening
+from img_minimal.presets import Preset
+from img_minimal.runtime.cli import check
+from img_minimal.runtime.devices import Placement, Precision
+
+TEXT_TOKENS = 512  # that T5 reads; CLIP's 77 give one pooled vector only
+
+
+@dataclass
+class FluxBackbone:
+    """Implements `img_minimal.backbones.Backbone`."""
+
+    pipe: FluxPipeline
+    branch: ImageBranch
+    image_prompt: ImagePrompt
+    sampling: Sampling
+    precision: Precision
+    placement: Placement
+
+    @classmethod
+    def open(
+        cls,
+        files: Preset,
+        sampling: Sampling,
+        precision: Precision,
+        placement: Placement,
+        loaded: Callable[[], object] = lambda: None,
+    ) -> Self:
+        """Load vision encoder and pipeline; with offloading T5 and CLIP make room once a prompt is encoded.
+
+        Raises UserError if a file is missing or wrong, or of another FLUX.
+        """
+        check_kind(Path(files.base))
+        check(not files.unet, f"--unet {files.unet}: FLUX has a transformer and no UNet; give --base another folder")
+        state, ip_adapter = load_ip_adapter(files.ip_adapter)
+        projection = TokenProjection.from_state_dict(state, files.ip_adapter)
+        image_prompt = ImagePrompt.from_pretrained(files.image_encoder, projection, precision, placement.waiting)
+        loaded()
+        with opening(files.base, "FLUX pipeline"):
+            pipe = FluxPipeline.from_pretrained(files.base, dtype={"default": precision.weights, "vae": torch.float32})
+        loaded()
+        pipe.set_progress_bar_config(disable=True)
+        branch = ImageBranch.for_transformer(pipe.transformer, image_prompt.token_shape[1])
+        fill(branch, {key: value.to(pipe.transformer.dtype) for key, value in ip_adapter.items()}, files.ip_adapter)
+        loaded()
+        placement.add("text", pipe.text_encoder, pipe.text_encoder_2)
+        placement.add("diffusion", pipe.transformer, pipe.vae, branch)
+        placement.add("image_prompt", image_prompt)
+        return cls(pipe, branch.requires_grad_(False), image_prompt, sampling, precision, placement)
+
+    @staticmethod
+    def open_tokenizer(files: Preset, precision: Precision, device: torch.device) -> ImagePrompt:
+        """Vision encoder and projection alone. Raises UserError if a file is missing or wrong."""
+        projection = TokenProjection.from_state_dict(load_ip_adapter(files.ip_adapter)[0], files.ip_adapter)
+        return ImagePrompt.from_pretrained(files.image_encoder, projection, precision, device)
+
+    @staticmethod
+    def token_width(files: Preset) -> int | None:
+        """D of the tokens by the adapter's file, before anything big is loaded. Raises UserError for other adapters."""
+        state, _ = load_ip_adapter(files.ip_adapter)
+        return TokenProjection.from_state_dict(state, files.ip_adapter).norm.normalized_shape[0]
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """(N, D) of one image's tokens."""
+        return self.image_prompt.token_shape
+
+    @property
+    def text_width(self) -> int:
+        """Width of T5's states."""
+        return self.pipe.transformer.config.joint_attention_dim
+
+    def draw(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        tokens: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        scale_end: float | None = None,
+        progress: str | None = None,
+    ) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1]; with `tokens` (B, N, D) as image prompt, at its own scale or another.
+
+        Raises UserError for a size that is no multiple of 16.
+        """
+        sampling = self.sampling
+        side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
+        height, width = sampling.height or side, sampling.width or side
+        for name, value in (("height", height), ("width", width)):
+            check(value > 0 and value % 16 == 0, f"--{name} is {value}, FLUX draws multiples of 16; try 1024")
+        scale = sampling.scale if scale is None else scale
+        negative = None
+        if tokens is not None and scale:
+            negative = self.negative_tokens()
+        conditions = [self._encode(prompt) for prompt in prompts]
+        negative_condition = self._encode("")
+        self.placement.bring("diffusion")
+        return draw(
+            self.pipe,
+            conditions,
+            negative_condition,
+            seeds,
+            steps=sampling.steps,
+            guidance_scale=sampling.guidance_scale,
+            true_cfg_scale=sampling.true_cfg_scale,
+            height=height,
+            width=width,
+            branch=self.branch,
+            tokens=tokens,
+            negative=negative,
+            scale=scale,
+            scale_end=sampling.scale_end if scale_end is None else scale_end,
+            precision=self.precision,
+            batch_size=sampling.draw_batch,
+            progress=progress,
+        )
+
+    @torch.no_grad()
+    def _encode(self, prompt: str) -> Condition:
+        """T5's states (1, 512, E), padded and without a mask, and CLIP's pooled embedding (1, W)."""
+        self.placement.bring("text")
+        length = min(TEXT_TOKENS, self.pipe.tokenizer_2.model_max_length)
+        with self.precision.sampling(self.pipe.text_encoder.device):
+            states, pooled, _ = self.pipe.encode_prompt(
+                prompt, device=self.pipe.text_encoder.device, max_sequence_length=length
+            )
+        return states, pooled
+
+    def tokens(self, images: list[Image], progress: str | None = None) -> Tensor:
+        """Image tokens (B, N, D) of images."""
+        self.placement.bring("image_prompt")
+        size = self.sampling.encode_batch
+        starts = tqdm(range(0, len(images), size), desc=progress, disable=progress is None, leave=False)
+        return torch.cat([self.image_prompt.tokens(images[k : k + size]).cpu() for k in starts])
+
+    def negative_tokens(self) -> Tensor:
+        """The tokens (1, N, D) that stand for "no image" in classifier-free guidance."""
+        self.placement.bring("image_prompt")
+        return self.image_prompt.negative()
+
+    def text_states(self, prompts: list[str]) -> Tensor:
+        """T5's states (B, 512, 4096)."""
+        return torch.cat([self._encode(prompt)[0] for prompt in prompts])
+
+    def truncated_part(self, prompt: str) -> tuple[str, int]:
+        """(end of the prompt that T5 does not see, "" if there is none; how many tokens it sees)."""
+        tokenizer = self.pipe.tokenizer_2
+        limit = min(TEXT_TOKENS, tokenizer.model_max_length)
+        starts = [start for start, _ in tokenizer(prompt, return_offsets_mapping=True).offset_mapping]
+        return (prompt[starts[limit - 1] :] if len(starts) > limit else "", limit)
+
+
+def check_kind(base: Path) -> None:
+    """Raises UserError, before anything big is loaded, if a folder is not FLUX.1-dev's kind of pipeline."""
+    instead = "IMG's adapter and aligner are made for black-forest-labs/FLUX.1-dev"
+    with opening(base, "FLUX pipeline"):
+        kind = json.loads((base / "model_index.json").read_text()).get("_class_name")
+        settings = json.loads((base / "transformer" / "config.json").read_text())
+    if kind != "FluxPipeline":
+        raise WeightsError(f"{base}: is a {kind}, not a FluxPipeline (FLUX.2, Kontext and others differ); {instead}")
+    if not settings.get("guidance_embeds"):
+        raise WeightsError(f"{base}: has no guidance embedding, as FLUX.1-schnell has none; {instead}")
