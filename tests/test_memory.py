@@ -129,7 +129,7 @@ def test_attention_maps_are_left_out_as_fused_attention_has_none():
 
 @pytest.fixture(scope="module")
 def rows() -> dict:
-    return {(need.run, need.dtype): need for need in needs("llava-13b")}
+    return {(need.run, need.dtype): need for need in needs("sdxl", "llava-13b")}
 
 
 def test_the_table_adds_up_from_parameter_counts(rows):
@@ -158,11 +158,12 @@ def test_offload_never_needs_more_and_more_memory_never_fits_less(rows):
     assert sizes == sorted(sizes) and all(size < card * GIB for size, card in zip(sizes, CARDS))
 
 
-def test_the_readme_shows_the_table_that_the_command_prints():
+def test_the_readme_shows_the_tables_that_the_command_prints():
     readme = (ROOT / "README.md").read_text()
-    assert table("llava-13b") in readme
-    [totals] = [part for part in table("llava-7b").split("\n\n") if part.startswith("| with")]
+    assert table("sdxl", "llava-13b") in readme
+    [totals] = [part for part in table("sdxl", "llava-7b").split("\n\n") if part.startswith("| with")]
     assert totals in readme
+    assert table("flux", "llava-13b") in readme
 
 
 def test_the_command_prints_it_and_refuses_an_unknown_mllm(monkeypatch, capsys):

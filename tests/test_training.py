@@ -232,12 +232,13 @@ from dataclasses import replace
 from pathlib import Path
 from train import Batches, Features, Trainer, find_preset, train
 from img_minimal.data.batches import Part
-script.save_checkpoint = lambda path, state: None  # 3 GB that nobody reads
-preset = replace(find_preset("sdxl"), batch_size=2)
-h, tokens = torch.randn(2, 64, 5120).bfloat16(), torch.randn(2, 16, 2048)
+script.save_checkpoint = lambda path, state: None  # gigabytes that nobody reads
+preset = replace(find_preset(sys.argv[2]), batch_size=2, dtype="fp32")
+count, width = map(int, sys.argv[3:])
+h, tokens = torch.randn(2, 64, 5120).bfloat16(), torch.randn(2, count, width)
 no = torch.zeros(2, dtype=torch.bool)
 data = Features(h, ~torch.zeros(2, 64, dtype=torch.bool), tokens, tokens.flip(1), no, no)
-trainer = Trainer.new(preset, (2048, 5120), refresh_after=1, seed=0)
+trainer = Trainer.new(preset, (width, 5120), refresh_after=1, seed=0)
 batches = Batches(lambda place: iter([Part(data, torch.arange(2))]), 2, 0)
 before = trainer.aligner.zero_linear.weight.clone()
 train(trainer, batches, data[no], preset, Path(sys.argv[1]), steps=3, save_every=1000)
@@ -247,15 +248,18 @@ print(sum(p.numel() for p in trainer.aligner.parameters()), resource.getrusage(r
 
 
 @pytest.mark.slow
-def test_the_aligner_of_true_size_trains_three_steps_on_this_machine(tmp_path, capsys):
-    """In a process of its own, so that the peak is its own; 195 M parameters x 20 bytes are 3.9 GB."""
-    command = [sys.executable, "-c", TRUE_SIZE, str(tmp_path)]
+@pytest.mark.parametrize(
+    ("model", "shape", "millions", "gib"), [("sdxl", (16, 2048), 195.1, 6), ("flux", (4, 4096), 675.4, 16)]
+)
+def test_an_aligner_of_true_size_trains_three_steps_on_this_machine(tmp_path, capsys, model, shape, millions, gib):
+    """In a process of its own, so that the peak is its own; a parameter takes 20 bytes."""
+    command = [sys.executable, "-c", TRUE_SIZE, str(tmp_path), model, *map(str, shape)]
     result = subprocess.run(command, cwd=Path(script.__file__).parent, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
     parameters, peak = map(int, result.stdout.split()[-2:])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     with capsys.disabled():
-        print(f"\n{parameters / 1e6:.1f} M parameters, 3 steps, peak memory {peak / 2**20:.2f} GiB")
-    assert round(parameters / 1e6, 1) == 195.1
-    assert peak < 6 * 2**20
+        print(f"\n{model}: {parameters / 1e6:.1f} M parameters, 3 steps, peak memory {peak / 2**20:.2f} GiB")
+    assert round(parameters / 1e6, 1) == millions
+    assert peak < gib * 2**20
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[2]["error"] < rows[0]["error"]

@@ -54,7 +54,7 @@ def test_training_prints_its_plan_first_and_loads_neither_unet_nor_vae(tmp_path,
     run = ["--pairs", small_twin_pairs(tmp_path), "--steps", 3, "--eval-prompts", 0, "--cache-dir", kept]
     assert call(monkeypatch, *run, "--output-dir", tmp_path / "run") == 0
     [plan] = said
-    for words in ("plan: an aligner for tiny-sdxl, 3 steps of 64", "MLLM", "1.92 M parameters", "no UNet and no VAE",
+    for words in ("plan: an aligner for tiny-sdxl, 3 steps of 64", "MLLM", "1.92 M parameters", "nothing that draws",
                   "a sample: 41.1 KB guidance", "checkpoint.pt 13.5 MB"):  # fmt: skip
         assert words in plan
     assert ("streamed" in plan) == (cache == "none")
@@ -82,7 +82,7 @@ def test_sdxl_trains_from_a_stream_with_nothing_but_flags_that_point_at_the_rele
     flags = [f"--{name.replace('_', '-')}={path}" for name, path in where.items()]
     assert call(monkeypatch, "--model=sdxl", "--steps=4", "--batch-size=4", "--save-every=2", *flags) == 0
     said = capsys.readouterr()
-    assert "streamed" in said.out and "no UNet and no VAE" in said.out
+    assert "streamed" in said.out and "nothing that draws" in said.out
     assert "1 ties" in said.out and "1 with damaged images" in said.out and "skipped 1 rows" in said.err
     made = ImplicitAligner.from_file(tmp_path / "run" / "aligner.safetensors")
     assert (made.width, made.guidance_width, len(made.layers)) == (64, 48, 4)

@@ -1,6 +1,6 @@
 """What does it cost? `python -m img_minimal.bench WHAT`
 
-    memory        which card holds sampling and training, computed from shapes (--mllm for another MLLM)
+    memory        which card holds sampling and training, computed from shapes (--model, --mllm)
     passes        the true-size aligner: three passes in one call against three calls
     optimizers    Muon in fp32 and in bf16, and AdamW, a step each
 
@@ -20,11 +20,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=WHAT, help="which cost")
     parser.add_argument("--mllm", default="llava-13b", choices=MLLMS, help="for memory (default: llava-13b)")
+    parser.add_argument("--model", default="sdxl", choices=("sdxl", "flux"), help="for memory (default: sdxl)")
     options = parser.parse_args()
     if options.what == "memory":
         from img_minimal.bench.memory import table
 
-        print(table(options.mllm))
+        print(table(options.model, options.mllm))
         return 0
     from img_minimal.runtime.devices import best_device
 

@@ -1,7 +1,7 @@
 """How much GPU memory a run needs, computed without a GPU, a download, or a weight.
 
     python -m img_minimal.bench memory
-    python -m img_minimal.bench memory --mllm llava-7b
+    python -m img_minimal.bench memory --model flux --mllm llava-7b
 
 Weights: the models are built on PyTorch's meta device (shapes without numbers) from their public settings, and their
 parameters counted. Activations: one forward pass, and for training one backward pass, is made on that device,
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from types import ModuleType
 from unittest.mock import patch
 
 import torch
@@ -21,7 +23,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from img_minimal.backbones.sdxl import true_size
 from img_minimal.bench.true_sizes import MLLMS, models
 from img_minimal.presets import find_preset
 from img_minimal.runtime.devices import parameters
@@ -29,7 +30,6 @@ from img_minimal.runtime.devices import parameters
 GIB = 2**30
 CARDS = (16, 24, 40, 80)
 MLLM_TOKENS = 640  # length of LLaVA's sequence: 576 of the image, the rest of the question
-ALWAYS_FP32 = (*true_size.ALWAYS_FP32, "aligner")
 
 
 class Alive(TorchDispatchMode):
@@ -93,12 +93,18 @@ def usable(card: int) -> float:
     return (0.95 * card - 1) * GIB
 
 
+def true_size(model: str) -> ModuleType:
+    """The shapes of a preset's backbone."""
+    return import_module(f"img_minimal.backbones.{find_preset(model).backbone}.true_size")
+
+
 @cache
-def activations(mllm: str) -> dict[str, float]:
+def activations(model: str, mllm: str) -> dict[str, float]:
     """Bytes alive at the peak in fp32: of one image; for `encode` and `train` of the preset's batches."""
-    m, preset = models(mllm), find_preset("sdxl")
+    shapes, preset = true_size(model), find_preset(model)
+    built = models(mllm, preset.backbone)
     found = {}
-    for name, call in true_size.activations(m, preset.encode_batch).items():
+    for name, call in shapes.activations(built, preset.encode_batch).items():
         with counting() as alive, torch.no_grad():
             call()
         found[name] = alive.peak
@@ -112,48 +118,57 @@ def activations(mllm: str) -> dict[str, float]:
     found["answer"] = found["look"] + cached
     with counting() as alive:
         guidance = torch.empty(preset.batch_size, MLLM_TOKENS, width)
-        m["aligner"](guidance, torch.empty(preset.batch_size, *true_size.TOKEN_SHAPE)).sum().backward()
+        built["aligner"](guidance, torch.empty(preset.batch_size, *shapes.TOKEN_SHAPE)).sum().backward()
     found["train"] = alive.peak
-    m["aligner"].zero_grad(set_to_none=True)
+    built["aligner"].zero_grad(set_to_none=True)
     return found
 
 
-def needs(mllm: str) -> list[Need]:
-    """What sampling and training need, by dtype: UNet, text and image encoders and MLLM in it, the rest in fp32."""
-    count = {name: parameters(module) for name, module in models(mllm).items()}
-    peak, rows, batch = activations(mllm), [], find_preset("sdxl").mllm_batch
+def groups(model: str) -> dict[str, tuple[str, ...]]:
+    """Which parts are on the GPU together with --offload."""
+    shapes = true_size(model)
+    texts = getattr(shapes, "ENCODES_TEXT", ())  # where the text's encoders make room for what draws
+    rest = tuple(name for name in shapes.parts() if name not in (*shapes.DRAWS, *texts))
+    found = {"diffusion": shapes.DRAWS, "text": texts, "image prompt": rest, "mllm": ("mllm",), "aligner": ("aligner",)}
+    return {name: parts for name, parts in found.items() if parts}
+
+
+def needs(model: str, mllm: str) -> list[Need]:
+    """What sampling and training need, by dtype; what is always in fp32 stays so."""
+    preset = find_preset(model)
+    count = {name: parameters(module) for name, module in models(mllm, preset.backbone).items()}
+    peak, members, rows = activations(model, mllm), groups(model), []
+    always = (*true_size(model).ALWAYS_FP32, "aligner")
+    training = 4 * 4 * count["aligner"]  # weights, reference, two moments; gradients are among the activations
     for dtype, size in (("fp32", 4), ("fp16, bf16", 2)):
-        part = size / 4
-        parts = {
-            "diffusion": (
-                sum(count[k] * (4 if k in ALWAYS_FP32 else size) for k in true_size.DRAWS),
-                max(part * peak["draw"], peak["decode"]),
-            ),
-            "image prompt": (size * count["image_encoder"] + 4 * count["resampler"], part * peak["encode"]),
-            "mllm": (size * count["mllm"], part * peak["answer"]),
-            "aligner": (4 * count["aligner"], 0),
+        share = size / 4
+        weights = {
+            name: sum(count[part] * (4 if part in always else size) for part in parts)
+            for name, parts in members.items()
         }
-        rows.append(Need("sample", dtype, sum(w for w, _ in parts.values()), max(a for _, a in parts.values())))
-        rows.append(Need("sample --offload", dtype, *max(parts.values(), key=sum)))
-        # Aligner, its reference and AdamW's two moments; gradients are among the activations.
-        training = 4 * 4 * count["aligner"]
-        frozen = parts["image prompt"][0] + parts["mllm"][0]
-        alive = max(part * peak["encode"], part * batch * peak["look"], peak["train"])
-        rows.append(Need("train the aligner, features as they come", dtype, training + frozen, alive))
+        alive = {"diffusion": max(share * peak["draw"], peak["decode"]), "image prompt": share * peak["encode"],
+                 "mllm": share * peak["answer"]}  # fmt: skip
+        rows.append(Need("sample", dtype, sum(weights.values()), max(alive.values())))
+        apart = [(weights[name], alive.get(name, 0)) for name in members]
+        rows.append(Need("sample --offload", dtype, *max(apart, key=sum)))
+        frozen = weights["image prompt"] + weights["mllm"]
+        busy = max(share * peak["encode"], share * preset.mllm_batch * peak["look"], peak["train"])
+        rows.append(Need("train the aligner, features as they come", dtype, training + frozen, busy))
     rows.append(Need("train the aligner, features from a cache", "fp32", training, peak["train"]))
     return sorted(rows, key=lambda row: row.run)  # keeps fp32 before half
 
 
-def table(mllm: str) -> str:
+def table(model: str, mllm: str) -> str:
     """Both tables as Markdown: the models, and what fits where."""
+    always = (*true_size(model).ALWAYS_FP32, "aligner")
     lines = ["| model | million parameters | GiB, fp32 run | GiB, half-precision run |", "|---|---|---|---|"]
-    for name, module in models(mllm).items():
-        n, half = parameters(module), 4 if name in ALWAYS_FP32 else 2
+    for name, module in models(mllm, find_preset(model).backbone).items():
+        n, half = parameters(module), 4 if name in always else 2
         title = mllm if name == "mllm" else name.replace("_", " ")
         lines.append(f"| {title} | {n / 1e6:,.1f} | {4 * n / GIB:.2f} | {half * n / GIB:.2f} |")
     cards = " | ".join(f"{card} GB" for card in CARDS)
     lines += ["", f"| with {mllm} | dtype | weights | activations | GiB | {cards} |", "|---" * (5 + len(CARDS)) + "|"]
-    for row in needs(mllm):
+    for row in needs(model, mllm):
         fits = " | ".join("fits" if row.total <= usable(card) else "–" for card in CARDS)
         numbers = " | ".join(f"{n / GIB:.1f}" for n in (row.weights, row.activations, row.total))
         lines.append(f"| {row.run} | {row.dtype} | {numbers} | {fits} |")

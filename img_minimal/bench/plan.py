@@ -60,14 +60,14 @@ def aligner_plan(preset: Preset, guidance: str, folder: Path, cache_gb: float) -
     true_size = import_module(f"img_minimal.backbones.{preset.backbone}.true_size")
     encoder, resampler, (tokens, width) = true_size.tokenizer_sizes(preset)
     costs = [Cost("image encoder", encoder, encoder * precision.weights.itemsize, preset.image_encoder),
-             Cost("Resampler", resampler, resampler * 4, preset.resampler or preset.ip_adapter)]  # fmt: skip
+             Cost("image tokens", resampler, resampler * 4, preset.resampler or preset.ip_adapter)]  # fmt: skip
     if guidance == "text":
         height, length, without = width, 77, f"and the whole of {preset.base}, for its text encoders"
     else:
         location = preset.guide(guidance)
         number, height, length = mllm_sizes(location)
         costs.insert(0, Cost("MLLM", number, number * precision.mllm.itemsize, location))
-        without = "no UNet and no VAE"
+        without = "nothing that draws"
     with torch.device("meta"):
         aligner = parameters(ImplicitAligner(width, height, preset.depth, preset.heads, preset.head_dim))
     note = "fp32 weights, reference, gradients, two moments (Muon has one)"
