@@ -198,7 +198,7 @@ def main() -> int:
     preset, began = chosen_preset(config), time.monotonic()
     device = best_device()
     compute = Precision.named(preset.dtype, device).described(device)
-    settings = {"config": asdict(config), "preset": asdict(preset), "compute": {"products": compute}}
+    settings = {"config": asdict(config), "preset": asdict(preset), "compute": compute}
     default = "outputs/mllm" if config.stage == "mllm" else "outputs/train"
     run_folder = RunFolder.open(config.output_dir or default, settings, config.resume, config.overwrite)
     quiet_libraries()

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from img_minimal.attention import PerceiverLayers, layer_sizes
-from img_minimal.files.weights import WeightsError, fill, read_metadata, read_weights, write_safetensors, write_torch
+from img_minimal.files.weights import (
+    WeightsError,
+    fill,
+    opening,
+    read_metadata,
+    read_weights,
+    write_safetensors,
+    write_torch,
+)
 from img_minimal.runtime.atomic import write_whole
 from img_minimal.runtime.errors import UserError
 
@@ -78,14 +86,16 @@ class ImplicitAligner(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """An fp32 aligner from a file of `save`, or from a released .pth; all sizes follow from the shapes.
+        """An fp32 aligner from a file of `save`, or from a released .pth; all sizes but one follow from the shapes.
 
-        Raises WeightsError if the file is missing, damaged, or holds something else.
+        The width of a head leaves no trace there. It is read from the file or from the JSON beside it, and is 64, as in
+        all public files, where neither says so. Raises WeightsError if the file is missing, damaged, or holds
+        something else.
         """
         state = read_weights(path, holds="proj_in.weight")
         try:
             width, guidance_width = state["proj_in.weight"].shape
-            sizes = layer_sizes(state, head_dim=int(read_metadata(path).get("head_dim", 64)))
+            sizes = layer_sizes(state, _head_dim(Path(path)))
         except KeyError as key:
             raise WeightsError(f"{path}: lacks {key}, so it is not an aligner; check which file it is") from None
         with torch.device("meta"):  # no time spent on initial values that the file replaces
@@ -96,18 +106,27 @@ class ImplicitAligner(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write the weights, atomically, in the key layout of the released files.
 
-        A .pth is what the authors' code loads. Otherwise the file is safetensors, with the sizes as JSON beside it
-        (x.safetensors, x.json); `from_file` reads both and needs no JSON.
+        A .pth is what the authors' code loads; any other file is safetensors. The sizes stand beside it as JSON (x.pth,
+        x.json).
         """
         path = Path(path)
+        state = self.state_dict()
         if path.suffix in (".pth", ".pt", ".bin"):
-            write_torch(path, self.state_dict())
-            return
-        write_safetensors(path, self.state_dict(), {"head_dim": str(self.head_dim)})
-        sizes = {"width": self.width, "guidance_width": self.guidance_width} | layer_sizes(
-            self.state_dict(), self.head_dim
-        )
+            write_torch(path, state)
+        else:
+            write_safetensors(path, state, {"head_dim": str(self.head_dim)})
+        sizes = {"width": self.width, "guidance_width": self.guidance_width} | layer_sizes(state, self.head_dim)
         write_whole(path.with_suffix(".json"), json.dumps(sizes, indent=1) + "\n")
+
+
+def _head_dim(path: Path) -> int:
+    """The width of a head, from the file itself, else from the JSON beside it, else 64."""
+    known = read_metadata(path)
+    beside = path.with_suffix(".json")
+    if "head_dim" not in known and beside.is_file():
+        with opening(beside, "description of an aligner"):
+            known = {"head_dim": int(json.loads(beside.read_text())["head_dim"])}
+    return int(known.get("head_dim", 64))
 
 
 @torch.no_grad()

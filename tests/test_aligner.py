@@ -164,11 +164,23 @@ def test_sizes_are_deduced_from_the_file(tmp_path, prefix, suffix):
     assert torch.equal(again(*inputs()), aligner(*inputs()))
 
 
-def test_a_saved_aligner_remembers_its_head_width(tmp_path):
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+def test_a_saved_aligner_remembers_its_head_width(tmp_path, name):
     torch.manual_seed(0)
     aligner = ImplicitAligner(WIDTH, GUIDANCE, depth=1, heads=4, head_dim=16)
-    aligner.save(tmp_path / "a.safetensors")
-    assert ImplicitAligner.from_file(tmp_path / "a.safetensors").layers[0][0].heads == 4
+    aligner.save(tmp_path / name)
+    assert ImplicitAligner.from_file(tmp_path / name).layers[0][0].heads == 4
+    (tmp_path / "a.json").write_text("{}")
+    if name == "a.pth":
+        with pytest.raises(WeightsError, match="a.json: cannot be opened"):
+            ImplicitAligner.from_file(tmp_path / name)
+
+
+def test_the_same_weights_are_the_same_bytes_however_often_they_are_saved(tmp_path):
+    aligner = new_aligner()
+    for k in range(4):
+        aligner.save(tmp_path / f"{k}.safetensors")
+    assert len({(tmp_path / f"{k}.safetensors").read_bytes() for k in range(4)}) == 1
 
 
 def test_a_saved_aligner_may_be_read_by_whom_other_files_may_be_read(tmp_path):

@@ -65,6 +65,12 @@ def test_the_scale_of_the_image_tokens_changes_linearly_over_the_steps(img, imag
     assert set(heard[-5 * layers :]) == {1.0} and not torch.equal(falling, constant)
 
 
+def test_an_infinite_scale_is_an_error_and_no_black_picture(img, images):
+    tokens = img.backbone.tokens(to_pil(images))
+    with pytest.raises(UserError, match="image 0 is not finite: check --scale"):
+        img.backbone.draw(PROMPTS[:1], [7], tokens[:1], scale=float("inf"))
+
+
 def test_the_whole_method_gives_the_same_images_twice(img):
     first, second = (img(PROMPTS[:2], [1, 2], rounds=2) for _ in range(2))
     assert len(first) == 3

@@ -68,3 +68,9 @@ def test_a_tutorial_is_a_script_that_runs_from_anywhere(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "05_preference_objective.png").exists()
+
+
+def test_a_tutorial_that_cannot_show_a_model_says_so_in_one_line(tutorial):
+    for name, words in (("03_image_prompt", "cross-attentions of SDXL"), ("09_plug_and_play", "exact oracle")):
+        done = tutorial(name, "--quick", "--model", "flux")
+        assert done.returncode == 2 and words in done.stderr.strip().splitlines()[-1]

@@ -180,6 +180,10 @@ def main() -> None:
     options = begin(PromptOptions, __doc__)
     check(options.images >= 4, f"--images is {options.images}, expected 4 or more")
     preset = replace(chosen_preset(options), scale_end=1.0)  # the same in all steps, so that one number says it
+    check(
+        preset.backbone == "sdxl",
+        f"this tutorial opens the cross-attentions of SDXL's UNet, which {preset.name} has not; see 04 and 07",
+    )
     count, backbone = 4 if options.quick else options.images, load_backbone(preset)
     others, seeds = simple_prompts(count), [options.seed + 100 + k for k in range(count)]
     texts = others[1:] + others[:1]

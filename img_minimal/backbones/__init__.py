@@ -60,6 +60,10 @@ class Backbone(Protocol):
     def open_tokenizer(files: Any, precision: Precision, device: torch.device) -> ImageTokenizer:
         """Open what turns images into tokens, and nothing else of it."""
 
+    @staticmethod
+    def token_width(files: Any) -> int | None:
+        """D of the tokens by the adapter's file, before anything big is loaded; None if it cannot be told."""
+
     def draw(
         self, prompts: list[str], seeds: list[int], tokens: Tensor | None = None, *, scale: float | None = None,
         scale_end: float | None = None, progress: str | None = None,

@@ -61,8 +61,8 @@ def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
     return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
-    return q.new_empty(*q.shape[:-1], v.shape[-1])
+def _fused(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
 @contextmanager

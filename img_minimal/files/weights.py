@@ -76,10 +76,11 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 def write_safetensors(path: str | Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write `state` so that `path` is at any moment either the old file or the whole new one.
 
-    Parent folders are created. `metadata` holds short notes, see `read_metadata`.
+    Parent folders are created. `metadata` holds a note, see `read_metadata`; with one the same weights give the same
+    bytes, for several come in any order.
     """
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    _replace(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt", **(metadata or {})}))
+    _replace(path, lambda partial: save_file(tensors, partial, metadata=metadata or {"format": "pt"}))
 
 
 def write_torch(path: str | Path, state: dict[str, Tensor]) -> None:
@@ -90,10 +91,16 @@ def write_torch(path: str | Path, state: dict[str, Tensor]) -> None:
 
 def _replace(path: str | Path, write: Callable[[Path], object]) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with writing(path), replacing(path) as partial:
+        write(partial)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Within this context a full disk, which safetensors reports in its own way, becomes a WeightsError."""
     try:
-        with replacing(path) as partial:
-            write(partial)
-    except SafetensorError as error:  # so it calls a full disk
+        yield
+    except SafetensorError as error:
         raise WeightsError(f"{path}: cannot be written ({str(error).splitlines()[0]}); is the disk full?") from error
 
 

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from img_minimal.data.triplets import Triplet
 from img_minimal.files.mllm_layouts import FAMILIES
+from img_minimal.files.weights import writing
 from img_minimal.mllm import MLLM
 from img_minimal.questions import ask
 from img_minimal.runtime.devices import Precision
@@ -181,7 +182,8 @@ class Detector:
         self.merge()
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        self.model.to(torch.bfloat16).save_pretrained(partial)
+        with writing(folder):
+            self.model.to(torch.bfloat16).save_pretrained(partial)
         self.mllm.processor.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

@@ -1,18 +1,25 @@
 """Run folders and training checkpoints: everything a killed run needs to go on to the same numbers."""
 
+import fcntl
 import json
+import os
 import pickle
-from dataclasses import dataclass
+import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
+from uuid import uuid4
 
 import torch
 
-from img_minimal.runtime.atomic import replacing
+from img_minimal.runtime.atomic import replacing, write_whole
 from img_minimal.runtime.cli import check, warn, writable_folder
 from img_minimal.runtime.errors import UserError
 
 # Settings that may change when a run goes on, because no number depends on them.
-FREE = set("train_steps steps resume overwrite output_dir cache_dir cache_gb save_every eval_prompts".split())
+FREE = set("resume overwrite output_dir cache_dir cache_gb save_every eval_prompts".split())
+SAID = {"compute": "numbers will differ in rounding", "steps": "the learning rate's decay follows the number of steps",
+        "train_steps": "the learning rate's decay follows the number of steps"}  # fmt: skip
 
 
 @dataclass
@@ -20,51 +27,88 @@ class RunFolder:
     """Where a run keeps config.json, metrics.jsonl and checkpoint.pt; `saved` is the checkpoint to go on from."""
 
     path: Path
-    settings: dict[str, dict]
+    settings: dict
     saved: dict | None
+    lock: IO = field(repr=False)  # held as long as the process lives
 
     @classmethod
-    def open(cls, path: str, settings: dict[str, dict], resume: bool, overwrite: bool) -> "RunFolder":
+    def open(cls, path: str, settings: dict, resume: bool, overwrite: bool) -> "RunFolder":
         """Create or reopen a folder before any work is done for it.
 
-        Raises UserError if it holds a run and neither is meant, if there is nothing to resume, or if `settings` would
-        change a resumed run's numbers.
+        Raises UserError if another process writes there, if the folder holds a run and neither is meant, if there is
+        nothing to resume, if its parts are of two runs, or if `settings` would change a resumed run's numbers.
         """
         folder = writable_folder(path)
+        lock = _locked(folder)
+        for debris in folder.glob(".*.partial"):  # of runs that were killed while they wrote
+            debris.unlink(missing_ok=True)
+        settings = portable(settings)
         if resume:
             saved = load_checkpoint(folder / "checkpoint.pt")
-            check_same_run(_began_with(folder / "config.json"), settings)
-            return cls(folder, settings, saved)
+            began = _began_with(folder / "config.json")
+            same = saved.get("run") == began.get("run")
+            check(same, f"{folder}: checkpoint.pt and config.json are of two runs; start without --resume")
+            check_same_run(began, settings)
+            return cls(folder, settings | {"run": began.get("run")}, saved, lock)
         taken = not overwrite and (folder / "checkpoint.pt").exists()
         check(not taken, f"{folder} holds a run; go on with --resume, or choose --overwrite or another --output-dir")
-        return cls(folder, settings, None)
+        return cls(folder, settings | {"run": uuid4().hex}, None, lock)
 
     def begin(self, step: int) -> None:
-        """Write the settings, and drop what a killed run logged after its last checkpoint, at `step`."""
+        """Write the settings, and drop what a killed run logged after its last checkpoint, at `step`.
+
+        Whenever this is interrupted, the folder holds the old run, no run, or the new one; never parts of two.
+        """
+        if step == 0:
+            (self.path / "checkpoint.pt").unlink(missing_ok=True)  # an overwritten run cannot be resumed by mistake
         metrics = self.path / "metrics.jsonl"
         rows = metrics.read_text().splitlines() if step and metrics.exists() else []
-        kept = (row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step)  # the last may be cut
-        metrics.write_text("".join(f"{row}\n" for row in kept))
-        (self.path / "config.json").write_text(json.dumps(self.settings, indent=1))
+        rows = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]  # the last may be cut
+        if len(rows) < step:
+            warn(f"{metrics}: has {len(rows)} of the {step} steps before; curves and log begin later")
+        write_whole(metrics, "".join(f"{row}\n" for row in rows))
+        write_whole(self.path / "config.json", json.dumps(self.settings, indent=1))
 
 
-def _began_with(path: Path) -> dict[str, dict]:
+def _locked(folder: Path) -> IO:
+    """An open file that only this process holds. Raises UserError, naming who does, if another one has it."""
+    lock = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise UserError(f"{folder}: {holder} writes there now; stop it, or choose another --output-dir") from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()}")
+    lock.flush()
+    return lock
+
+
+def portable(settings: dict) -> dict:
+    """Settings whose paths into this package do not depend on where it lies, so that a checkout may move."""
+    package = str(Path(__file__).parent.parent)
+    text = json.dumps(settings).replace(json.dumps(package)[1:-1], "img_minimal")
+    return json.loads(text)
+
+
+def _began_with(path: Path) -> dict:
     """What `RunFolder.begin` wrote. Raises UserError if it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         raise UserError(f"{path}: missing or damaged, so the run cannot go on; start without --resume") from None
 
 
 def check_same_run(before: dict, now: dict) -> None:
-    """Raises UserError if a run would be resumed with settings that change its numbers."""
+    """Raises UserError if a run would be resumed with settings that change its numbers; says what may be changed."""
     for name, value in now.items():
         known = before.get(name, value)  # a setting that was not there yet had its present default
-        if name == "compute":
-            if known != value:
-                warn(f"the run began with {known['products']}, now {value['products']}: numbers differ in rounding")
-            continue
-        if isinstance(value, dict):
+        if name in SAID:
+            if known is not None and value is not None and known != value:
+                warn(f"the run began with {name} {known}, now {value}: {SAID[name]}")
+        elif isinstance(value, dict):
             check_same_run(known, value)
         elif name not in FREE and known != value:
             raise UserError(
@@ -76,8 +120,10 @@ def check_same_run(before: dict, now: dict) -> None:
 def save_checkpoint(path: str | Path, state: dict) -> None:
     """Write `state` so that `path` is at any moment either the old checkpoint or the whole new one.
 
-    Raises UserError if it cannot be written.
+    The identity of the run in the config.json beside it goes along. Raises UserError if it cannot be written.
     """
+    note = Path(path).with_name("config.json")
+    state = state | {"run": _began_with(note).get("run") if note.exists() else None}
     try:
         with replacing(path) as partial:
             torch.save(state, partial)
@@ -94,8 +140,15 @@ def load_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint to resume from; start without --resume, or check --output-dir")
     try:
+        with zipfile.ZipFile(path) as file:
+            flipped = file.testzip()  # torch writes checksums and does not read them
+        check(flipped is None, f"{path}: damaged at {flipped}; start without --resume, or restore a copy")
         return torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError) as error:
+    except UserError:
+        raise
+    except (
+        zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError,
+    ) as error:  # fmt: skip
         raise UserError(
             f"{path}: unreadable checkpoint ({type(error).__name__}); it is cut short or no checkpoint; "
             "start without --resume"

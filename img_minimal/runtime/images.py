@@ -7,6 +7,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from img_minimal.runtime.errors import UserError
+
+
+def check_finite(images: Tensor, first: int) -> None:
+    """Raises UserError, instead of a black picture, if an image (B, ...) is not finite; `first` is its number."""
+    broken = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if broken:
+        raise UserError(
+            f"image {first + broken[0]} is not finite: check --scale, the models' files, and --dtype (fp16 overflows "
+            "in some models; try bf16 or fp32)"
+        )
+
 
 def to_pil(images: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [0, 1] -> B images."""

@@ -107,6 +107,10 @@ class ImagePrompt(nn.Module):
             embeds = self.encoder(pixels.to(self.encoder.device, self.encoder.dtype)).image_embeds
         return self.projection(embeds.float())
 
+    def places(self, images: list[Image.Image]) -> Tensor:
+        """Where each token reads its image, as maps (B, N, 1, 1): all of it, for the embedding is pooled."""
+        return torch.ones(len(images), self.projection.tokens, 1, 1)
+
     def negative(self) -> Tensor:
         """The tokens (1, N, D) of a black picture, which stand for "no image": neither zeros nor SDXL's mid-grey."""
         side = self.encoder.config.image_size

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from img_minimal.backbones.flux.injection import ImageBranch, inject
 from img_minimal.runtime.devices import Precision
+from img_minimal.runtime.images import check_finite
 
 Condition = tuple[Tensor, Tensor]  # T5's states (B, L, E) and CLIP's pooled embedding (B, W)
 
@@ -123,5 +124,6 @@ def draw(
                 latents = pipe._unpack_latents(x, height, width, pipe.vae_scale_factor)
                 latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
                 decoded = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
+            check_finite(decoded, start)
             images.append(pipe.image_processor.postprocess(decoded, output_type="pt").float().cpu())
     return torch.cat(images)

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from img_minimal.backbones.sdxl.injection import ImageBranch, inject
 from img_minimal.runtime.devices import Precision
+from img_minimal.runtime.images import check_finite
 
 
 @torch.no_grad()
@@ -71,6 +72,7 @@ def draw(
                 callback_on_step_end=after_step,
             ).images
             decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+            check_finite(decoded, start)
             decoded = pipe.image_processor.postprocess(decoded, output_type="pt")
         images.append(decoded.float().cpu())
     bar.close()
