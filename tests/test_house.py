@@ -98,3 +98,20 @@ def test_help_is_there_before_torch_is(command):
     said = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert said.returncode == 0 and "usage:" in said.stdout, said.stderr[-500:]
     assert not re.search(r"\| +(torch|diffusers|transformers|matplotlib)$", said.stderr, re.M)
+
+
+def test_the_package_gives_the_method_by_name_and_says_what_it_has_not():
+    import img_minimal
+    from img_minimal import IMG, ImplicitAligner, load_img
+
+    assert (IMG.__name__, ImplicitAligner.__name__, load_img.__name__) == tuple(img_minimal.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Painter'"):
+        img_minimal.Painter  # noqa: B018
+
+
+def test_the_example_of_the_readme_runs():
+    readme = (ROOT / "README.md").read_text()
+    [example] = re.findall(r"```python\n(.*?)```", readme, re.S)
+    names: dict = {}
+    exec(example, names)
+    assert names["before"].shape == names["after"].shape == (1, 3, 64, 64)

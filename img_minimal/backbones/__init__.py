@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from img_minimal.runtime.devices import Placement, Precision
 
@@ -40,14 +41,17 @@ class ImageTokenizer(Protocol):
     def tokens(self, images: list[Image]) -> Tensor:
         """Image tokens (B, N, D)."""
 
+    def negative(self) -> Tensor:
+        """The tokens (1, N, D) that stand for "no image" in classifier-free guidance."""
+
 
 class Backbone(Protocol):
     """A frozen model that draws from text alone or with image tokens beside it."""
 
+    image_prompt: ImageTokenizer
     sampling: Sampling
-    token_shape: tuple[int, int]  # (N, D) of one image
+    placement: Placement  # knows the part "image_prompt", and those that draw
     text_width: int  # of the text's states, for the control that guides by text
-    placement: Placement
 
     @classmethod
     def open(
@@ -70,17 +74,30 @@ class Backbone(Protocol):
     ) -> Tensor:  # fmt: skip
         """Images (B, 3, H, W) in [0, 1]; with `tokens` (B, N, D) as image prompt, at its own scale or another."""
 
-    def tokens(self, images: list[Image], progress: str | None = None) -> Tensor:
-        """Image tokens (B, N, D)."""
-
-    def negative_tokens(self) -> Tensor:
-        """The tokens (1, N, D) that stand for "no image" in classifier-free guidance."""
-
     def text_states(self, prompts: list[str]) -> Tensor:
         """What the text encoders make of the prompts: (B, L, text_width)."""
 
     def truncated_part(self, prompt: str) -> tuple[str, int]:
         """(end of the prompt that the text encoders do not see, "" if there is none; how many tokens they see)."""
+
+    # The same for all, given the above.
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """(N, D) of one image's tokens."""
+        return self.image_prompt.token_shape
+
+    def tokens(self, images: list[Image], progress: str | None = None) -> Tensor:
+        """Image tokens (B, N, D) of images."""
+        self.placement.bring("image_prompt")
+        size = self.sampling.encode_batch
+        starts = tqdm(range(0, len(images), size), desc=progress, disable=progress is None, leave=False)
+        return torch.cat([self.image_prompt.tokens(images[k : k + size]).cpu() for k in starts])
+
+    def negative_tokens(self) -> Tensor:
+        """The tokens (1, N, D) that stand for "no image" in classifier-free guidance."""
+        self.placement.bring("image_prompt")
+        return self.image_prompt.negative()
 
 
 CLASSES = {

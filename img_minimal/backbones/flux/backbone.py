@@ -8,11 +8,9 @@ from typing import Self
 
 import torch
 from diffusers import FluxPipeline
-from PIL.Image import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from img_minimal.backbones import Sampling
+from img_minimal.backbones import Backbone, Sampling
 from img_minimal.backbones.flux.image_prompt import ImagePrompt, TokenProjection, load_ip_adapter
 from img_minimal.backbones.flux.injection import ImageBranch
 from img_minimal.backbones.flux.sampler import Condition, draw
@@ -25,8 +23,8 @@ TEXT_TOKENS = 512  # that T5 reads; CLIP's 77 give one pooled vector only
 
 
 @dataclass
-class FluxBackbone:
-    """Implements `img_minimal.backbones.Backbone`."""
+class FluxBackbone(Backbone):
+    """A backbone with its three parts and how it computes."""
 
     pipe: FluxPipeline
     branch: ImageBranch
@@ -77,11 +75,6 @@ class FluxBackbone:
         """D of the tokens by the adapter's file, before anything big is loaded. Raises UserError for other adapters."""
         state, _ = load_ip_adapter(files.ip_adapter)
         return TokenProjection.from_state_dict(state, files.ip_adapter).norm.normalized_shape[0]
-
-    @property
-    def token_shape(self) -> tuple[int, int]:
-        """(N, D) of one image's tokens."""
-        return self.image_prompt.token_shape
 
     @property
     def text_width(self) -> int:
@@ -144,18 +137,6 @@ class FluxBackbone:
                 prompt, device=self.pipe.text_encoder.device, max_sequence_length=length
             )
         return states, pooled
-
-    def tokens(self, images: list[Image], progress: str | None = None) -> Tensor:
-        """Image tokens (B, N, D) of images."""
-        self.placement.bring("image_prompt")
-        size = self.sampling.encode_batch
-        starts = tqdm(range(0, len(images), size), desc=progress, disable=progress is None, leave=False)
-        return torch.cat([self.image_prompt.tokens(images[k : k + size]).cpu() for k in starts])
-
-    def negative_tokens(self) -> Tensor:
-        """The tokens (1, N, D) that stand for "no image" in classifier-free guidance."""
-        self.placement.bring("image_prompt")
-        return self.image_prompt.negative()
 
     def text_states(self, prompts: list[str]) -> Tensor:
         """T5's states (B, 512, 4096)."""

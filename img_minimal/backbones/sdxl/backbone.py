@@ -7,11 +7,9 @@ from typing import Self
 
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from PIL.Image import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from img_minimal.backbones import Sampling
+from img_minimal.backbones import Backbone, Sampling
 from img_minimal.backbones.sdxl.image_prompt import ImagePrompt, load_ip_adapter
 from img_minimal.backbones.sdxl.injection import ImageBranch
 from img_minimal.backbones.sdxl.sampler import draw, truncated_part
@@ -23,8 +21,8 @@ from img_minimal.runtime.devices import Placement, Precision
 
 
 @dataclass
-class SDXLBackbone:
-    """Implements `img_minimal.backbones.Backbone`."""
+class SDXLBackbone(Backbone):
+    """A backbone with its three parts and how it computes."""
 
     pipe: StableDiffusionXLPipeline
     branch: ImageBranch
@@ -85,11 +83,6 @@ class SDXLBackbone:
         return None if projection is None else projection.shape[0]
 
     @property
-    def token_shape(self) -> tuple[int, int]:
-        """(N, D) of one image's tokens."""
-        return self.image_prompt.token_shape
-
-    @property
     def text_width(self) -> int:
         """Width of the text's states."""
         return self.pipe.unet.config.cross_attention_dim
@@ -131,18 +124,6 @@ class SDXLBackbone:
             batch_size=sampling.draw_batch,
             progress=progress,
         )
-
-    def tokens(self, images: list[Image], progress: str | None = None) -> Tensor:
-        """Image tokens (B, N, D) of images."""
-        self.placement.bring("image_prompt")
-        size = self.sampling.encode_batch
-        starts = tqdm(range(0, len(images), size), desc=progress, disable=progress is None, leave=False)
-        return torch.cat([self.image_prompt.tokens(images[k : k + size]).cpu() for k in starts])
-
-    def negative_tokens(self) -> Tensor:
-        """The tokens (1, N, D) that stand for "no image" in classifier-free guidance."""
-        self.placement.bring("image_prompt")
-        return self.image_prompt.negative()
 
     @torch.no_grad()
     def text_states(self, prompts: list[str]) -> Tensor:
