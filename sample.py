@@ -9,12 +9,13 @@ Saves the first image, the last one, and both side by side.
 
 from dataclasses import dataclass
 
-from img_minimal.presets import PRESETS, ModelFlags, find_preset, with_overrides
+from img_minimal.flags import SamplingFlags
+from img_minimal.presets import PRESETS, find_preset
 from img_minimal.runtime.cli import check, option, parse, quiet_libraries, run, warn, writable_folder
 
 
 @dataclass
-class Config(ModelFlags):
+class Config(SamplingFlags):
     """The command line; None means: as the preset says."""
 
     prompt: str = option("a red circle above a blue square", "what to draw")
@@ -22,13 +23,6 @@ class Config(ModelFlags):
     seed: int = option(0, "of the first image; the same seed gives the same images")
     num_images: int = option(4, "images, from consecutive seeds")
     rounds: int = option(1, "times to look and draw again")
-    steps: int | None = option(None, "denoising steps; default: the preset's")
-    height: int | None = option(None, "of the images in pixels; default: the model's own size")
-    width: int | None = option(None, "of the images in pixels; default: the model's own size")
-    passes: int | None = option(None, "applications of the aligner; default: the preset's")
-    scale: float | None = option(None, "weight of the aligned image tokens; default: the preset's")
-    scale_end: float | None = option(None, "share of it that is left at the last step; default: the preset's")
-    aligner: str | None = option(None, "aligner file, e.g. outputs/train/aligner.safetensors, or on the hub")
     explain: bool = option(True, "decode what the MLLM says (guidance itself needs no decoding)")
     output: str = option("outputs/sample", "folder for the pictures")
 
@@ -50,19 +44,11 @@ def main() -> int:
     check(config.seed >= 0, f"--seed is {config.seed}, expected 0 or more")
     check(config.num_images >= 1, f"--num-images is {config.num_images}, expected 1 or more")
     check(config.rounds >= 1, f"--rounds is {config.rounds}, expected 1 or more")
-    check(config.steps is None or config.steps >= 1, f"--steps is {config.steps}, expected 1 or more")
-    check(config.passes is None or config.passes >= 1, f"--passes is {config.passes}, expected 1 or more")
-    check(config.scale is None or config.scale >= 0, f"--scale is {config.scale}, expected 0 or more")
-    check(config.scale_end is None or config.scale_end >= 0, f"--scale-end is {config.scale_end}, expected 0 or more")
-
-    preset = with_overrides(
-        config.applied_to(find_preset(config.model)), sampling_steps=config.steps, passes=config.passes,
-        scale=config.scale, scale_end=config.scale_end, height=config.height, width=config.width,
-    )  # fmt: skip
+    preset = config.applied_to(find_preset(config.model))
     wanted = parse_prompt(config.prompt) if preset.world == "tiny" else None
     folder = writable_folder(config.output)
     quiet_libraries()
-    img = load_img(preset, config.aligner)
+    img = load_img(preset)
     prompt = str(wanted or config.prompt)
     prompts = [prompt] * config.num_images
     seeds = [config.seed + k for k in range(config.num_images)]

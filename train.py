@@ -18,7 +18,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from img_minimal.presets import PRESETS, ModelFlags, Preset, find_preset, with_overrides
+from img_minimal.flags import ModelFlags
+from img_minimal.presets import PRESETS, Preset, find_preset, with_overrides
 from img_minimal.runtime.cli import check, option, parse, quiet_libraries, run
 
 

@@ -1,9 +1,8 @@
 """Models by name: where their files are and which numbers go with them. Presets differ in nothing else."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from img_minimal.runtime.cli import option
 from img_minimal.runtime.errors import UserError
 
 TINY = Path(__file__).parent / "tiny" / "twins"
@@ -209,26 +208,6 @@ PRESETS["flux"] = replace(
     true_cfg_scale=3.5,
     dtype="bf16",  # T5 overflows in fp16
 )
-
-
-@dataclass
-class ModelFlags:
-    """Flags that every command shares: other locations than the preset's, and how to compute. Inherit to have them."""
-
-    base: str | None = option(None, "base model: diffusers pipeline, folder or hub id; default: the preset's")
-    unet: str | None = option(None, "UNet instead of the base's, e.g. mhdang/dpo-sdxl-text2image-v1/unet")
-    image_encoder: str | None = option(None, "CLIP vision model, folder or hub id; default: the preset's")
-    ip_adapter: str | None = option(None, "IP-Adapter file (.bin, .safetensors); default: the preset's")
-    resampler: str | None = option(None, "file that replaces the adapter's Resampler; '' keeps the adapter's own")
-    mllm: str | None = option(None, "LLaVA or other multimodal LLM, folder or hub id; default: the preset's")
-    dtype: str | None = option(
-        None, "precision of the big models; default: by device", choices=["fp32", "bf16", "fp16", "mixed"]
-    )
-    offload: bool = option(False, "keep one big model on the GPU at a time, the others in the computer's memory")
-
-    def applied_to(self, preset: Preset) -> Preset:
-        """The preset with what these flags change."""
-        return with_overrides(preset, **{field.name: getattr(self, field.name) for field in fields(ModelFlags)})
 
 
 def find_preset(name: str) -> Preset:

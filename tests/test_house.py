@@ -26,9 +26,9 @@ MAY_IMPORT = {
     "finetuning": {"training", "data", "method", "files", "runtime"},
     "evaluate": {"load", "pipeline", "method", "files", "runtime", "tiny"},
     "bench": {"finetuning", "backbones", "method", "files", "runtime"},
-    "tiny/build": {"load", "backbones", "data", "method", "files", "runtime", "tiny"},
+    "tiny/build": {"load", "training", "backbones", "data", "method", "files", "runtime", "tiny"},
 }
-METHOD = {"aligner", "attention", "mllm", "preference", "presets", "questions"}
+METHOD = {"aligner", "attention", "flags", "mllm", "preference", "presets", "questions"}
 # Of the twin, for whoever measures it: it opens the models that it diagnoses.
 MAY_IMPORT["tiny/diagnose"] = {"method", "runtime", "tiny"}
 

@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass, fields
 
 import pytest
 
-from img_minimal.presets import PRESETS, ModelFlags, find_preset, with_overrides
+from img_minimal.flags import ModelFlags, SamplingFlags
+from img_minimal.presets import PRESETS, find_preset, with_overrides
 from img_minimal.runtime.cli import option, parse
 from img_minimal.runtime.errors import UserError
 
@@ -67,3 +68,13 @@ def test_overrides_that_are_none_leave_the_preset_as_it_is():
     preset = find_preset("tiny-sdxl")
     assert with_overrides(preset, scale=None, passes=None) == preset
     assert with_overrides(preset, scale=0.0).scale == 0.0
+
+
+def test_numbers_of_drawing_that_cannot_be_are_refused():
+    preset = find_preset("sdxl")
+    assert SamplingFlags(steps=3, scale=0.0, height=512).applied_to(preset).sampling_steps == 3
+    large = [{"passes": 10**9}, {"scale": float("inf")}, {"scale_end": float("nan")}]
+    for wrong in [*large, {"steps": 0}, {"scale": -1.0}, {"width": -8}]:
+        [name] = wrong
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is .*, expected"):
+            SamplingFlags(**wrong).applied_to(preset)

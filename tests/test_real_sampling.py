@@ -14,7 +14,7 @@ from transformers import CLIPVisionModelWithProjection
 import sample
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.backbones.sdxl import backbone as module
-from img_minimal.backbones.sdxl.image_prompt import load_ip_adapter
+from img_minimal.backbones.sdxl.image_prompt import Resampler, load_ip_adapter
 from img_minimal.files.weights import WeightsError, read_weights
 from img_minimal.load import load_backbone, load_img
 from img_minimal.pipeline import IMG
@@ -77,7 +77,9 @@ def test_the_released_samplers_settings_are_those_that_are_used(release, monkeyp
     assert passes == [(3, torch.float32)]
     prompt = img.backbone.image_prompt
     grey = prompt.encoder(torch.zeros(1, 3, 224, 224), output_hidden_states=True).hidden_states[-2]
-    assert torch.equal(second["negative"], prompt.resampler(grey))
+    own = Resampler.from_state_dict(torch.load(release / "ip-adapter-other.bin", weights_only=True)["image_proj"])
+    assert torch.equal(second["negative"], own(grey)), "of the adapter's own Resampler, as in the release"
+    assert not torch.allclose(second["negative"], prompt.resampler(grey), atol=1e-2)
     assert all((states[0] == 0).all() and (states[1] != 0).any() for states in text), "negative text is zeros"
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     assert torch.equal(noise[0], noise[2]), "both passes start from the same noise"

@@ -1,17 +1,21 @@
 """Pairs from tables of any size: what is skipped, what is given once, where a stopped run goes on."""
 
+import io
 from collections.abc import Iterator
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pair_files import jpeg, number, pairs_of, read_pairs, rows, write
+from PIL import Image
 
 from img_minimal.data.features import distinct
-from img_minimal.data.pairs import pair_stream
-from img_minimal.data.stream import in_threads, prefetch
+from img_minimal.data.pairs import pair_stream, parse_pair
+from img_minimal.data.stream import Skipped, _DecodeOnce, in_threads, prefetch
 from img_minimal.data.triplets import triplet_stream
 from img_minimal.runtime.errors import UserError
+from img_minimal.runtime.images import decode
 
 
 def test_ties_are_dropped_winners_come_first_and_every_pair_comes_once(tmp_path):
@@ -38,6 +42,53 @@ def test_damaged_images_cost_their_row_and_are_counted_and_said(tmp_path, capsys
     assert skipped == 4
     said = capsys.readouterr().err
     assert "skipped 3 rows with damaged images" in said and "Traceback" not in said
+
+
+def encoded(image: Image.Image, kind: str, **more: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **more)
+    return buffer.getvalue()
+
+
+def test_what_is_decoded_is_what_a_viewer_shows():
+    sideways = Image.new("RGB", (8, 4), "red")
+    sideways.paste("blue", (0, 0, 4, 4))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    turned = decode(encoded(sideways, "PNG", exif=exif))
+    assert turned.size == (4, 8) and turned.getpixel((0, 0)) == (0, 0, 255)
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    clear.putpixel((0, 0), (255, 0, 0, 255))
+    for kind in ("PNG", "WEBP"):
+        seen = decode(encoded(clear, kind, **({"lossless": True} if kind == "WEBP" else {})))
+        assert [seen.getpixel(p) for p in ((0, 0), (1, 1))] == [(255, 0, 0), (255, 255, 255)]
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([10, 20, 30, 200, 100, 50])
+    assert decode(encoded(palette, "PNG", transparency=0)).getpixel((0, 0)) == (255, 255, 255)
+    deep = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
+    assert [decode(encoded(deep, "PNG")).getpixel((k, 0))[0] for k in range(3)] == [0, 128, 255]
+    assert decode(encoded(Image.new("CMYK", (2, 2)), "JPEG")).mode == "RGB"
+    assert decode(encoded(Image.new("LA", (2, 2), (0, 0)), "PNG")).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_formats_that_start_programs_and_pictures_that_would_fill_the_memory_are_not_opened():
+    for data in (encoded(Image.new("RGB", (4, 4)), "EPS"), encoded(Image.new("RGB", (1, 60_000)), "PNG")):
+        with pytest.raises(OSError):
+            decode(data)
+
+
+def test_odd_cells_cost_their_row_and_are_counted_under_their_reason():
+    odd = {
+        "without a prompt": [{"caption": b"bytes"}, {"caption": "  "}, {"caption": None}, {"caption": 7}],
+        "more than 2000 characters": [{"caption": "a" * 20_000}],
+        "ties": [{"label_0": None}, {"label_0": 2.0}, {"label_1": "1"}],
+    }
+    for reason, row in ((reason, row) for reason, changes in odd.items() for row in changes):
+        with pytest.raises(Skipped, match=reason):
+            parse_pair(rows(1)[0] | row, lambda data: None)
+    for cell in (7, "text", ["a"], {"path": "x"}, {"bytes": None}):
+        with pytest.raises(OSError):
+            _DecodeOnce()(cell)
 
 
 def test_files_come_in_an_order_of_the_seed_and_rows_as_they_stand(tmp_path):

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `python tutorials/01_misalignment.py` just works
 
-from img_minimal.presets import PRESETS, ModelFlags, Preset, find_preset  # noqa: E402
+from img_minimal.flags import ModelFlags  # noqa: E402
+from img_minimal.presets import PRESETS, Preset, find_preset  # noqa: E402
 from img_minimal.runtime.cli import check, option, parse, quiet_libraries, run, writable_folder  # noqa: E402
 from img_minimal.runtime.errors import UserError  # noqa: E402
 

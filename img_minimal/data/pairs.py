@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from img_minimal.data.stream import Decode, Skipped, Stream
+from img_minimal.data.stream import LONGEST_TEXT, TOO_LONG, Decode, Skipped, Stream
 
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 
@@ -32,8 +32,10 @@ def held_back(prompt: str) -> bool:
 
 def parse_pair(row: dict, decode: Decode) -> Pair:
     """A row, winner first. Raises Skipped for a tie or without a prompt, OSError for damaged images."""
-    if not row["caption"]:
+    if not isinstance(row["caption"], str) or not row["caption"].strip():
         raise Skipped("without a prompt")
+    if len(row["caption"]) > LONGEST_TEXT:
+        raise Skipped(TOO_LONG)
     if {row["label_0"], row["label_1"]} != {0, 1}:
         raise Skipped("ties")
     first, second = ("jpg_0", "jpg_1") if row["label_0"] == 1 else ("jpg_1", "jpg_0")

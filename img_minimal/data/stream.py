@@ -43,6 +43,8 @@ class Place:
 
 
 START = Place()
+LONGEST_TEXT = 2000  # characters; guidance features of a whole chunk are padded to its longest prompt
+TOO_LONG = f"with more than {LONGEST_TEXT} characters of text"
 DAMAGED = "with damaged images"
 
 
@@ -99,7 +101,7 @@ class Stream(Generic[Item]):
                 return file, row, self.parse(values, pictures)
             except Skipped as reason:
                 return file, row, str(reason)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what PIL raises for bad bytes
+            except Exception:  # PIL's decoders raise nearly anything for bad bytes, and a cell may hold no bytes at all
                 return file, row, DAMAGED
 
         for file, row, item in in_threads(attempt, self._rows(place)):
@@ -138,7 +140,7 @@ class _DecodeOnce:
 
     def __call__(self, data: bytes | dict | None) -> Image.Image:
         data = data.get("bytes") if isinstance(data, dict) else data
-        if not data:
+        if not data or not isinstance(data, bytes):
             raise OSError("no image")
         key, seen = hashlib.sha256(data).digest(), self.seen
         if key not in seen:

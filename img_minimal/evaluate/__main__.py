@@ -13,22 +13,19 @@ import json
 from dataclasses import dataclass
 
 from img_minimal.evaluate.options import CompareOptions
-from img_minimal.presets import PRESETS, ModelFlags, find_preset, with_overrides
+from img_minimal.flags import SamplingFlags
+from img_minimal.presets import PRESETS, find_preset
 from img_minimal.runtime.cli import check, option, parse, quiet_libraries, run, writable_file
 
 
 @dataclass
-class Config(ModelFlags, CompareOptions):
+class Config(SamplingFlags, CompareOptions):
     """The command line."""
 
     model: str = option("tiny-sdxl", "which model", choices=list(PRESETS))
     prompts: int | None = option(None, "how many prompts; default: 256 of the twin's, or all of the --prompt-file")
     seed: int = option(0, "draws the prompts and numbers the images")
     split: str = option("test", "test for reporting, validation for choosing", choices=["test", "validation"])
-    aligner: str | None = option(None, "another aligner file; default: the preset's")
-    scale: float | None = option(None, "scale of the image tokens; default: the preset's")
-    scale_end: float | None = option(None, "share of it that is left at the last step; default: the preset's")
-    passes: int | None = option(None, "applications of the aligner; default: the preset's")
     only_img: bool = option(False, "leave out the arms of text and stock MLLM")
     json: str | None = option(None, "also write the results to this file")
     picture: str | None = option(None, "also draw before and after, of the first prompts that the base gets wrong")
@@ -51,7 +48,6 @@ def main() -> int:
     """All arms, the table, the JSON."""
     config = parse(Config, __doc__)
     preset = config.applied_to(find_preset(config.model))
-    preset = with_overrides(preset, scale=config.scale, scale_end=config.scale_end, passes=config.passes)
     check(config.prompts is None or config.prompts >= 5, f"--prompts is {config.prompts}, expected 5 or more")
     check(config.seed >= 0, f"--seed is {config.seed}, expected 0 or more")
     for flag, path in (("--json", config.json), ("--picture", config.picture)):
@@ -65,7 +61,7 @@ def main() -> int:
     device = best_device()
     compute = Precision.named(preset.dtype, device).described(device)
     print(f"{preset.name}: {count} prompts of the {config.split} split, seed {config.seed}; {compute}", flush=True)
-    img = load_img(preset, config.aligner)
+    img = load_img(preset)
     arms = Arms(img, benchmark(count, config.split, config.seed), config.seed)
     arms.controls()
     if not config.only_img:

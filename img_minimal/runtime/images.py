@@ -4,10 +4,13 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from img_minimal.runtime.errors import UserError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others may start programs of their own
+LONGEST = 8192  # pixels
 
 
 def check_finite(images: Tensor, first: int) -> None:
@@ -33,5 +36,20 @@ def from_pil(images: list[Image.Image]) -> Tensor:
 
 
 def decode(data: bytes) -> Image.Image:
-    """An encoded image (JPEG, WebP, ...) -> RGB. Raises OSError if the bytes are damaged."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
+    """An encoded image -> RGB as a viewer shows it: turned as EXIF says, on white where it is transparent.
+
+    Raises OSError if the bytes are damaged, of a format that data sets of images do not use, or of a picture whose
+    padded square would take gigabytes.
+    """
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if max(image.size) > LONGEST:
+        raise OSError(f"{image.width} x {image.height} pixels, more than {LONGEST} on a side")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: scaled, where a plain conversion would cut
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535 if values.max() > 255 else 255
+        return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from img_minimal.backbones import Backbone, Sampling
-from img_minimal.backbones.sdxl.image_prompt import ImagePrompt, load_ip_adapter
+from img_minimal.backbones.sdxl.image_prompt import ImagePrompt, load_ip_adapter, own_projection
 from img_minimal.backbones.sdxl.injection import ImageBranch
 from img_minimal.backbones.sdxl.sampler import draw, truncated_part
 from img_minimal.files.hub import variant
@@ -45,7 +45,13 @@ class SDXLBackbone(Backbone):
         Raises UserError if a file is missing or wrong.
         """
         image_proj, ip_adapter = load_ip_adapter(files.ip_adapter, files.resampler)
-        image_prompt = ImagePrompt.from_pretrained(files.image_encoder, image_proj, precision, placement.waiting)
+        image_prompt = ImagePrompt.from_pretrained(
+            files.image_encoder,
+            image_proj,
+            precision,
+            placement.waiting,
+            own_projection(files.ip_adapter, files.resampler),
+        )
         loaded()
         unet_folder = files.unet or Path(files.base) / "unet"
         with opening(unet_folder, "UNet"):

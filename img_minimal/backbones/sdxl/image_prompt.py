@@ -70,11 +70,14 @@ class ImagePrompt(nn.Module):
         processor: CLIPImageProcessorPil,
         resampler: Resampler,
         precision: Precision,
+        negative_resampler: Resampler | None = None,
     ):
+        """`negative_resampler`: makes the tokens of "no image" only; without one `resampler` makes them, too."""
         super().__init__()
         self.encoder = encoder
         self.processor = processor
         self.resampler = resampler
+        self.negative_resampler = negative_resampler or resampler
         self.precision = precision
 
     @classmethod
@@ -84,8 +87,11 @@ class ImagePrompt(nn.Module):
         image_proj: dict[str, Tensor],
         precision: Precision,
         device: torch.device | str = "cpu",
+        negative_proj: dict[str, Tensor] | None = None,
     ) -> Self:
         """`encoder_dir`: a local folder with a CLIP vision model; `image_proj`: from `load_ip_adapter`.
+
+        `negative_proj` comes from `own_projection`.
 
         The encoder gets the weights' dtype, the Resampler is small and stays in fp32. IP-Adapter's own image_encoder
         folder has no processor settings; CLIP's defaults are meant then.
@@ -109,7 +115,10 @@ class ImagePrompt(nn.Module):
                 f"{encoder_dir}: its features have width {width}, the Resampler expects {expected}; use the image "
                 "encoder that the IP-Adapter was trained with (CLIP ViT-H for ip-adapter-plus_sdxl_vit-h)"
             )
-        return cls(encoder.eval(), processor, resampler, precision).to(device).requires_grad_(False)
+        negative = None
+        if negative_proj:
+            negative = Resampler.from_state_dict({key: value.float() for key, value in negative_proj.items()})
+        return cls(encoder.eval(), processor, resampler, precision, negative).to(device).requires_grad_(False)
 
     @property
     def token_shape(self) -> tuple[int, int]:
@@ -133,7 +142,7 @@ class ImagePrompt(nn.Module):
     def tokens(self, images: list[Image]) -> Tensor:
         """Images -> image tokens (B, N, D), in the Resampler's dtype; SDXL: (B, 16, 2048)."""
         with self.precision.sampling(self.encoder.device):
-            return self._resample(self.features(images))
+            return self._resample(self.resampler, self.features(images))
 
     @torch.no_grad()
     def places(self, images: list[Image]) -> Tensor:
@@ -150,9 +159,10 @@ class ImagePrompt(nn.Module):
         side = math.isqrt(patches.shape[-1])
         return (patches / patches.sum(-1, keepdim=True)).unflatten(-1, (side, side))
 
-    def _resample(self, features: Tensor) -> Tensor:
-        dtype = self.resampler.latents.dtype
-        return self.resampler(features.to(dtype)).to(dtype)
+    @staticmethod
+    def _resample(resampler: Resampler, features: Tensor) -> Tensor:
+        dtype = resampler.latents.dtype
+        return resampler(features.to(dtype)).to(dtype)
 
     @torch.no_grad()
     def negative(self) -> Tensor:
@@ -163,7 +173,7 @@ class ImagePrompt(nn.Module):
         """
         side = self.encoder.config.image_size
         with self.precision.sampling(self.encoder.device):
-            return self._resample(self.encode(torch.zeros(1, 3, side, side)))
+            return self._resample(self.negative_resampler, self.encode(torch.zeros(1, 3, side, side)))
 
 
 def load_ip_adapter(
@@ -181,6 +191,19 @@ def load_ip_adapter(
         return _part(state, "image_proj", path), branch
     state = read_weights(resampler, holds="latents")
     return (state if "latents" in state else _part(state, "image_proj", resampler)), branch
+
+
+def own_projection(path: str | Path, resampler: str | Path | None) -> dict[str, Tensor] | None:
+    """The Resampler in the adapter's file, if another one replaces it for images; None if that is not so.
+
+    The authors make the tokens of "no image" with this one, and those of images with `resampler`.
+    """
+    if not resampler:
+        return None
+    try:
+        return _part(read_weights(path), "image_proj", path)
+    except WeightsError:  # a file of the branch alone
+        return None
 
 
 def _part(state: dict, name: str, path: str | Path) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from img_minimal.runtime.atomic import replacing
 from img_minimal.runtime.devices import Precision
 from img_minimal.runtime.optimizer import warmup_constant_decay
+from img_minimal.training import check_loss
 
 CPU = torch.device("cpu")
 MIXED = Precision.named("mixed", CPU)
@@ -75,7 +76,7 @@ def fit(
 
     `lr` may name one rate per module. Every `save_seconds` a checkpoint of weights, optimiser, average and RNG is
     written to `workdir/NAME.ckpt`, from which the next call goes on. `watch(step)` returns a line to print, seen with
-    averaged weights. Raises FloatingPointError when the loss is not finite.
+    averaged weights. Raises UserError when the loss is not finite.
     """
     torch.manual_seed(seed)
     rates = lr if isinstance(lr, dict) else dict.fromkeys(modules, lr)
@@ -99,8 +100,7 @@ def fit(
     with tqdm(range(start, steps), desc=name, initial=start, total=steps, mininterval=1.0) as bar:
         for step in bar:
             loss = loss_of_step(step)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"{name}: the loss of step {step} is {loss.item()}")
+            check_loss(loss.item(), step, name, workdir)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
