@@ -57,6 +57,11 @@ def load_backbone(
     preset: Preset, placement: Placement | None = None, loaded: Callable[[], object] = lambda: None
 ) -> Backbone:
     """The base model with its image prompt; `loaded` is called after each of its models."""
+    return _open_backbone(fetch(preset, BACKBONE), placement, loaded)
+
+
+def _open_backbone(preset: Preset, placement: Placement | None, loaded: Callable[[], object]) -> Backbone:
+    """The same, of a preset whose locations are local paths already."""
     placement = placement or Placement(best_device(), preset.offload)
     precision = Precision.named(preset.dtype, placement.device)
     sampling = Sampling(
@@ -70,7 +75,7 @@ def load_backbone(
         height=preset.height,
         width=preset.width,
     )
-    return backbone_class(preset.backbone).open(fetch(preset, BACKBONE), sampling, precision, placement, loaded)
+    return backbone_class(preset.backbone).open(preset, sampling, precision, placement, loaded)
 
 
 def load_guide(preset: Preset, kind: str, backbone: Backbone | None = None) -> Guide:
@@ -104,7 +109,7 @@ def load_img(preset: Preset | str, aligner: str | None = None) -> IMG:
         )
     _check_width(f, announced_width(preset.mllm), preset.mllm)
     with tqdm(total=4, desc="loading models", leave=False, delay=2) as bar:
-        backbone = load_backbone(preset, loaded=bar.update)
+        backbone = _open_backbone(preset, None, bar.update)
         mllm = load_guide(preset, "mllm", backbone)
     _check_width(f, mllm.width, preset.mllm)
     return IMG(backbone, mllm, f, preset.passes, preset.mllm_batch)

@@ -91,6 +91,9 @@ def test_train_refuses_bad_input_in_one_line(call, arguments, tmp_path):
 def test_evaluate_refuses_bad_input_in_one_line(call):
     assert_one_clear_line(call("evaluate", "--prompts", 0), "--prompts")
     assert_one_clear_line(call("evaluate", "--json", "/proc/x.json"), "/proc/x.json")
+    assert_one_clear_line(call("evaluate", "--json", "/tmp"), "/tmp: is a folder")
+    assert_one_clear_line(call("evaluate", "--picture", "/tmp/x.doc"), "as .doc", ".png")
+    assert_one_clear_line(call("sample.py", "--width", 99), "--width is 99", "multiples of 8")
 
 
 def test_evaluate_writes_every_arm_with_its_size_and_interval(call, tmp_path):

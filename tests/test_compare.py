@@ -54,7 +54,7 @@ def options(prompt_file: Path, clip: Path, output: Path, **more: object) -> Comp
 
 
 def run(wanted: CompareOptions, preset=PRESET, seed: int = 0, **more: object) -> dict:
-    return compare(wanted, preset, **dict(count=None, seed=seed, aligner=None) | more)
+    return compare(wanted, preset, **dict(count=None, seed=seed) | more)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_a_folder_of_a_run_with_another_setting_is_refused_with_the_reason(
         wanted = replace(wanted, prompt_file=str(other_prompts(tmp_path)))
     else:
         (tmp_path / "aligner.safetensors").write_bytes(Path(PRESET.aligner).read_bytes() + b"retrained")
-        more = {"aligner": str(tmp_path / "aligner.safetensors")}
+        more = {"preset": replace(PRESET, aligner=str(tmp_path / "aligner.safetensors"))}
     with pytest.raises(UserError, match=f"another {name} .*--output") as error:
         run(wanted, **more)
     assert "\n" not in str(error.value) and pixels(folder) == kept

@@ -8,13 +8,16 @@ public model's shapes. Nothing outside of them knows what a UNet is.
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 from typing import Any, Protocol, Self
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
+from img_minimal.runtime.cli import check
 from img_minimal.runtime.devices import Placement, Precision
 
 
@@ -31,6 +34,12 @@ class Sampling:
     encode_batch: int  # images that the vision encoder sees at once
     height: int | None = None  # pixels; None: the model's own size
     width: int | None = None
+
+    def check_size(self, multiple: int) -> None:
+        """Raises UserError, before anything is loaded, for a size that the model cannot draw."""
+        for name, value in (("height", self.height), ("width", self.width)):
+            fits = value is None or (value > 0 and value % multiple == 0)
+            check(fits, f"--{name} is {value}, this model draws multiples of {multiple}; try 1024")
 
 
 class ImageTokenizer(Protocol):
@@ -104,6 +113,18 @@ CLASSES = {
     "sdxl": "img_minimal.backbones.sdxl.backbone:SDXLBackbone",
     "flux": "img_minimal.backbones.flux.backbone:FluxBackbone",
 }
+
+
+def unread_end(tokenizer: PreTrainedTokenizerBase, prompt: str, limit: int) -> str:
+    """The end of the prompt that an encoder of `limit` tokens does not see, "" if there is none."""
+    starts = [start for start, _ in tokenizer(prompt, return_offsets_mapping=True).offset_mapping]
+    # Both counts include the marks of the text's start and end; the last token seen is the mark of the end.
+    return prompt[starts[limit - 1] :] if len(starts) > limit else ""
+
+
+def true_size(kind: str) -> ModuleType:
+    """The shapes of the public model behind a preset's `backbone`."""
+    return import_module(f"img_minimal.backbones.{kind}.true_size")
 
 
 def backbone_class(kind: str) -> type[Backbone]:

@@ -10,12 +10,10 @@ left out here. Not in the numbers: what CUDA, cuDNN and the allocator need for t
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from types import ModuleType
 from unittest.mock import patch
 
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from img_minimal.backbones import true_size
 from img_minimal.bench.true_sizes import MLLMS, models
 from img_minimal.presets import find_preset
 from img_minimal.runtime.devices import parameters
@@ -93,15 +92,11 @@ def usable(card: int) -> float:
     return (0.95 * card - 1) * GIB
 
 
-def true_size(model: str) -> ModuleType:
-    """The shapes of a preset's backbone."""
-    return import_module(f"img_minimal.backbones.{find_preset(model).backbone}.true_size")
-
-
 @cache
 def activations(model: str, mllm: str) -> dict[str, float]:
     """Bytes alive at the peak in fp32: of one image; for `encode` and `train` of the preset's batches."""
-    shapes, preset = true_size(model), find_preset(model)
+    preset = find_preset(model)
+    shapes = true_size(preset.backbone)
     built = models(mllm, preset.backbone)
     found = {}
     for name, call in shapes.activations(built, preset.encode_batch).items():
@@ -124,12 +119,18 @@ def activations(model: str, mllm: str) -> dict[str, float]:
     return found
 
 
-def groups(model: str) -> dict[str, tuple[str, ...]]:
-    """Which parts are on the GPU together with --offload."""
-    shapes = true_size(model)
+def always_fp32(backbone: str) -> tuple[str, ...]:
+    """Parts that are in fp32 in every run."""
+    return (*true_size(backbone).ALWAYS_FP32, "aligner")
+
+
+def groups(backbone: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Which of the parts `names` are on the GPU together with --offload."""
+    shapes = true_size(backbone)
     texts = getattr(shapes, "ENCODES_TEXT", ())  # where the text's encoders make room for what draws
-    rest = tuple(name for name in shapes.parts() if name not in (*shapes.DRAWS, *texts))
-    found = {"diffusion": shapes.DRAWS, "text": texts, "image prompt": rest, "mllm": ("mllm",), "aligner": ("aligner",)}
+    found = {"diffusion": shapes.DRAWS, "text": texts, "mllm": ("mllm",), "aligner": ("aligner",)}
+    elsewhere = {name for parts in found.values() for name in parts}
+    found["image prompt"] = tuple(name for name in names if name not in elsewhere)
     return {name: parts for name, parts in found.items() if parts}
 
 
@@ -137,8 +138,8 @@ def needs(model: str, mllm: str) -> list[Need]:
     """What sampling and training need, by dtype; what is always in fp32 stays so."""
     preset = find_preset(model)
     count = {name: parameters(module) for name, module in models(mllm, preset.backbone).items()}
-    peak, members, rows = activations(model, mllm), groups(model), []
-    always = (*true_size(model).ALWAYS_FP32, "aligner")
+    peak, members, rows = activations(model, mllm), groups(preset.backbone, count), []
+    always = always_fp32(preset.backbone)
     training = 4 * 4 * count["aligner"]  # weights, reference, two moments; gradients are among the activations
     for dtype, size in (("fp32", 4), ("fp16, bf16", 2)):
         share = size / 4
@@ -160,9 +161,10 @@ def needs(model: str, mllm: str) -> list[Need]:
 
 def table(model: str, mllm: str) -> str:
     """Both tables as Markdown: the models, and what fits where."""
-    always = (*true_size(model).ALWAYS_FP32, "aligner")
+    backbone = find_preset(model).backbone
+    always = always_fp32(backbone)
     lines = ["| model | million parameters | GiB, fp32 run | GiB, half-precision run |", "|---|---|---|---|"]
-    for name, module in models(mllm, find_preset(model).backbone).items():
+    for name, module in models(mllm, backbone).items():
         n, half = parameters(module), 4 if name in always else 2
         title = mllm if name == "mllm" else name.replace("_", " ")
         lines.append(f"| {title} | {n / 1e6:,.1f} | {4 * n / GIB:.2f} | {half * n / GIB:.2f} |")

@@ -5,13 +5,13 @@ Counted from the models' settings alone (a config.json each), so it takes second
 
 import shutil
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from img_minimal.aligner import ImplicitAligner
+from img_minimal.backbones import true_size
 from img_minimal.files.llava_original import is_original, transformers_config
 from img_minimal.files.mllm_layouts import find_family
 from img_minimal.files.pretrained import read_settings
@@ -57,8 +57,7 @@ def mllm_sizes(location: str) -> tuple[int, int, int]:
 def aligner_plan(preset: Preset, guidance: str, folder: Path, cache_gb: float) -> str:
     """The plan of `--stage aligner`. Raises UserError if settings cannot be read or the disk is too small."""
     precision = Precision.named(preset.dtype, best_device())
-    true_size = import_module(f"img_minimal.backbones.{preset.backbone}.true_size")
-    encoder, resampler, (tokens, width) = true_size.tokenizer_sizes(preset)
+    encoder, resampler, (tokens, width) = true_size(preset.backbone).tokenizer_sizes(preset)
     costs = [Cost("image encoder", encoder, encoder * precision.weights.itemsize, preset.image_encoder),
              Cost("image tokens", resampler, resampler * 4, preset.resampler or preset.ip_adapter)]  # fmt: skip
     if guidance == "text":

@@ -1,7 +1,6 @@
 """The public models at true size, on PyTorch's meta device: parameters are counted without a download or memory."""
 
 from functools import cache
-from importlib import import_module
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from transformers import (
 )
 
 from img_minimal.aligner import ImplicitAligner
+from img_minimal.backbones import true_size
 from img_minimal.files.llava_original import CLIP_336_CONFIG
 
 VICUNA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -41,9 +41,9 @@ def build_mllm(name: str) -> nn.Module:
 @cache
 def models(mllm: str, backbone: str = "sdxl") -> dict[str, nn.Module]:
     """Everything that a command uses with that backbone; seconds, and no memory."""
-    true_size = import_module(f"img_minimal.backbones.{backbone}.true_size")
-    found = true_size.parts()
+    shapes = true_size(backbone)
+    found = shapes.parts()
     with torch.device("meta"):
-        found["aligner"] = ImplicitAligner(true_size.TOKEN_SHAPE[1], MLLMS[mllm]["hidden_size"])
+        found["aligner"] = ImplicitAligner(shapes.TOKEN_SHAPE[1], MLLMS[mllm]["hidden_size"])
         found["mllm"] = build_mllm(mllm)
     return found

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from img_minimal.evaluate.options import CompareOptions
 from img_minimal.flags import SamplingFlags
 from img_minimal.presets import PRESETS, find_preset
-from img_minimal.runtime.cli import check, option, parse, quiet_libraries, run, writable_file
+from img_minimal.runtime.cli import PICTURES, check, option, parse, quiet_libraries, run, writable_file
 
 
 @dataclass
@@ -50,12 +50,11 @@ def main() -> int:
     preset = config.applied_to(find_preset(config.model))
     check(config.prompts is None or config.prompts >= 5, f"--prompts is {config.prompts}, expected 5 or more")
     check(config.seed >= 0, f"--seed is {config.seed}, expected 0 or more")
-    for flag, path in (("--json", config.json), ("--picture", config.picture)):
-        writable_file(path, flag)
+    writable_file(config.json, "--json")
+    writable_file(config.picture, "--picture", PICTURES)
     quiet_libraries()
     if config.prompt_file or preset.world is None:
-        compare(config, preset, count=config.prompts, seed=config.seed, aligner=config.aligner, json_path=config.json,
-                picture=config.picture)  # fmt: skip
+        compare(config, preset, count=config.prompts, seed=config.seed, json_path=config.json, picture=config.picture)
         return 0
     count = config.prompts or 256
     device = best_device()

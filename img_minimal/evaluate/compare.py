@@ -26,7 +26,7 @@ from img_minimal.evaluate.scorers import SCORERS, Scorer, ScorerFiles
 from img_minimal.evaluate.scores import Scores
 from img_minimal.load import load_img
 from img_minimal.pipeline import IMG
-from img_minimal.presets import Preset, with_overrides
+from img_minimal.presets import Preset
 from img_minimal.runtime.atomic import write_whole
 from img_minimal.runtime.cli import check, warn, writable_folder
 from img_minimal.runtime.plots import pairs_grid
@@ -133,7 +133,6 @@ def compare(
     *,
     count: int | None,
     seed: int,
-    aligner: str | None,
     json_path: str | None = None,
     picture: str | None = None,
 ) -> dict:
@@ -150,7 +149,6 @@ def compare(
     names = dict.fromkeys(name.strip() for name in options.judges.split(",") if name.strip())
     check(bool(names), f"--judges is empty, expected some of: {', '.join(SCORERS)}")
     judges = [ScorerFiles.find(n, getattr(options, f"{n}_model", None), options.judge_processor) for n in names]
-    preset = with_overrides(preset, aligner=aligner)
     images = ImageFolder(writable_folder(options.output), prompts, seed, preset.mllm_batch)
     drawn_by = {name: content(getattr(preset, name)) for name in DRAWN_BY}
     images.claim(drawn_by | {"seed": seed, "prompts": [asdict(prompt) for prompt in prompts]})

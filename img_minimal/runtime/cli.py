@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from img_minimal.runtime.errors import UserError
 
 Config = TypeVar("Config")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # what a picture may be saved as
 
 
 def option(default: Any, text: str, **extra: Any) -> Any:
@@ -100,10 +101,18 @@ def writable_folder(path: str | Path) -> Path:
     return path
 
 
-def writable_file(path: str | None, flag: str) -> None:
-    """Prove, before the work, that a file can be written there. Raises UserError; None is no file."""
+def writable_file(path: str | None, flag: str, kinds: tuple[str, ...] = ()) -> None:
+    """Prove, before the work, that a file can be written there, and that its name ends in one of `kinds` if any.
+
+    Raises UserError; None is no file.
+    """
     if path is None:
         return
+    suffix = Path(path).suffix.lower()
+    check(
+        not kinds or suffix in kinds, f"{path}: cannot be drawn as {suffix or 'that'}; {flag} takes {', '.join(kinds)}"
+    )
+    check(not Path(path).is_dir(), f"{path}: is a folder; choose another {flag}")
     try:
         with NamedTemporaryFile(dir=Path(path).parent):
             pass

@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from img_minimal.backbones import Backbone, Sampling
+from img_minimal.backbones import Backbone, Sampling, unread_end
 from img_minimal.backbones.flux.image_prompt import ImagePrompt, TokenProjection, load_ip_adapter
 from img_minimal.backbones.flux.injection import ImageBranch
 from img_minimal.backbones.flux.sampler import Condition, draw
@@ -46,6 +46,7 @@ class FluxBackbone(Backbone):
 
         Raises UserError if a file is missing or wrong, or of another FLUX.
         """
+        sampling.check_size(16)
         check_kind(Path(files.base))
         check(not files.unet, f"--unet {files.unet}: FLUX has a transformer and no UNet; give --base another folder")
         state, ip_adapter = load_ip_adapter(files.ip_adapter)
@@ -91,32 +92,25 @@ class FluxBackbone(Backbone):
         scale_end: float | None = None,
         progress: str | None = None,
     ) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1]; with `tokens` (B, N, D) as image prompt, at its own scale or another.
-
-        Raises UserError for a size that is no multiple of 16.
-        """
+        """Images (B, 3, H, W) in [0, 1]; with `tokens` (B, N, D) as image prompt, at its own scale or another."""
         sampling = self.sampling
         side = self.pipe.default_sample_size * self.pipe.vae_scale_factor
-        height, width = sampling.height or side, sampling.width or side
-        for name, value in (("height", height), ("width", width)):
-            check(value > 0 and value % 16 == 0, f"--{name} is {value}, FLUX draws multiples of 16; try 1024")
         scale = sampling.scale if scale is None else scale
         negative = None
         if tokens is not None and scale:
             negative = self.negative_tokens()
-        conditions = [self._encode(prompt) for prompt in prompts]
-        negative_condition = self._encode("")
+        encoded = {prompt: self._encode(prompt) for prompt in dict.fromkeys([*prompts, ""])}  # each text once
         self.placement.bring("diffusion")
         return draw(
             self.pipe,
-            conditions,
-            negative_condition,
+            [encoded[prompt] for prompt in prompts],
+            encoded[""],
             seeds,
             steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,
             true_cfg_scale=sampling.true_cfg_scale,
-            height=height,
-            width=width,
+            height=sampling.height or side,
+            width=sampling.width or side,
             branch=self.branch,
             tokens=tokens,
             negative=negative,
@@ -127,14 +121,18 @@ class FluxBackbone(Backbone):
             progress=progress,
         )
 
+    @property
+    def _text_limit(self) -> int:
+        """How many tokens T5 is given."""
+        return min(TEXT_TOKENS, self.pipe.tokenizer_2.model_max_length)
+
     @torch.no_grad()
     def _encode(self, prompt: str) -> Condition:
         """T5's states (1, 512, E), padded and without a mask, and CLIP's pooled embedding (1, W)."""
         self.placement.bring("text")
-        length = min(TEXT_TOKENS, self.pipe.tokenizer_2.model_max_length)
         with self.precision.sampling(self.pipe.text_encoder.device):
             states, pooled, _ = self.pipe.encode_prompt(
-                prompt, device=self.pipe.text_encoder.device, max_sequence_length=length
+                prompt, device=self.pipe.text_encoder.device, max_sequence_length=self._text_limit
             )
         return states, pooled
 
@@ -144,10 +142,7 @@ class FluxBackbone(Backbone):
 
     def truncated_part(self, prompt: str) -> tuple[str, int]:
         """(end of the prompt that T5 does not see, "" if there is none; how many tokens it sees)."""
-        tokenizer = self.pipe.tokenizer_2
-        limit = min(TEXT_TOKENS, tokenizer.model_max_length)
-        starts = [start for start, _ in tokenizer(prompt, return_offsets_mapping=True).offset_mapping]
-        return (prompt[starts[limit - 1] :] if len(starts) > limit else "", limit)
+        return unread_end(self.pipe.tokenizer_2, prompt, self._text_limit), self._text_limit
 
 
 def check_kind(base: Path) -> None:

@@ -9,14 +9,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from img_minimal.backbones import Backbone, Sampling
+from img_minimal.backbones import Backbone, Sampling, unread_end
 from img_minimal.backbones.sdxl.image_prompt import ImagePrompt, load_ip_adapter, own_projection
 from img_minimal.backbones.sdxl.injection import ImageBranch
-from img_minimal.backbones.sdxl.sampler import draw, truncated_part
+from img_minimal.backbones.sdxl.sampler import draw
 from img_minimal.files.hub import variant
 from img_minimal.files.weights import fill, opening
 from img_minimal.presets import Preset
-from img_minimal.runtime.cli import check
 from img_minimal.runtime.devices import Placement, Precision
 
 
@@ -44,6 +43,7 @@ class SDXLBackbone(Backbone):
 
         Raises UserError if a file is missing or wrong.
         """
+        sampling.check_size(8)
         image_proj, ip_adapter = load_ip_adapter(files.ip_adapter, files.resampler)
         image_prompt = ImagePrompt.from_pretrained(
             files.image_encoder,
@@ -105,9 +105,6 @@ class SDXLBackbone(Backbone):
     ) -> Tensor:
         """Images (B, 3, H, W) in [0, 1]; with `tokens` (B, N, D) as image prompt, at its own scale or another."""
         sampling = self.sampling
-        for name, value in (("height", sampling.height), ("width", sampling.width)):
-            fits = value is None or (value > 0 and value % 8 == 0)
-            check(fits, f"--{name} is {value}, SDXL draws multiples of 8; try 1024")
         scale = sampling.scale if scale is None else scale
         negative = None
         if tokens is not None and scale:
@@ -139,4 +136,6 @@ class SDXLBackbone(Backbone):
 
     def truncated_part(self, prompt: str) -> tuple[str, int]:
         """(end of the prompt that the text encoders do not see, "" if there is none; how many tokens they see)."""
-        return truncated_part(self.pipe, prompt)
+        tokenizers = self.pipe.tokenizer, self.pipe.tokenizer_2
+        ends = [unread_end(tokenizer, prompt, tokenizer.model_max_length) for tokenizer in tokenizers]
+        return max(ends, key=len), tokenizers[1].model_max_length

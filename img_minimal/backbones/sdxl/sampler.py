@@ -77,14 +77,3 @@ def draw(
         images.append(decoded.float().cpu())
     bar.close()
     return torch.cat(images)
-
-
-def truncated_part(pipe: StableDiffusionXLPipeline, prompt: str) -> tuple[str, int]:
-    """(end of the prompt that the text encoders do not see, "" if there is none; how many tokens they see)."""
-    cut = ""
-    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
-        starts = [start for start, end in tokenizer(prompt, return_offsets_mapping=True).offset_mapping]
-        limit = tokenizer.model_max_length
-        if len(starts) > limit:  # both counts include the two that mark start and end of the text
-            cut = max(cut, prompt[starts[limit - 1] :], key=len)
-    return cut, limit
