@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from img_minimal.flags import SamplingFlags
 from img_minimal.presets import PRESETS, find_preset
-from img_minimal.runtime.cli import check, option, parse, quiet_libraries, run, warn, writable_folder
+from img_minimal.runtime.cli import check, option, parse, printable, quiet_libraries, run, warn, writable_folder
 
 
 @dataclass
@@ -21,8 +21,8 @@ class Config(SamplingFlags):
     prompt: str = option("a red circle above a blue square", "what to draw")
     model: str = option("tiny-sdxl", "which models and settings", choices=list(PRESETS))
     seed: int = option(0, "of the first image; the same seed gives the same images")
-    num_images: int = option(4, "images, from consecutive seeds")
-    rounds: int = option(1, "times to look and draw again")
+    num_images: int = option(4, "images, from consecutive seeds", most=1000)
+    rounds: int = option(1, "times to look and draw again", most=100)
     explain: bool = option(True, "decode what the MLLM says (guidance itself needs no decoding)")
     output: str = option("outputs/sample", "folder for the pictures")
 
@@ -49,7 +49,7 @@ def main() -> int:
     folder = writable_folder(config.output)
     quiet_libraries()
     img = load_img(preset)
-    prompt = str(wanted or config.prompt)
+    prompt = str(wanted or printable(config.prompt))
     prompts = [prompt] * config.num_images
     seeds = [config.seed + k for k in range(config.num_images)]
     cut, limit = img.backbone.truncated_part(prompt)
@@ -60,7 +60,7 @@ def main() -> int:
     notes = [[""] * config.num_images for _ in stages]
     if config.explain:
         for k, images in enumerate(pictures[:-1]):
-            notes[k] = [f"MLLM: {answer}" for answer in img.explain(images, prompts, config.seed + k)]
+            notes[k] = [f"MLLM: {answer}" for answer in img.explain(images, prompts, [seed + k for seed in seeds])]
     if wanted:
         for k, images in enumerate(stages):
             for i, verdict in enumerate(judge(images, [wanted] * config.num_images)):

@@ -29,7 +29,7 @@ class Config(ModelFlags):
 
     model: str = option("tiny-sdxl", "which model to train an aligner for", choices=list(PRESETS))
     stage: str = option("aligner", "what is trained: the aligner, or its MLLM", choices=["aligner", "mllm"])
-    steps: int | None = option(None, "training steps; default: the preset's")
+    steps: int | None = option(None, "training steps; default: the preset's", most=10**9)
     output_dir: str | None = option(None, "run folder; default: outputs/train, for --stage mllm outputs/mllm")
     seed: int = option(0, "of initialisation, batches and the MLLM's questions")
     resume: bool = option(False, "go on from the checkpoint in the run folder")
@@ -38,17 +38,17 @@ class Config(ModelFlags):
     pairs: str | None = option(None, "preference pairs in Pick-a-Pic's columns: hub id, folder or parquet file")
     max_pairs: int | None = option(None, "use only so many pairs, 0 for all; default: the preset's")
     triplets: str | None = option(None, "for --stage mllm: InstructPix2Pix's columns, as hub id, folder or file")
-    batch_size: int | None = option(None, "samples in a step; default: the preset's")
-    lr: float | None = option(None, "learning rate; default: the preset's")
+    batch_size: int | None = option(None, "samples in a step; default: the preset's", most=100_000)
+    lr: float | None = option(None, "learning rate; default: the preset's", most=1000)
     preference_weight: float | None = option(None, "lambda, of the preference term; default: the preset's")
     dpo: bool = option(True, "the DPO part of the preference term")
     spin: bool = option(True, "the SPIN part of the preference term")
     norm: str | None = option(None, "squared distances: mean or sum over elements", choices=["mean", "sum"])
-    refresh_after: int = option(10, "k, wins in a row after which the reference is refreshed")
+    refresh_after: int = option(10, "k, wins in a row after which the reference is refreshed", most=10**9)
     cache_dir: str | None = option(None, "keep frozen features here; none: compute them as pairs stream by")
     cache_gb: float = option(70.0, "what the cache may take; pairs that do not fit are not trained on")
     save_every: int | None = option(None, "steps between checkpoints; default: the preset's")
-    eval_prompts: int = option(100, "prompts of the closing comparison; 0 leaves it out")
+    eval_prompts: int = option(100, "prompts of the closing comparison; 0 leaves it out", most=100_000)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from img_minimal.attention import PerceiverLayers, layer_sizes
 from img_minimal.files.weights import (
     WeightsError,
     fill,
-    opening,
     read_metadata,
     read_weights,
     write_safetensors,
@@ -27,6 +26,7 @@ from img_minimal.files.weights import (
 )
 from img_minimal.runtime.atomic import write_whole
 from img_minimal.runtime.errors import UserError
+from img_minimal.runtime.json_files import read_json
 
 
 class ImplicitAligner(nn.Module):
@@ -88,16 +88,19 @@ class ImplicitAligner(nn.Module):
     def from_file(cls, path: str | Path) -> Self:
         """An fp32 aligner from a file of `save`, or from a released .pth; all sizes but one follow from the shapes.
 
-        The width of a head leaves no trace there. It is read from the file or from the JSON beside it, and is 64, as in
-        all public files, where neither says so. Raises WeightsError if the file is missing, damaged, or holds
-        something else.
+        The width of a head leaves no trace there. It is read from the notes that `save` puts into every file, or from
+        the JSON beside it, and is 64, as in the released files, where neither says so. Raises WeightsError if the file
+        is missing, damaged, or holds something else.
         """
         state = read_weights(path, holds="proj_in.weight")
         try:
             width, guidance_width = state["proj_in.weight"].shape
-            sizes = layer_sizes(state, _head_dim(Path(path)))
+            inner = state["layers.0.0.to_q.weight"].shape[0]
         except KeyError as key:
             raise WeightsError(f"{path}: lacks {key}, so it is not an aligner; check which file it is") from None
+        except (AttributeError, ValueError, TypeError):  # a number or a dict where a matrix should be
+            raise WeightsError(f"{path}: its weights are no aligner's; check which file it is") from None
+        sizes = layer_sizes(state, _head_dim(Path(path), inner))
         with torch.device("meta"):  # no time spent on initial values that the file replaces
             aligner = cls(width, guidance_width, **sizes)
         fill(aligner, state, str(path))
@@ -112,21 +115,24 @@ class ImplicitAligner(nn.Module):
         path = Path(path)
         state = self.state_dict()
         if path.suffix in (".pth", ".pt", ".bin"):
-            write_torch(path, state)
+            write_torch(path, state, {"head_dim": str(self.head_dim)})
         else:
             write_safetensors(path, state, {"head_dim": str(self.head_dim)})
         sizes = {"width": self.width, "guidance_width": self.guidance_width} | layer_sizes(state, self.head_dim)
         write_whole(path.with_suffix(".json"), json.dumps(sizes, indent=1) + "\n")
 
 
-def _head_dim(path: Path) -> int:
-    """The width of a head, from the file itself, else from the JSON beside it, else 64."""
-    known = read_metadata(path)
-    beside = path.with_suffix(".json")
-    if "head_dim" not in known and beside.is_file():
-        with opening(beside, "description of an aligner"):
-            known = {"head_dim": int(json.loads(beside.read_text())["head_dim"])}
-    return int(known.get("head_dim", 64))
+def _head_dim(path: Path, inner: int) -> int:
+    """The width of a head from the file, else from the JSON beside it, else 64; `inner` is that of all heads."""
+    known, beside = read_metadata(path).get("head_dim"), path.with_suffix(".json")
+    if known is None and beside.is_file():
+        known = read_json(beside, dict, "restore it", WeightsError, lambda x: x["head_dim"] + 0)["head_dim"]
+    known = 64 if known is None else known
+    if not str(known).isdecimal() or int(known) < 1 or inner % int(known):
+        raise WeightsError(
+            f"{path}: heads of width {known} do not make its {inner}; restore {beside.name}, or the file"
+        )
+    return int(known)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ class ModelFlags:
     ip_adapter: str | None = option(None, "IP-Adapter file (.bin, .safetensors); default: the preset's")
     resampler: str | None = option(None, "file that replaces the adapter's Resampler; '' keeps the adapter's own")
     mllm: str | None = option(None, "LLaVA or other multimodal LLM, folder or hub id; default: the preset's")
+    questions: str | None = option(None, "how the MLLM is asked: a JSON list of phrasings, {} where the prompt goes")
     dtype: str | None = option(
         None, "precision of the big models; default: by device", choices=["fp32", "bf16", "fp16", "mixed"]
     )

@@ -23,6 +23,7 @@ from img_minimal.files.weights import opening
 from img_minimal.mllm import MLLM, Guide, TextGuidance
 from img_minimal.pipeline import IMG
 from img_minimal.presets import Preset, find_preset, with_overrides
+from img_minimal.questions import find_questions
 from img_minimal.runtime.cli import writable_folder
 from img_minimal.runtime.devices import Placement, Precision, best_device
 from img_minimal.runtime.errors import UserError
@@ -89,7 +90,8 @@ def load_guide(preset: Preset, kind: str, backbone: Backbone | None = None) -> G
     device = backbone.placement.waiting if backbone else best_device()
     path = preset.guide(kind)
     with opening(path, "multimodal LLM"):
-        return MLLM.from_pretrained(path, Precision.named(preset.dtype, best_device()).mllm, device)
+        dtype = Precision.named(preset.dtype, best_device()).mllm
+        return MLLM.from_pretrained(path, dtype, device, find_questions(preset.questions))
 
 
 def load_img(preset: Preset | str, aligner: str | None = None) -> IMG:

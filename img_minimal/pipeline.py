@@ -7,7 +7,7 @@
 Nothing here knows which text-to-image model draws, where files are, or what a command line is.
 """
 
-import random
+from collections.abc import Sequence
 
 from PIL.Image import Image
 from torch import Tensor
@@ -40,32 +40,32 @@ class IMG:
             self.placement.bring("mllm", self.guide.model)
 
     def guidance(
-        self, images: list[Image], prompts: list[str], seed: int, progress: str | None = None
+        self, images: list[Image], prompts: list[str], seeds: Sequence[int], progress: str | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Step 2: guidance features h (B, L, H) and their mask (B, L). `seed` draws the MLLM's questions."""
+        """Step 2: guidance features h (B, L, H) and their mask (B, L). An image's seed draws the question about it."""
         self._bring_guide()
-        return guidance_features(self.guide, images, prompts, seed, self.mllm_batch, progress)
+        return guidance_features(self.guide, images, prompts, seeds, self.mllm_batch, progress)
 
     def correct(self, tokens: Tensor, features: Tensor, mask: Tensor, passes: int | None = None) -> Tensor:
         """Step 3: f(h, c), tokens (B, N, D) -> aligned tokens (B, N, D)."""
         self.placement.bring("aligner", self.aligner)
         return align(self.aligner, tokens, features, mask, passes or self.passes)
 
-    def align(self, images: Tensor, prompts: list[str], seed: int, passes: int | None = None) -> Tensor:
+    def align(self, images: Tensor, prompts: list[str], seeds: Sequence[int], passes: int | None = None) -> Tensor:
         """Steps 2 and 3: images (B, 3, H, W) -> aligned tokens (B, N, D)."""
         pictures = to_pil(images)
-        features, mask = self.guidance(pictures, prompts, seed)
+        features, mask = self.guidance(pictures, prompts, seeds)
         return self.correct(self.backbone.tokens(pictures), features, mask, passes)
 
-    def explain(self, images: list[Image], prompts: list[str], seed: int) -> list[str]:
+    def explain(self, images: list[Image], prompts: list[str], seeds: Sequence[int]) -> list[str]:
         """What the MLLM answers in words; needed by people, not by the method."""
         self._bring_guide()
-        return self.guide.explain(images, prompts, random.Random(seed))
+        return self.guide.explain(images, prompts, seeds)
 
-    def satisfaction(self, images: list[Image], prompts: list[str], seed: int) -> list[float]:
+    def satisfaction(self, images: list[Image], prompts: list[str], seeds: Sequence[int]) -> list[float]:
         """Log-probability that the MLLM says "nothing" is wrong, of each image."""
         self._bring_guide()
-        return self.guide.satisfaction(images, prompts, random.Random(seed), self.mllm_batch)
+        return self.guide.satisfaction(images, prompts, seeds, self.mllm_batch)
 
     def __call__(
         self, prompts: list[str], seeds: list[int], *, rounds: int = 1, progress: bool = False
@@ -76,7 +76,7 @@ class IMG:
         """
         images = [self.backbone.draw(prompts, seeds, progress="initial" if progress else None)]
         for k in range(rounds):
-            tokens = self.align(images[-1], prompts, seed=seeds[0] + k)
+            tokens = self.align(images[-1], prompts, [seed + k for seed in seeds])
             title = f"round {k + 1}" if progress else None
             images.append(self.backbone.draw(prompts, seeds, tokens, progress=title))
         return images

@@ -40,6 +40,7 @@ class Preset:
     resampler: str | None = None  # file that replaces the Resampler in the IP-Adapter file
     mllm: str  # LLaVA finetuned to see misalignment
     stock_mllm: str  # the same LLaVA before finetuning, for the ablation
+    questions: str = "own"  # phrasings that the MLLM is asked in: "own", "released", or a JSON file
     aligner: str
     stock_aligner: str  # trained on the stock MLLM's features, for the ablation
     text_aligner: str  # trained on text embeddings instead of an MLLM's features, for the ablation
@@ -145,10 +146,11 @@ PRESETS = {
         resampler="shi-labs/IMG/resampler.pth",
         mllm="shi-labs/IMG/llava",
         stock_mllm="llava-hf/llava-1.5-13b-hf",
+        questions="released",
         aligner="shi-labs/IMG/aligner_sdxl.pth",
         stock_aligner="outputs/sdxl-stock/aligner.safetensors",
         text_aligner="outputs/sdxl-text/aligner.safetensors",
-        pairs="yuvalkirstain/pickapic_v2",
+        pairs="data-is-better-together/open-image-preferences-v1-binarized",  # Pick-a-Pic is gone from the hub
         max_pairs=0,
         world=None,
         sampling_steps=50,

@@ -170,10 +170,21 @@ def test_a_saved_aligner_remembers_its_head_width(tmp_path, name):
     aligner = ImplicitAligner(WIDTH, GUIDANCE, depth=1, heads=4, head_dim=16)
     aligner.save(tmp_path / name)
     assert ImplicitAligner.from_file(tmp_path / name).layers[0][0].heads == 4
-    (tmp_path / "a.json").write_text("{}")
-    if name == "a.pth":
-        with pytest.raises(WeightsError, match="a.json: cannot be opened"):
-            ImplicitAligner.from_file(tmp_path / name)
+    (tmp_path / "a.json").unlink()  # every file is complete without it
+    assert ImplicitAligner.from_file(tmp_path / name).layers[0][0].heads == 4
+
+
+def test_a_file_that_leaves_the_width_of_a_head_open_is_asked_about_or_refused(tmp_path):
+    state = ImplicitAligner(WIDTH, GUIDANCE, depth=1, heads=5, head_dim=16).state_dict()
+    torch.save(dict(state), tmp_path / "a.pth")  # as somebody else would
+    with pytest.raises(WeightsError, match="heads of width 64 do not make its 80; restore a.json"):
+        ImplicitAligner.from_file(tmp_path / "a.pth")
+    (tmp_path / "a.json").write_text('{"head_dim": 16}')
+    assert ImplicitAligner.from_file(tmp_path / "a.pth").layers[0][0].heads == 5
+    for text in ("{}", "[]", '{"head_dim": "many"}', '{"head_dim": 0}', '{"head_dim": -16}', '{"head_dim": 7}', "nul"):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(WeightsError, match="restore|unreadable"):
+            ImplicitAligner.from_file(tmp_path / "a.pth")
 
 
 def test_the_same_weights_are_the_same_bytes_however_often_they_are_saved(tmp_path):

@@ -10,7 +10,6 @@ from pair_files import number, numbers, read_pairs, rows, write
 from PIL import Image
 
 import train as script
-from img_minimal.data import sources as data_module
 from img_minimal.data.batches import Batches
 from img_minimal.data.cache import FeatureCache
 from img_minimal.data.features import Features
@@ -220,6 +219,20 @@ def test_a_stale_cache_is_refused_and_the_reason_is_what_differs(tmp_path):
         cached(tmp_path / "cache", source)
 
 
+@pytest.mark.parametrize("where", ["features", "mask", "the place of what follows"])
+def test_a_flipped_bit_in_a_cached_shard_is_found_and_the_file_named(tmp_path, where):
+    source = write(tmp_path / "pairs", rows(6))
+    cached(tmp_path / "cache", source)
+    [file] = (tmp_path / "cache" / "features").glob("*.safetensors")
+    whole = bytearray(file.read_bytes())
+    header = int.from_bytes(whole[:8], "little") + 8
+    place = {"features": header + 40, "mask": len(whole) - 1, "the place of what follows": whole.index(b"chunk") + 9}
+    whole[place[where]] ^= 1
+    file.write_bytes(whole)
+    with pytest.raises(UserError, match=f"{file.name}: damaged.*delete it and run again"):
+        cached(tmp_path / "cache", source)
+
+
 def test_everything_that_features_depend_on_makes_a_cache_stale(tmp_path, monkeypatch):
     source = write(tmp_path / "pairs", rows(3))
     preset = dataclasses.replace(TWIN, pairs=str(source))
@@ -237,9 +250,8 @@ def test_everything_that_features_depend_on_makes_a_cache_stale(tmp_path, monkey
     write(source, rows(4))
     assert changed() == {"the pairs"}
     write(source, rows(3))
-    monkeypatch.setattr(data_module, "QUESTIONS", ("What is wrong? {}",))
-    assert changed() == {"the question bank"}
-    monkeypatch.undo()
+    asked = dataclasses.replace(preset, questions="released")
+    assert changed(asked) == {"the questions, one drawn for each sample"}
     settings = json.loads((Path(TWIN.image_encoder) / "config.json").read_text())
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "config.json").write_text(json.dumps(settings | {"image_size": 128}))

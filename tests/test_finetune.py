@@ -246,7 +246,7 @@ def test_lora_trains_adapters_only_and_merges_into_an_ordinary_model(kind, folde
 
     def states() -> torch.Tensor:
         images, prompts = [t.image for t in some], [t.prompt for t in some]
-        return detector.mllm.guidance(images, prompts, random.Random(0))[0]
+        return detector.mllm.guidance(images, prompts, range(len(images)))[0]
 
     untrained, examples = states(), detector.encode(some, 3)
     settings = dataclasses.replace(SETTINGS, steps=5, batch_size=3, micro_batch=2, lr=1e-2, warmup=1)
@@ -306,8 +306,8 @@ def test_the_command_prints_plan_and_accuracy_and_saves_a_folder_that_opens(sour
     files = {p.name for p in (tmp_path / "run").iterdir() if p.name != ".lock"}
     assert files == {"config.json", "metrics.jsonl", "curves.png", "checkpoint.pt", "mllm"}
     opened = MLLM.from_pretrained(tmp_path / "run" / "mllm")
-    assert opened.guidance([Image.new("RGB", (64, 64))], ["a red circle"], random.Random(0))[0].shape[-1] == 160
-    assert isinstance(opened.explain([Image.new("RGB", (64, 64))], ["a red circle"], random.Random(0))[0], str)
+    assert opened.guidance([Image.new("RGB", (64, 64))], ["a red circle"], [0])[0].shape[-1] == 160
+    assert isinstance(opened.explain([Image.new("RGB", (64, 64))], ["a red circle"], [0])[0], str)
     with pytest.raises(UserError, match="--resume"):
         call(monkeypatch, *run, "--steps", 3)
     with pytest.raises(UserError, match="cannot resume with lr"):
@@ -319,7 +319,7 @@ def test_the_command_prints_plan_and_accuracy_and_saves_a_folder_that_opens(sour
 
 def test_triplets_that_are_none_and_an_mllm_that_is_none_are_one_clear_line(tmp_path, monkeypatch):
     run = ["--output-dir", tmp_path / "run"]
-    with pytest.raises(UserError, match="no such file or folder; expected parquet with the columns original_image"):
+    with pytest.raises(UserError, match="no such file or folder; expected the columns original_image"):
         call(monkeypatch, *run, "--triplets", tmp_path / "no.parquet")
     empty = {"original_image": [b"no"], "edit_prompt": ["x"], "edited_prompt": ["y"]}
     pq.write_table(pa.table(empty), tmp_path / "empty.parquet")

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2_5_VLForConditionalGeneration
 
 from img_minimal.files.mllm_layouts import CONVERSATION, FAMILIES, find_family
-from img_minimal.mllm import MLLM
+from img_minimal.mllm import MLLM, without_markers
 from img_minimal.presets import find_preset
 from img_minimal.questions import QUESTIONS, ask
 from img_minimal.runtime.errors import UserError
@@ -43,20 +43,19 @@ def mllm(request, folders) -> MLLM:
 
 
 def test_features_of_a_padded_batch_equal_those_of_each_prompt_alone(mllm, images):
-    together, mask = mllm.guidance(images, PROMPTS, random.Random(5))
+    together, mask = mllm.guidance(images, PROMPTS, range(5, 5 + len(PROMPTS)))
     assert together.shape == (*mask.shape, mllm.width) and mask.dtype == torch.bool
     assert not mask.all(), "the prompts should differ in length, or this test shows nothing"
     assert all(row.sort(descending=True)[0].equal(row) for row in mask.int()), "padding stands on the right"
-    rng = random.Random(5)
     for k, (image, prompt) in enumerate(zip(images, PROMPTS)):
-        alone, whole = mllm.guidance([image], [prompt], rng)
+        alone, whole = mllm.guidance([image], [prompt], [5 + k])
         assert whole.all() and (alone[0] - together[k][mask[k]]).abs().max() < 1e-4
 
 
 def test_features_are_the_full_models_last_hidden_states_after_the_norm(mllm, images):
-    states, mask = mllm.guidance(images, PROMPTS, random.Random(5))
-    rng = random.Random(5)
-    everything = mllm.model(**mllm.inputs(images, [ask(prompt, rng) for prompt in PROMPTS]), output_hidden_states=True)
+    states, mask = mllm.guidance(images, PROMPTS, range(5, 5 + len(PROMPTS)))
+    asked = [mllm.question(prompt, 5 + k) for k, prompt in enumerate(PROMPTS)]
+    everything = mllm.model(**mllm.inputs(images, asked), output_hidden_states=True)
     assert (states - everything.hidden_states[-1])[mask].abs().max() < 1e-5
     assert (mllm.model.lm_head(states) - everything.logits)[mask].abs().max() < 1e-4
 
@@ -66,7 +65,7 @@ def test_features_cost_one_prefill_that_keeps_neither_layers_nor_a_cache(mllm, i
     inner = mllm.model.model
     hooks = [inner.register_forward_hook(lambda module, inputs, output: outputs.append(output)),
              inner.language_model.layers[0].register_forward_hook(lambda *_: layers.append(1))]  # fmt: skip
-    mllm.guidance(images, PROMPTS, random.Random(0))
+    mllm.guidance(images, PROMPTS, range(len(PROMPTS)))
     for hook in hooks:
         hook.remove()
     assert len(outputs) == len(layers) == 1
@@ -74,7 +73,7 @@ def test_features_cost_one_prefill_that_keeps_neither_layers_nor_a_cache(mllm, i
 
 
 def test_a_seed_reproduces_the_questions_and_another_asks_otherwise(mllm, images):
-    first, again, other = (mllm.guidance(images, PROMPTS, random.Random(seed))[0] for seed in (3, 3, 4))
+    first, again, other = (mllm.guidance(images, PROMPTS, [seed] * len(PROMPTS))[0] for seed in (3, 3, 5))
     assert torch.equal(first, again)
     assert first.shape != other.shape or not torch.equal(first, other)
 
@@ -84,14 +83,28 @@ def test_the_model_is_frozen_and_in_the_dtype_that_was_asked_for(folders, images
         mllm = MLLM.from_pretrained(folders[kind], torch.bfloat16)
         assert {p.dtype for p in mllm.model.parameters()} == {torch.bfloat16}
         assert not any(p.requires_grad for p in mllm.model.parameters()) and not mllm.model.training
-        assert mllm.guidance(images, PROMPTS, random.Random(0))[0].dtype == torch.bfloat16
+        assert mllm.guidance(images, PROMPTS, range(len(PROMPTS)))[0].dtype == torch.bfloat16
 
 
 def test_a_prompt_that_names_the_image_token_stands_for_no_image(mllm, images):
     prompt = f"a cat {mllm.processor.image_token} on a mat"
-    states, _ = mllm.guidance(images[:1], [prompt], random.Random(0))
-    plain, _ = mllm.guidance(images[:1], ["a cat  on a mat"], random.Random(0))
+    states, _ = mllm.guidance(images[:1], [prompt], [0])
+    plain, _ = mllm.guidance(images[:1], ["a cat  on a mat"], [0])
     assert torch.equal(states, plain)
+
+
+@pytest.mark.parametrize(
+    "spelling", ["<image>", "<IMAGE>", "< image >", "<im<image>age>", "<|image_pad|>", "<|vision_start|>", "</image>",
+                 "<|video_pad|>", "<image_0>", "<img>", "<im_start>", "<im<im<image>age>age>"],
+)  # fmt: skip
+def test_an_image_marker_in_a_prompt_is_left_out_in_any_spelling(spelling):
+    assert without_markers(f"a cat {spelling} on a mat") == "a cat  on a mat"
+    assert without_markers("an <imaginary> cat, a < b, <3") == "an <imaginary> cat, a < b, <3"
+
+
+def test_a_prompt_with_half_a_character_is_asked_about(mllm, images):
+    states, _ = mllm.guidance(images[:1], ["a cat \ud83d on a mat"], [0])
+    assert states.isfinite().all()
 
 
 class Scripted(torch.nn.Module):
@@ -115,7 +128,7 @@ def explained(folder, images, text: str, end: str | int) -> tuple[str, Scripted,
     until = encode(text + end) if isinstance(end, str) else encode(text) + [end]
     script = Scripted(until + encode(" two blue squares" * 4), mllm.model.config.text_config.vocab_size)
     mllm.model.lm_head = script
-    return mllm.explain(images[:1], PROMPTS[:1], random.Random(0))[0], script, len(until)
+    return mllm.explain(images[:1], PROMPTS[:1], [0])[0], script, len(until)
 
 
 def test_the_answer_of_the_released_llava_ends_at_its_separator(folders, images):
@@ -131,10 +144,10 @@ def test_an_answer_ends_with_the_models_own_end_token(folders, images, kind):
 
 
 def test_satisfaction_is_the_log_probability_of_nothing_as_the_next_word(mllm, images):
-    scores = mllm.satisfaction(images, PROMPTS, random.Random(5), batch_size=2)
-    rng, nothing = random.Random(5), mllm.processor.tokenizer("nothing", add_special_tokens=False).input_ids[0]
-    for image, prompt, score in zip(images, PROMPTS, scores, strict=True):
-        logits = mllm.model(**mllm.inputs([image], [ask(prompt, rng)])).logits
+    scores = mllm.satisfaction(images, PROMPTS, range(5, 5 + len(PROMPTS)), batch_size=2)
+    nothing = mllm.processor.tokenizer("nothing", add_special_tokens=False).input_ids[0]
+    for k, (image, prompt, score) in enumerate(zip(images, PROMPTS, scores, strict=True)):
+        logits = mllm.model(**mllm.inputs([image], [mllm.question(prompt, 5 + k)])).logits
         assert abs(score - logits[0, -1].log_softmax(-1)[nothing].item()) < 1e-3
 
 
@@ -162,7 +175,7 @@ def test_the_twin_is_read_as_transformers_reads_it(folders, images):
     inputs = processor(images=images[:1], text=text, return_tensors="pt")
     inputs.pop("token_type_ids", None)
     expected = model(**inputs, output_hidden_states=True).hidden_states[-1]
-    states, _ = mllm.guidance(images[:1], PROMPTS[:1], random.Random(2))
+    states, _ = mllm.guidance(images[:1], PROMPTS[:1], [2])
     assert torch.equal(states, expected)
 
 

@@ -1,6 +1,9 @@
 """The whole method on the shipped twin: drawing, tokens, guidance, alignment."""
 
+import json
 import random
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +11,11 @@ import torch
 from img_minimal.aligner import align
 from img_minimal.backbones.sdxl.injection import DecoupledAttention
 from img_minimal.backbones.sdxl.sampler import draw
-from img_minimal.load import load_img
+from img_minimal.load import load_guide, load_img
 from img_minimal.mllm import MLLM, guidance_features
 from img_minimal.pipeline import IMG
-from img_minimal.presets import find_preset
-from img_minimal.questions import QUESTIONS, ask
+from img_minimal.presets import PRESETS, find_preset
+from img_minimal.questions import QUESTIONS, RELEASED, ask, find_questions
 from img_minimal.runtime.errors import UserError
 from img_minimal.runtime.images import from_pil, to_pil
 from img_minimal.tiny.grammar import benchmark
@@ -80,32 +83,31 @@ def test_the_whole_method_gives_the_same_images_twice(img):
 def test_guidance_features_of_a_padded_batch_equal_those_of_each_prompt_alone(img, images):
     pictures = to_pil(images)
     mllm = MLLM.from_pretrained(PRESET.mllm)  # in fp32: bf16 rounds by the shape of the batch
-    together, mask = mllm.guidance(pictures, PROMPTS, random.Random(5))
+    together, mask = mllm.guidance(pictures, PROMPTS, range(5, 5 + len(PROMPTS)))
     assert together.shape[-1] == mllm.width == img.aligner.guidance_width
     assert not mask.all(), "the prompts should differ in length, or this test shows nothing"
-    rng = random.Random(5)
     for k, (picture, prompt) in enumerate(zip(pictures, PROMPTS)):
-        alone, _ = mllm.guidance([picture], [prompt], rng)
+        alone, _ = mllm.guidance([picture], [prompt], [5 + k])
         assert (alone[0] - together[k][mask[k]]).abs().max() < 1e-4
 
 
 def test_guidance_features_are_the_last_hidden_states_after_the_final_norm(img, images):
-    states, _ = img.guide.guidance(to_pil(images)[:1], PROMPTS[:1], random.Random(5))
-    inputs = img.guide.inputs(to_pil(images)[:1], [ask(PROMPTS[0], random.Random(5))])
+    states, _ = img.guide.guidance(to_pil(images)[:1], PROMPTS[:1], [5])
+    inputs = img.guide.inputs(to_pil(images)[:1], [img.guide.question(PROMPTS[0], 5)])
     everything = img.guide.model(**inputs, output_hidden_states=True)
     assert torch.allclose(states, everything.hidden_states[-1], atol=1e-5)
     assert torch.allclose(img.guide.model.lm_head(states), everything.logits, atol=1e-4)
 
 
 def test_the_mllm_answers_in_words_of_edits(img, images):
-    answers = img.guide.explain(to_pil(images)[:2], PROMPTS[:2], random.Random(0))
+    answers = img.guide.explain(to_pil(images)[:2], PROMPTS[:2], [0, 1])
     verbs = {"change", "add", "remove", "move", "nothing"}
     assert all(answer.split()[0] in verbs for answer in answers)
 
 
 def test_aligned_tokens_do_not_depend_on_the_batch(img, images):
     pictures = to_pil(images)
-    features, mask = guidance_features(img.guide, pictures, PROMPTS, seed=0)
+    features, mask = guidance_features(img.guide, pictures, PROMPTS, range(len(PROMPTS)))
     tokens = img.backbone.tokens(pictures)
     whole = align(img.aligner, tokens, features, mask, passes=2)
     parts = align(img.aligner, tokens, features, mask, passes=2, batch_size=2)
@@ -125,11 +127,44 @@ def test_an_mllm_of_another_width_is_one_line_that_says_what_to_do(img, images):
         align(img.aligner, img.backbone.tokens(to_pil(images)[:1]), torch.zeros(1, 4, 99), torch.ones(1, 4).bool(), 1)
 
 
-def test_there_are_one_hundred_different_questions_that_all_hold_the_prompt():
-    assert len(set(QUESTIONS)) == 100
-    assert all(question.count("{}") == 1 for question in QUESTIONS)
-    asked = {ask("a red circle", random.Random(k)) for k in range(500)}
-    assert len(asked) > 90 and all("a red circle" in question for question in asked)
+def test_a_seed_s_picture_is_asked_about_and_aligned_alone_as_in_a_batch(img, images):
+    seeds = [11, 3, 7, 3, 900]
+    together = img.align(images, PROMPTS, seeds)
+    for k in range(5):
+        alone = img.align(images[k : k + 1], PROMPTS[k : k + 1], seeds[k : k + 1])
+        assert (alone - together[k : k + 1]).abs().max() < 0.05, "another question moves tokens by .5"
+    assert len({img.guide.question(PROMPTS[0], seed) for seed in range(50)}) > 30
+
+
+@pytest.mark.parametrize("bank", [QUESTIONS, RELEASED], ids=["own", "released"])
+def test_there_are_one_hundred_different_questions_that_all_hold_the_prompt(bank):
+    assert len(set(bank)) == 100
+    assert all(question.count("{}") == 1 for question in bank)
+    asked = {ask("a red {circle}", random.Random(k), bank) for k in range(500)}
+    assert len(asked) > 90 and all("a red {circle}" in question for question in asked)
+
+
+def test_released_weights_are_asked_in_the_form_that_the_release_asks_in():
+    assert all(re.fullmatch("How to .* the prompt: {}[?]", question) for question in RELEASED)
+    assert all(preset.questions == ("own" if preset.world else "released") for preset in PRESETS.values())
+
+
+def test_questions_come_from_a_file_with_the_prompt_s_place_in_any_of_its_spellings(tmp_path):
+    file = tmp_path / "questions.json"
+    listed = ["How to fix it for the prompt: {}?", "What about <prompt>?", "Why not {prompt}", "[caption]: how?"]
+    file.write_text(json.dumps(listed))
+    expected = ("How to fix it for the prompt: {}?", "What about {}?", "Why not {}", "{}: how?")
+    assert find_questions(str(file)) == expected
+    with_file = load_guide(replace(PRESET, questions=str(file)), "mllm")
+    assert {with_file.question("x", seed) for seed in range(50)} == {q.replace("{}", "x") for q in expected}
+    wrong = ["{}", "[]", "[1]", '["no place"]', '["{} and {}"]', "", "nonsense", "[" * 100_000, '{"a": "{}"}']
+    for text in wrong:
+        file.write_text(text)
+        with pytest.raises(UserError) as caught:
+            find_questions(str(file))
+        assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="No such file"):
+        find_questions(str(tmp_path / "none.json"))
 
 
 def test_pictures_survive_the_way_to_pil_and_back():
@@ -138,7 +173,7 @@ def test_pictures_survive_the_way_to_pil_and_back():
 
 
 def test_satisfaction_is_the_log_probability_of_nothing_as_the_first_word(img, images):
-    scores = img.guide.satisfaction(to_pil(images), PROMPTS, random.Random(0))
+    scores = img.guide.satisfaction(to_pil(images), PROMPTS, range(len(PROMPTS)))
     assert len(scores) == 5 and all(score <= 0 for score in scores)
 
 

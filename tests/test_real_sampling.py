@@ -36,7 +36,7 @@ def test_sample_runs_through_with_flags_that_point_at_the_files(release, tmp_pat
 def test_both_images_equal_those_of_diffusers_own_pipeline_and_ip_adapter(release):
     img = load_img(preset(release))
     before, after = img([PROMPT], [3])
-    tokens, negative = img.align(before, [PROMPT], seed=3), img.backbone.image_prompt.negative()
+    tokens, negative = img.align(before, [PROMPT], [3]), img.backbone.image_prompt.negative()
 
     pipe = StableDiffusionXLPipeline.from_pretrained(release / "base", dtype=torch.float32, add_watermarker=False)
     asked = {"prompt": PROMPT, "num_inference_steps": 2, "guidance_scale": 7.5, "output_type": "pt"}

@@ -81,7 +81,15 @@ def test_odd_cells_cost_their_row_and_are_counted_under_their_reason():
     odd = {
         "without a prompt": [{"caption": b"bytes"}, {"caption": "  "}, {"caption": None}, {"caption": 7}],
         "more than 2000 characters": [{"caption": "a" * 20_000}],
-        "ties": [{"label_0": None}, {"label_0": 2.0}, {"label_1": "1"}],
+        "ties": [{"label_0": 0.5, "label_1": 0.5}, {"label_0": 0, "label_1": 0}, {"label_0": True, "label_1": True}],
+        "labels are no preference": [
+            {"label_0": None},
+            {"label_0": 2.0},
+            {"label_1": "1"},
+            {"label_0": float("nan")},
+            {"label_0": [1]},
+            {"label_0": 0.7, "label_1": 0.3},
+        ],
     }
     for reason, row in ((reason, row) for reason, changes in odd.items() for row in changes):
         with pytest.raises(Skipped, match=reason):
@@ -122,11 +130,6 @@ def test_images_of_the_same_bytes_are_one_object_so_that_they_are_encoded_once(t
     assert [number(objects[k]) for k in places] == [0, 2, 4, 6, 200, 200, 200, 200]
 
 
-def test_other_splits_beside_the_training_files_are_left_alone(tmp_path):
-    write(tmp_path, rows(3, 50), name="validation_unique")
-    assert [p.prompt for p in pairs_of(pair_stream(write(tmp_path, rows(2))))] == ["prompt 0", "prompt 1"]
-
-
 def test_triplets_are_read_with_their_images_in_the_hubs_struct_and_the_damaged_skipped(tmp_path):
     table = [{"original_image": {"bytes": jpeg(k), "path": None}, "edit_prompt": f" remove {k} ", "edited_prompt": "x"}
              for k in range(4)]  # fmt: skip
@@ -145,7 +148,7 @@ def test_a_source_that_is_no_such_table_is_one_clear_line(tmp_path):
     cases = {
         tmp_path / "none.parquet": "no such file or folder",
         tmp_path / "text.parquet": "cannot be read as a table",
-        tmp_path / "empty": "no parquet in it",
+        tmp_path / "empty": "holds no training table",
         tmp_path / "other.parquet": "has no column 'jpg_1'",
         "somebody/pairs": "hub cannot be reached; name a local",
     }

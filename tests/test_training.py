@@ -113,7 +113,7 @@ def test_a_run_folder_is_not_resumed_with_other_settings_and_drops_rows_after_it
     with pytest.raises(UserError, match=r"lr 2.0: the run began with 1.0"):
         resumed(tmp_path, preset={"lr": 1.0, "steps": 5, "finetuning": {"lr": 2.0}})
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json: missing or damaged"):
+    with pytest.raises(UserError, match="config.json: unreadable"):
         resumed(tmp_path)
 
 

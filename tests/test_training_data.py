@@ -107,7 +107,7 @@ def test_the_plan_of_the_real_models_says_what_they_take(tmp_path):
     )
     plan = aligner_plan(preset, "mllm", tmp_path, 70.0)
     for words in ("13.4 B parameters   26.7 GB", "632 M parameters", "195 M parameters    3.9 GB", "100,000 steps of 8",
-                  "6.55 MB guidance (about 640 x 5120, bf16) + 262 KB tokens", "all pairs of yuvalkirstain/pickapic_v2",
+                  "6.55 MB guidance (about 640 x 5120, bf16) + 262 KB tokens", "all pairs of data-is-better-together/",
                   "streamed", "none on disk", "checkpoint.pt 3.12 GB, aligner.safetensors 780 MB"):  # fmt: skip
         assert words in plan, plan
     kept = dataclasses.replace(preset, cache_dir=str(tmp_path), max_pairs=10_000)
@@ -128,7 +128,7 @@ def test_the_papers_run_is_what_sdxl_means_by_default():
     assert (preset.train_steps, preset.batch_size, preset.lr, preset.weight_decay) == (100_000, 8, 1e-4, 1e-4)
     assert (preset.preference_weight, preset.constant_share, preset.identity_share) == (1.0, 1.0, 0.0)
     assert script.Config().refresh_after == 10
-    assert preset.pairs == "yuvalkirstain/pickapic_v2" and preset.max_pairs == 0 and preset.cache_dir == "none"
+    assert "open-image-preferences" in preset.pairs and preset.max_pairs == 0 and preset.cache_dir == "none"
 
 
 def test_encoding_each_image_once_gives_the_numbers_of_encoding_every_one(monkeypatch):

@@ -97,7 +97,9 @@ def draw_all(backbone: Backbone, prompts: list[Prompt], seed: int) -> Drawn:
 
 def pooled(guide: Guide, drawn: Drawn, seed: int) -> Tensor:
     """x (B, 2 H): the mean of the valid h, and the last of them."""
-    h, mask = guidance_features(guide, drawn.pictures, drawn.captions, seed, progress="features")
+    h, mask = guidance_features(
+        guide, drawn.pictures, drawn.captions, range(seed, seed + len(drawn.captions)), progress="features"
+    )
     h, count = h.float() * mask[..., None], mask.sum(1)
     return torch.cat([h.sum(1) / count[:, None], h[torch.arange(len(h)), count - 1]], dim=1)
 
@@ -198,7 +200,7 @@ def plot_answers(axes: np.ndarray, drawn: Drawn, stock: MLLM, finetuned: MLLM, s
     wrong, right = ([k for k in firsts if drawn.right[k] == kind] for kind in (False, True))
     chosen = [*wrong[: SHOWN - 1], *right[:1]]
     pictures, captions = [drawn.pictures[k] for k in chosen], [drawn.captions[k] for k in chosen]
-    said = [mllm.explain(pictures, captions, random.Random(seed)) for mllm in (stock, finetuned)]
+    said = [mllm.explain(pictures, captions, [seed + k for k in chosen]) for mllm in (stock, finetuned)]
     for axis in axes:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)

@@ -35,7 +35,6 @@ if __name__ == "__main__":
     parse(Config, __doc__)  # answers --help before torch is imported, which takes seconds
 
 import math
-import random
 from textwrap import fill
 
 import matplotlib.pyplot as plt
@@ -48,7 +47,6 @@ from img_minimal.aligner import ImplicitAligner
 from img_minimal.evaluate.intervals import mean_interval
 from img_minimal.load import load_img
 from img_minimal.pipeline import IMG
-from img_minimal.questions import ask
 from img_minimal.runtime.cli import check
 from img_minimal.runtime.images import to_pil
 from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK
@@ -141,15 +139,15 @@ def groups(images: Tensor, prompts: list[str], judged: bool, own: bool) -> list[
 def one_image(img: IMG, seed: int) -> tuple[Tensor, Image, int]:
     """Of eight images of RIGHT the one that the MLLM is most content with: (1, 3, H, W), as a picture, its seed."""
     drawn = img.backbone.draw([RIGHT] * 8, list(range(seed, seed + 8)), progress="eight images of one prompt")
-    content = img.satisfaction(to_pil(drawn), [RIGHT] * 8, seed)
+    content = img.satisfaction(to_pil(drawn), [RIGHT] * 8, range(seed, seed + 8))
     best = int(np.argmax(content))
     return drawn[best : best + 1], to_pil(drawn[best : best + 1])[0], seed + best
 
 
 def attention(img: IMG, picture: Image, c: Tensor, seed: int) -> tuple[Tensor, list[str | None], dict[str, list[int]]]:
     """Weights (depth, N, L + N), mean over heads, for the first wrong prompt; the L words; columns by kind."""
-    words, without = (img.guide.words(picture, ask(prompt, random.Random(seed))) for prompt in (WRONG[0], ""))
-    h, _ = img.guidance([picture], [WRONG[0]], seed)
+    words, without = (img.guide.words(picture, img.guide.question(prompt, seed)) for prompt in (WRONG[0], ""))
+    h, _ = img.guidance([picture], [WRONG[0]], [seed])
     img.placement.bring("aligner", img.aligner)
     device = next(img.aligner.parameters()).device
     maps = img.aligner.attention_maps(h.to(device).float(), c.to(device)).mean(2)[:, 0].cpu()
@@ -229,7 +227,7 @@ def draw_sizes(axis: plt.Axes, sizes: np.ndarray, names: np.ndarray, clusters: n
 
 def identity(img: IMG, images: Tensor, captions: list[str], c: Tensor, seed: int) -> None:
     """Print what a fresh aligner does to four images, and where its first gradients arrive."""
-    h, _ = img.guidance(to_pil(images[:1]), captions[:1], seed)
+    h, _ = img.guidance(to_pil(images[:1]), captions[:1], [seed])
     img.placement.bring("aligner", img.aligner)
     device = next(img.aligner.parameters()).device
     shares = gradients_reach(img.aligner, h.float().to(device), c[:1].to(device), c[1:2].to(device))
@@ -243,7 +241,9 @@ def many_images(
     sizes, names = [], []
     others = captions[len(CATEGORIES) :] + captions[: len(CATEGORIES)]
     for prompts, own in ((captions, True), (others, False)):
-        sizes.append(size_of(img.align(images, prompts, seed, passes=1) - c).numpy() / unit(c))
+        sizes.append(
+            size_of(img.align(images, prompts, range(seed, seed + len(prompts)), passes=1) - c).numpy() / unit(c)
+        )
         names += groups(images, prompts, judged, own)
     difference = mean_interval(sizes[1] - sizes[0], captions)
     print(
@@ -269,7 +269,7 @@ def main() -> int:
 
     found, picture, its_seed = one_image(img, seed)
     prompts, own = [RIGHT, *WRONG], img.backbone.tokens([picture])
-    aligned = img.align(found.expand(len(prompts), -1, -1, -1), prompts, seed, passes=1)
+    aligned = img.align(found.expand(len(prompts), -1, -1, -1), prompts, [seed] * len(prompts), passes=1)
     after = img.backbone.draw(prompts, [its_seed] * len(prompts), aligned, progress="with corrected tokens")
     places = img.backbone.image_prompt.places([picture])[0].cpu()
     by_token = (aligned - own).float().square().sum(-1).sqrt() / unit(c)  # (prompts, N)

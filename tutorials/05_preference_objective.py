@@ -44,6 +44,7 @@ from img_minimal.preference import ReferenceRefresh, preference_loss, squared_di
 from img_minimal.runtime.optimizer import warmup_constant_decay
 from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK
 
+plt.rcParams["text.parse_math"] = True  # labels are formulas here, and no prompt is drawn
 # One sample (B 1, N 1, D 2). c_w and c_l differ by 0.5 in the mean square, as image tokens of two pictures may.
 # f starts off their line: an aligner serves many samples, and rarely answers exactly c_l.
 WINNER, LOSER, START = (torch.tensor([[point]], dtype=torch.float64) for point in ([1, 0], [0, 0], [0.25, 0.75]))

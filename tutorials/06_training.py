@@ -55,6 +55,8 @@ from img_minimal.runtime.checkpoint import RunFolder
 from img_minimal.runtime.cli import check
 from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK
 
+plt.rcParams["text.parse_math"] = True  # labels are formulas here, and no prompt is drawn
+
 
 def configuration(options: TrainingOptions, name: str, resume: bool) -> script.Config:
     """The command line of train.py that this run would have."""

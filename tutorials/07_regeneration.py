@@ -82,10 +82,10 @@ class Start:
     tokens: Tensor  # c_0, (B, N, D)
 
 
-def first_steps(img: IMG, captions: list[str], seeds: list[int], images: Tensor, seed: int) -> Start:
-    """h = MLLM(x_0, q) and c_0 = Resampler(CLIP(x_0)); `seed` draws the phrasings q."""
+def first_steps(img: IMG, captions: list[str], seeds: list[int], images: Tensor) -> Start:
+    """h = MLLM(x_0, q) and c_0 = Resampler(CLIP(x_0)); an image's seed draws the phrasing q."""
     pictures = to_pil(images)
-    features, mask = img.guidance(pictures, captions, seed, progress="look")
+    features, mask = img.guidance(pictures, captions, seeds, progress="look")
     return Start(captions, seeds, images, features, mask, img.backbone.tokens(pictures))
 
 
@@ -112,7 +112,7 @@ def draw_settings(img: IMG, start: Start, seed: int) -> tuple[dict[Setting, Tens
                 draw(aligned[img.passes], field, value, **{field: value})
     images["rounds", 1] = chosen
     for r in ROUNDS[1:]:  # h and c_0 of x_(r-1)
-        draw(img.align(images["rounds", r - 1], start.captions, seed + r - 1), "rounds", r)
+        draw(img.align(images["rounds", r - 1], start.captions, [seed + r - 1 for seed in start.seeds]), "rounds", r)
     return images, aligned[1]
 
 
@@ -267,11 +267,11 @@ def first_images(img: IMG, judged: bool, options: RegenerationOptions) -> tuple[
     if judged:
         arms = Arms(img, benchmark(10 if options.quick else options.prompts, "test", seed), seed)
         arms.controls()
-        return first_steps(img, arms.captions, arms.seeds, arms.base, seed), arms
+        return first_steps(img, arms.captions, arms.seeds, arms.base), arms
     captions = list(REAL_PROMPTS[: 1 if options.quick else None])
     seeds = [FIRST_SEED * (seed + 1) + k for k in range(len(captions))]
     images = img.backbone.draw(captions, seeds, progress="initial")
-    return first_steps(img, captions, seeds, images, seed), None
+    return first_steps(img, captions, seeds, images), None
 
 
 def main() -> None:
@@ -288,7 +288,7 @@ def main() -> None:
         before, after = table["base"]["right"], table["passes", preset.passes]["right"]
         rows = chosen_rows(arms, before, after)
     pictures = to_pil(start.images[list(rows)])
-    answers = img.explain(pictures, [start.captions[k] for k in rows], options.seed)
+    answers = img.explain(pictures, [start.captions[k] for k in rows], [start.seeds[k] for k in rows])
     if rows:
         print_steps(start, images["passes", 1], aligned, answers[0], next(iter(rows)))
     if table:

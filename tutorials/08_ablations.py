@@ -146,7 +146,7 @@ class Laboratory:
         if kind not in self.looks:
             arms = self.arms
             guide = arms.img.guide if kind == "mllm" else load_guide(self.preset, kind, arms.img.backbone)
-            self.looks[kind] = guidance_features(guide, arms.pictures, arms.captions, self.options.seed)
+            self.looks[kind] = guidance_features(guide, arms.pictures, arms.captions, arms.seeds)
         return self.looks[kind]
 
     def right(self, row: Row, seed: int) -> list[int]:

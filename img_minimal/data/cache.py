@@ -5,6 +5,7 @@ A cache of another making is refused and named, never used and never silently re
 """
 
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import accumulate
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from img_minimal.data.features import Features
 from img_minimal.data.pairs import Pair
@@ -19,6 +21,7 @@ from img_minimal.data.stream import START, Place, Stream, prefetch
 from img_minimal.files.weights import read_metadata, read_weights, write_safetensors
 from img_minimal.runtime.atomic import write_whole
 from img_minimal.runtime.errors import UserError
+from img_minimal.runtime.json_files import read_json
 
 
 class Shards:
@@ -46,6 +49,15 @@ class Shards:
         return Features.join(pieces)[torch.cat(places).argsort()]
 
 
+def digest(state: dict[str, Tensor], note: str) -> str:
+    """A checksum of tensors and a note: reading 1 GB takes a second, and a flipped bit shows."""
+    value = zlib.crc32(note.encode())
+    for name in sorted(state):
+        value = zlib.crc32(f"{name} {state[name].dtype} {tuple(state[name].shape)}".encode(), value)
+        value = zlib.crc32(state[name].contiguous().flatten().view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
+
+
 class FeatureCache:
     """A folder `root/name` of shards that holds at most `limit` bytes, with all caches of the same root.
 
@@ -60,11 +72,9 @@ class FeatureCache:
             self._compare(making)
 
     def _compare(self, making: dict[str, str]) -> None:
-        try:
-            found = json.loads(self.note.read_text())
-            before = found["making"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.note}: unreadable; delete {self.folder}, or choose another --cache-dir") from None
+        instead = f"delete {self.folder}, or choose another --cache-dir"
+        found = read_json(self.note, dict, instead, check=lambda note: (note["making"].keys(), note["complete"]))
+        before = found["making"]
         for key in [*making, *(key for key in before if key not in making)]:
             if before.get(key) != making.get(key):
                 raise UserError(
@@ -95,7 +105,7 @@ class FeatureCache:
         """
         place = START
         if self.files:
-            place = Place(**json.loads(self._read(self.files[-1])[1]["after"]))
+            place = self._read(self.files[-1])[1]
         for chunk in prefetch(stream.chunks(place)):
             features = encoder(chunk.items, chunk.place.chunk)
             size, room = sum(x.nbytes for x in features.state_dict().values()), self._room()
@@ -110,19 +120,25 @@ class FeatureCache:
                 return
             self._write_note()
             after = {"after": json.dumps(asdict(chunk.after))}
+            after["digest"] = digest(features.state_dict(), after["after"])
             write_safetensors(self.folder / f"{chunk.place.chunk:05d}.safetensors", features.state_dict(), after)
         self._write_note(complete=True)
 
     def open(self) -> Shards:
-        """All samples. Raises UserError if a shard is damaged, or if there is none."""
+        """All samples, their digests compared. Raises UserError if a shard is damaged, or if there is none."""
         if not self.files:
             raise UserError(f"{self.folder}: holds no features; there was no pair to compute them of")
-        return Shards([self._read(file)[0] for file in self.files])
+        files = tqdm(self.files, desc="checking features", leave=False, delay=2)
+        return Shards([self._read(file)[0] for file in files])
 
-    def _read(self, file: Path) -> tuple[Features, dict[str, str]]:
+    def _read(self, file: Path) -> tuple[Features, Place]:
+        """A shard, and the place of what follows it."""
         try:
-            return Features(**read_weights(file)), read_metadata(file)
-        except (UserError, TypeError) as error:
+            state, note = read_weights(file), read_metadata(file)
+            if digest(state, note["after"]) != note["digest"]:
+                raise ValueError("its digest is another")
+            return Features(**state), Place(**json.loads(note["after"]))
+        except (UserError, TypeError, LookupError, AttributeError, ValueError) as error:
             raise UserError(f"{file}: damaged ({error}); delete it and run again") from None
 
     def _write_note(self, **changes: object) -> None:

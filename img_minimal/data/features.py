@@ -123,10 +123,12 @@ def compute_tokens(
 def compute_guidance(
     pairs: list[Pair], guide: Guide, identity: list[Pair], seed: int, batch_size: int = 64
 ) -> dict[str, Tensor]:
-    """Guidance features of the same samples, in the same order; `seed` draws the questions."""
+    """Guidance features of the same samples, in the same order; `seed`, `seed` + 1, ... draw the questions."""
     images = [p.loser for p in pairs] + [p.winner for p in identity]
     prompts = [p.prompt for p in [*pairs, *identity]]
-    guidance, mask = guidance_features(guide, images, prompts, seed, batch_size, progress="guidance features")
+    guidance, mask = guidance_features(
+        guide, images, prompts, range(seed, seed + len(images)), batch_size, progress="guidance features"
+    )
     return {"guidance": guidance, "mask": mask}
 
 

@@ -17,7 +17,7 @@ from img_minimal.data.pairs import Pair
 from img_minimal.data.stream import START, Chunk, Place, Stream, prefetch
 from img_minimal.files.pretrained import read_settings
 from img_minimal.presets import Preset
-from img_minimal.questions import QUESTIONS
+from img_minimal.questions import find_questions
 from img_minimal.runtime.atomic import file_print
 from img_minimal.runtime.devices import best_device
 from img_minimal.runtime.errors import UserError
@@ -90,10 +90,9 @@ def _unseen(data: Any) -> Any:
 def cache_key(preset: Preset, guidance: str, seed: int) -> dict[str, str]:
     """Everything that features depend on, in words and hashes, for a cache to compare."""
     guide = preset.guide(guidance)
-    sizes = [read_settings(preset.image_encoder, "--image-encoder").get("image_size")]
+    sizes = [_image_size(read_settings(preset.image_encoder, "--image-encoder"))]
     if guidance != "text":
-        settings = read_settings(guide, "--mllm")
-        sizes.append(settings.get("vision_config", {}).get("image_size") or "its own")
+        sizes.append(_image_size(read_settings(guide, "--mllm")))
     return {
         "the MLLM" if guidance != "text" else "the base": _identity(guide),
         "the image encoder": _identity(preset.image_encoder),
@@ -103,12 +102,18 @@ def cache_key(preset: Preset, guidance: str, seed: int) -> dict[str, str]:
         "at most this many pairs": str(preset.max_pairs),
         "this many pairs in a chunk": str(preset.chunk_pairs),
         "a share of identity samples": str(preset.identity_share),
-        "the question bank": _hash(QUESTIONS),
+        "the questions, one drawn for each sample": _hash(find_questions(preset.questions)),
         # As asked for: what it means on this machine and on the next differs in rounding only.
         "dtype": preset.dtype or f"the default of {best_device().type}",
-        "image size": " and ".join(map(str, sizes)),
+        "image size": " and ".join(sizes),
         "seed": str(seed),
     }
+
+
+def _image_size(settings: dict) -> str:
+    """The pixels of a side that a model looks at, by its config.json; whole CLIPs and LLaVAs have it one level down."""
+    inner = settings.get("vision_config")
+    return str(settings.get("image_size") or (isinstance(inner, dict) and inner.get("image_size")) or "its own")
 
 
 def _identity(location: str) -> str:

@@ -1,25 +1,26 @@
-"""Tables too large to download, read a chunk at a time: Pick-a-Pic (335 GB), InstructPix2Pix, or local parquet.
+"""Tables too large to download, read a chunk at a time: Pick-a-Pic (335 GB), InstructPix2Pix, or local files.
 
-A *source* is a parquet file, a folder of them, or the name of a data set on the hub, of which `datasets` fetches the
-parts that are read and keeps none. Rows become items by a `parse` function; a chunk is a list of items and remembers
-its `Place`, so that a stopped run can go on from the file it was in.
+A *source* is a file, a folder, or the name of a data set on the hub, see tables.py. Rows become items by the `parse`
+function of their layout; a chunk is a list of items and remembers its `Place`, so that a stopped run can go on from
+the file it was in.
 """
 
 import hashlib
 import os
+import tarfile
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from typing import Any, Generic, TypeVar
 
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from img_minimal.data.tables import Layout, first_line, open_table
 from img_minimal.runtime.cli import warn
 from img_minimal.runtime.errors import UserError
 from img_minimal.runtime.images import decode
@@ -61,30 +62,32 @@ class Stream(Generic[Item]):
     """The items of a source, in chunks of `size` (0: all in one), at most `limit` of them (0: no limit).
 
     Files come in an order drawn from `seed`, for tables are often sorted by date; rows come as they stand.
-    `parse(row, decode)` returns an item or raises Skipped, and `decode` may raise OSError for damaged images: rows
-    without an item are counted in `skipped` by reason. Raises UserError if the source is no such table.
+    `layouts` are known sets of columns, each with the function that parses its rows. `parse(row, decode)` returns an
+    item or raises Skipped, and `decode` may raise OSError for damaged images: rows without an item are counted in
+    `skipped` by reason. Raises UserError if the source is no such table.
     """
 
     def __init__(
-        self, source: str, columns: tuple[str, ...], parse: Callable[[dict, Decode], Item],
+        self, source: str, layouts: Mapping[Layout, Callable[[dict, Decode], Item]],
         size: int = 0, limit: int = 0, seed: int = 0,
     ):  # fmt: skip
-        self.source, self.parse, self.size, self.limit = source, parse, size, limit
-        self.table = open_table(source, columns)
-        order = torch.randperm(self.table.num_shards, generator=torch.Generator().manual_seed(seed))
+        self.source, self.size, self.limit = source, size, limit
+        self.table = open_table(source, list(layouts))
+        self.parse = layouts[self.table.layout]
+        order = torch.randperm(self.table.files, generator=torch.Generator().manual_seed(seed))
         self.files, self.skipped, self.warned = order.tolist(), Counter(), 0
 
     def _rows(self, place: Place) -> Iterator[tuple[int, int, dict]]:
         for file in range(place.file, len(self.files)):
-            part = self.table.shard(len(self.files), self.files[file])
             first = place.row if file == place.file else 0
             try:
-                for row, values in enumerate(part.skip(first) if first else part, start=first):
+                for row, values in enumerate(self.table.rows(self.files[file], first), start=first):
                     yield file, row, values
-            except (OSError, ValueError) as error:  # a lost connection, a cut file; ArrowInvalid is a ValueError
+            # A lost connection, a cut file, a cell that cannot be cast; ArrowInvalid is a ValueError.
+            except (OSError, ValueError, TypeError, NotImplementedError, EOFError, tarfile.TarError) as error:
                 raise UserError(
-                    f"{self.source}: reading stopped in file {file} of {len(self.files)} "
-                    f"({_first_line(error)}); mend that and go on with --resume"
+                    f"{self.table.name(self.files[file])}: reading stopped, in file {file} of {len(self.files)} of "
+                    f"{self.source} ({first_line(error)}); mend or remove it and go on with --resume"
                 ) from None
 
     def chunks(self, place: Place = START) -> Iterator[Chunk[Item]]:
@@ -92,7 +95,7 @@ class Stream(Generic[Item]):
         items, begin, taken = [], place, place.items
         if self.limit and taken >= self.limit:
             return
-        pictures = _DecodeOnce()
+        pictures = _DecodeOnce(self.table.root)
 
         def attempt(numbered: tuple[int, int, dict]) -> tuple[int, int, Item | str]:
             """The row as an item, or why it is left out."""
@@ -133,53 +136,27 @@ class Stream(Generic[Item]):
 
 
 class _DecodeOnce:
-    """Encoded bytes, or {"bytes": ...} as image columns have it -> RGB; the same bytes give the same object."""
+    """Encoded bytes, {"bytes": ..., "path": ...} as image columns have it, or a path -> RGB.
 
-    def __init__(self):
-        self.seen: dict[bytes, Image.Image] = {}
+    The same bytes give the same object. Paths are relative to the table's folder `root`, or to one in it that is called
+    like what it holds.
+    """
 
-    def __call__(self, data: bytes | dict | None) -> Image.Image:
-        data = data.get("bytes") if isinstance(data, dict) else data
+    def __init__(self, root: Path | None = None):
+        self.root, self.seen = root, {}
+
+    def __call__(self, data: bytes | dict | str | None) -> Image.Image:
+        if isinstance(data, dict):
+            data = data.get("bytes") or data.get("path")
+        if isinstance(data, str) and self.root is not None:
+            places = (self.root / folder / data for folder in ("", "images", "train"))
+            data = next((place.read_bytes() for place in places if place.is_file()), None)
         if not data or not isinstance(data, bytes):
             raise OSError("no image")
         key, seen = hashlib.sha256(data).digest(), self.seen
         if key not in seen:
             seen.setdefault(key, decode(data))  # two threads may decode it at once; both take the first
         return seen[key]
-
-
-def open_table(source: str, columns: tuple[str, ...]) -> Any:
-    """A streaming `datasets.IterableDataset` of these columns. Raises UserError if there is no such table."""
-    import datasets  # takes a second, and only training needs it
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in our own message
-    path, wanted = Path(source), f"expected parquet with the columns {', '.join(columns)}"
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    files = [f for f in files if f.name.startswith("train")] or files  # other splits may lie beside it
-    local = bool(files) or path.is_absolute() or path.suffix == ".parquet" or path.is_dir()
-    if local and not files:
-        raise UserError(f"{source}: {'no parquet in it' if path.is_dir() else 'no such file or folder'}; {wanted}")
-    options = dict(split="train", streaming=True, columns=list(columns))
-    try:
-        if local:
-            schemas = {file: pq.read_schema(file).names for file in files}
-            table = datasets.load_dataset("parquet", data_files=[str(f) for f in files], **options)
-        else:
-            table = datasets.load_dataset(source, **options)
-            schemas = {source: table.column_names or columns}
-    except ConnectionError:
-        raise UserError(f"{source}: the hub cannot be reached; name a local parquet file or folder instead") from None
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise UserError(f"{source}: cannot be read as a table ({_first_line(error)}); {wanted}") from None
-    for name, names in schemas.items():
-        missing = [column for column in columns if column not in names]
-        if missing:
-            raise UserError(f"{name}: has no column {missing[0]!r}; {wanted}")
-    return table.decode(False) if table.features else table  # images as bytes: a damaged one costs its row, not the run
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def in_threads(function: Callable[[Any], Any], values: Iterable) -> Iterator:

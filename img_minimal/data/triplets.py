@@ -33,4 +33,4 @@ def parse_triplet(row: dict, decode: Decode) -> Triplet:
 
 def triplet_stream(source: str, size: int = 0, seed: int = 0) -> Stream[Triplet]:
     """Triplets of a hub data set, a folder or a file, in chunks. Raises UserError if the source is no such table."""
-    return Stream(str(source), COLUMNS, parse_triplet, size, seed=seed)
+    return Stream(str(source), {COLUMNS: parse_triplet}, size, seed=seed)

@@ -23,7 +23,9 @@ class Config(SamplingFlags, CompareOptions):
     """The command line."""
 
     model: str = option("tiny-sdxl", "which model", choices=list(PRESETS))
-    prompts: int | None = option(None, "how many prompts; default: 256 of the twin's, or all of the --prompt-file")
+    prompts: int | None = option(
+        None, "how many prompts; default: 256 of the twin's, or all of the --prompt-file", most=100_000
+    )
     seed: int = option(0, "draws the prompts and numbers the images")
     split: str = option("test", "test for reporting, validation for choosing", choices=["test", "validation"])
     only_img: bool = option(False, "leave out the arms of text and stock MLLM")

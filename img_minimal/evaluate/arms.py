@@ -61,7 +61,7 @@ class Arms:
 
     def aligned(self, name: str, img: IMG) -> Tensor:
         """The second pass of an aligner with its guide."""
-        return self.second_pass(name, img.align(self.base, self.captions, self.seed))
+        return self.second_pass(name, img.align(self.base, self.captions, self.seeds))
 
     def new_seed(self) -> Tensor:
         """The same compute spent on another try, judged as arm `new_seed`."""
@@ -73,8 +73,8 @@ class Arms:
         """The arms that need no aligner."""
         again = self.new_seed()
         tries = list(zip(self.verdicts["base"], self.verdicts["new_seed"]))
-        first = self.img.satisfaction(self.pictures, self.captions, self.seed)
-        second = self.img.satisfaction(to_pil(again), self.captions, self.seed)
+        first = self.img.satisfaction(self.pictures, self.captions, self.seeds)
+        second = self.img.satisfaction(to_pil(again), self.captions, self.seeds)
         self.verdicts["best_of_two_mllm"] = [t[int(b > a)] for t, a, b in zip(tries, first, second)]
         self.verdicts["best_of_two_oracle"] = [max(pair, key=lambda v: (v.strict, v.soft)) for pair in tries]
         perfect = [correct(v.found, p)[1] for v, p in zip(self.verdicts["base"], self.prompts)]
@@ -147,7 +147,7 @@ def before_and_after(arms: Arms, name: str, images: Tensor, path: Path | str, co
     captions = [arms.captions[k] for k in chosen]
     said = ["(guided by text: no MLLM looked)"] * len(chosen)
     if isinstance(arms.img.guide, MLLM):
-        said = arms.img.explain(pictures, captions, arms.seed)
+        said = arms.img.explain(pictures, captions, [arms.seeds[k] for k in chosen])
     pairs = []
     for k, picture, caption, words in zip(chosen, pictures, captions, said):
         verdict = arms.verdicts["img"][k]

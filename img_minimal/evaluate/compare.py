@@ -36,7 +36,7 @@ from img_minimal.tiny.grammar import parse
 DRAWN_BY = (
     "name", "backbone", "base", "unet", "image_encoder", "ip_adapter", "resampler", "mllm", "aligner",
     "sampling_steps", "guidance_scale", "true_cfg_scale", "height", "width", "scale", "scale_end", "passes", "dtype",
-    "draw_batch", "mllm_batch", "encode_batch",
+    "draw_batch", "mllm_batch", "encode_batch", "questions",
 )  # fmt: skip
 GROUP = 64  # prompts whose guidance features are held at once, 0.4 GB with LLaVA-13B
 
@@ -75,7 +75,7 @@ def align_all(img: IMG, images: ImageFolder, batches: list[Batch], own: list[Ten
             looked = []
             for batch in batches[start : start + size]:
                 pictures = images.load(batch, "base")
-                looked.append(img.guidance(pictures, [p.text for p in batch], images.seeds(batch)[0]))
+                looked.append(img.guidance(pictures, [p.text for p in batch], images.seeds(batch)))
                 bar.update()
             for tokens, (features, mask) in zip(own[start : start + size], looked):
                 aligned.append(img.correct(tokens, features, mask))

@@ -15,6 +15,7 @@ from img_minimal.evaluate.prompt_files import FilePrompt
 from img_minimal.runtime.atomic import file_print, write_whole
 from img_minimal.runtime.errors import UserError
 from img_minimal.runtime.images import to_pil
+from img_minimal.runtime.json_files import read_json
 
 NEW_SEED = 1_000_000  # added to a seed for the control that spends IMG's compute on another try
 FIRST_SEED = 100_000  # times the run's seed plus one: images of two runs share none
@@ -68,10 +69,8 @@ class ImageFolder:
     def claim(self, settings: dict) -> None:
         """Make the folder that of a run with these settings. Raises UserError if it holds another run's images."""
         note, settings = self.folder / "settings.json", json.loads(json.dumps(settings))
-        try:
-            kept = json.loads(note.read_text()) if note.exists() else {}
-        except json.JSONDecodeError:
-            raise UserError(f"{note}: damaged, so its images have no known origin; choose another --output") from None
+        unknown = "so its images have no known origin; choose another --output"
+        kept = read_json(note, dict, unknown) if note.exists() else {}
         if not any(self.folder.glob("p*-s*-*.png")):
             kept = settings  # nothing was drawn: there is nothing to mix with
         for name in settings.keys() | kept.keys():

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from img_minimal.runtime.cli import check
+from img_minimal.runtime.cli import check, printable
 from img_minimal.runtime.errors import UserError
 
 KINDS = (".txt", ".jsonl", ".tsv", ".json")
@@ -91,10 +91,12 @@ def _json(text: str, where: str, instead: str) -> object:
     except json.JSONDecodeError as error:
         where = where if ", line" in where else f"{where}, line {error.lineno}"
         raise UserError(f"{where}: not JSON ({error.msg}); {instead}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, brackets 100,000 deep
+        raise UserError(f"{where}: not JSON ({type(error).__name__}); {instead}") from None
 
 
 def _prompt_and_category(row: object) -> tuple[str, str]:
     """Both stripped; "" where there is none, or where it is no text."""
     values = {str(k).strip().lower(): v for k, v in row.items()} if isinstance(row, dict) else {"prompt": row}
     texts = {key: value.strip() for key, value in values.items() if isinstance(value, str)}
-    return texts.get("prompt", ""), texts.get("category", texts.get("tag", ""))
+    return printable(texts.get("prompt", "")), texts.get("category", texts.get("tag", ""))

@@ -36,8 +36,9 @@ class Scores:
                 row = json.loads(line)
                 same = number > 1 or row == mark
                 if number > 1:
-                    self.rows[row["prompt"]] = {"cut": row["cut"], "scores": {arm: row["scores"][arm] for arm in ARMS}}
-            except (json.JSONDecodeError, KeyError, TypeError):
+                    scores = {arm: float(row["scores"][arm]) for arm in ARMS}
+                    self.rows[int(row["prompt"])] = {"cut": int(row["cut"]), "scores": scores}
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 raise UserError(f"{self.path}, line {number}: damaged; delete the file, the images are kept") from None
             check(same, f"{self.path} was made with other files of the judge; give the same ones, or choose another "
                         "--output, or delete it to judge the images anew")  # fmt: skip

@@ -8,7 +8,6 @@
 A folder's headers are checked as soon as it is here, so that mistakes show before the first model is loaded.
 """
 
-import json
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -25,8 +24,9 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from img_minimal.files.weights import WeightsError, opening
+from img_minimal.files.weights import WeightsError
 from img_minimal.runtime.errors import UserError
+from img_minimal.runtime.json_files import read_json
 
 WEIGHTS = re.compile(
     r"(model|pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?(?P<fp16>\.fp16)?(-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
@@ -75,9 +75,8 @@ def chosen(path: Path, names: list[str], half: bool, without: tuple[str, ...] = 
     """
     index, parts = path / "model_index.json", [""]
     if index.is_file():
-        with opening(path, "diffusers pipeline"):
-            listed = json.loads(index.read_text())
-        parts = [f"{k}/" for k, v in listed.items() if isinstance(v, list) and v[0] and k not in without]
+        listed = read_json(index, dict, "download it again", WeightsError)
+        parts = [f"{k}/" for k, v in listed.items() if isinstance(v, list) and any(v) and k not in without]
     found = []
     for part in parts:
         here = {n: m for n in names if n.startswith(part) and (m := WEIGHTS.fullmatch(n.removeprefix(part)))}
@@ -155,6 +154,11 @@ def _status(error: BaseException | None) -> int | None:
 
 def _check_folder(path: Path, location: str, flag: str, half: bool, without: tuple[str, ...]) -> None:
     """Settings and weights are there, and every safetensors header fits its file: milliseconds, even for 26 GB."""
+    if (path / "adapter_config.json").is_file() or (path / "non_lora_trainables.bin").is_file():
+        raise WeightsError(
+            f"{location}: is a LoRA adapter and no whole model; merge it into its base model (peft's "
+            f"merge_and_unload) and name the merged folder with {flag}"
+        )
     if not (path / "config.json").is_file() and not (path / "model_index.json").is_file():
         inner = ", ".join(sorted(p.parent.name for p in path.glob("*/config.json")))
         hint = f"; perhaps one of its subfolders is meant: {inner}" if inner else f"; check {flag}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tokenizers.normalizers import Prepend, Replace, Sequence
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -120,6 +121,9 @@ def read_tokenizer(folder: Path) -> LlamaTokenizer:
         raise UserError(f"{folder}: has no tokenizer.model; download it again")
     with opening(folder, "tokenizer"):
         tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=True)
+    # As sentencepiece does, and the release: a space before every piece of text, runs of spaces kept.
+    tokenizer.backend_tokenizer.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
+    tokenizer.backend_tokenizer.pre_tokenizer = None
     tokenizer.add_tokens("<image>", special_tokens=True)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
     return tokenizer

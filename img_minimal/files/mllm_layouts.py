@@ -46,15 +46,22 @@ def open_llava(
     """Model and processor from a folder in the llava-hf layout. Raises UserError if a file is missing or damaged."""
     with opening(folder, "LLaVA"):
         config = LlavaConfig(**settings)
+        vision = config.vision_config
         processor = LlavaProcessor(
-            # LLaVA-1.5 was trained on images padded to a square; some folders' settings would cut them instead.
-            image_processor=LlavaImageProcessorPil.from_pretrained(folder, do_pad=True),
+            # LLaVA-1.5 was trained on images padded to a square; some folders' settings would cut them instead, or
+            # name another size than the vision tower's.
+            image_processor=LlavaImageProcessorPil.from_pretrained(folder, do_pad=True, **square(vision.image_size)),
             tokenizer=AutoTokenizer.from_pretrained(folder),
-            patch_size=config.vision_config.patch_size,
+            patch_size=vision.patch_size,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
-            num_additional_image_tokens=1,
+            num_additional_image_tokens=int("siglip" not in vision.model_type),  # CLIP has a class token
         )
     return build(LlavaForConditionalGeneration, config, read_shards(folder), folder, dtype, device), processor
+
+
+def square(side: int) -> dict:
+    """Settings of an image processor that gives squares."""
+    return {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
 
 
 class ImageProcessor(Qwen2_5_VLProcessor):
@@ -95,7 +102,7 @@ FAMILIES = {
 
 def find_family(config: dict, what: str | Path) -> Family:
     """The family of a model by its config.json. Raises UserError if it is none of ours; `what` is for the message."""
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     name = "llava, original layout" if kind in ("llava", "llava_llama") and is_original(config) else kind
     if name not in FAMILIES:
         raise UserError(f"{what}: model_type {kind!r} is no MLLM known here; expected one of: {', '.join(FAMILIES)}")
@@ -105,4 +112,6 @@ def find_family(config: dict, what: str | Path) -> Family:
 def announced_width(folder: str | Path) -> int | None:
     """H as a local folder's config.json has it, without loading the MLLM; None if it leaves that to a default."""
     config = read_config(Path(folder))
-    return config.get("text_config", config).get("hidden_size")
+    with opening(folder, "multimodal LLM"):
+        width = config.get("text_config", config).get("hidden_size")
+        return None if width is None else int(width)

@@ -1,6 +1,5 @@
 """Folders of transformers models: read shard by shard, with every weight accounted for."""
 
-import json
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +9,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from img_minimal.files.hub import fetch_file
 from img_minimal.files.weights import WeightsError, opening, read_weights
+from img_minimal.runtime.cli import warn
+from img_minimal.runtime.devices import parameters
+from img_minimal.runtime.json_files import read_json
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -21,8 +23,7 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise WeightsError(f"{folder}: has no config.json, so it holds no model; check the path, or download it again")
-    with opening(path, "model's description"):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+    return read_json(path, dict, "download it again", WeightsError)
 
 
 def read_settings(location: str, flag: str) -> dict:
@@ -34,15 +35,18 @@ def read_settings(location: str, flag: str) -> dict:
 def read_shards(folder: Path) -> dict[str, Tensor]:
     """All weights of a folder, on the CPU, mapped from the files: memory is touched only where a tensor is read.
 
-    Raises WeightsError naming the file that is missing or damaged.
+    As transformers does, a whole file is preferred to shards, and safetensors to torch files; if a folder has both, a
+    warning says which is read. Raises WeightsError naming the file that is missing or damaged.
     """
     for name in WEIGHTS:
-        if (folder / f"{name}.index.json").is_file():
-            index = folder / f"{name}.index.json"
-            with opening(index, "list of weight files"):
-                shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        elif (folder / name).is_file():
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
             shards = {name}
+            if index.is_file():
+                warn(f"{folder}: holds {name} and {index.name}; the whole file is read, as transformers does")
+        elif index.is_file():
+            listed = read_json(index, dict, "download it again", WeightsError, lambda x: x["weight_map"].values())
+            shards = set(map(str, listed["weight_map"].values()))
         else:
             continue
         state = {}
@@ -62,6 +66,18 @@ def build(
     `position_ids`) are passed over. `what` names the source in messages. Raises WeightsError naming a key that is
     missing, unknown or of another shape.
     """
+    quantized = getattr(config, "quantization_config", None) or any(".quant_state." in key for key in state)
+    if quantized:
+        raise WeightsError(f"{what}: is quantized, which changes its features; use the same model in bf16 or fp16")
+    with (
+        opening(what, cls.__name__),
+        torch.device("meta"),
+    ):  # weights that no file has would be made up, and fill memory
+        expected = parameters(cls(config))
+    if expected > 1.5 * sum(value.numel() for value in state.values()):
+        raise WeightsError(
+            f"{what}: its config.json asks for {expected:,} weights, the files hold fewer; download both"
+        )
     model, report = cls.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, device_map={"": device}, output_loading_info=True,
         ignore_mismatched_sizes=True,

@@ -2,16 +2,19 @@
 
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import OutOfMemoryError, Tensor, load, nn, save
+from torch import OutOfMemoryError, Tensor, load, nn, save, strided
 
 from img_minimal.runtime.atomic import replacing
-from img_minimal.runtime.errors import UserError
+from img_minimal.runtime.errors import UserError, would_run_code
+
+NOTES = "_metadata"  # torch's own name for what a state dict carries beside its tensors
 
 
 class WeightsError(UserError):
@@ -36,9 +39,9 @@ def read_weights(path: str | Path, holds: str | None = None) -> dict:
             state = load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     # A damaged pickle can fail in any of these ways, depending on where it was cut.
     except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, LookupError, ValueError) as error:
-        if "Unsupported global" in str(error):
+        if would_run_code(error):
             raise WeightsError(
-                f"{path}: holds more than weights, and loading that could run code; save its state dict alone"
+                f"{path}: a pickle that holds more than weights and could run code, refused; save its state dict alone"
             ) from error
         raise WeightsError(
             f"{path}: unreadable as {path.suffix or 'torch'} weights ({type(error).__name__}); it is cut short, "
@@ -63,12 +66,13 @@ def _find(state: dict, key: str) -> dict | None:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The notes that `write_safetensors` put into a file; empty for other files.
+    """The notes that were written into a file; empty where there are none.
 
     Call it after `read_weights`, which reports a damaged file.
     """
     if Path(path).suffix != ".safetensors":
-        return {}
+        notes = getattr(load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)), NOTES, {})
+        return notes.get(NOTES, {}) if isinstance(notes, dict) else {}
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
 
@@ -83,9 +87,13 @@ def write_safetensors(path: str | Path, state: dict[str, Tensor], metadata: dict
     _replace(path, lambda partial: save_file(tensors, partial, metadata=metadata or {"format": "pt"}))
 
 
-def write_torch(path: str | Path, state: dict[str, Tensor]) -> None:
-    """The same as a torch file (.pth), the form in which the authors publish theirs."""
-    tensors = {key: value.detach().cpu() for key, value in state.items()}
+def write_torch(path: str | Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """The same as a torch file (.pth), the form in which the authors publish theirs: a plain state dict.
+
+    The notes go where modules put their versions, so that whoever loads the file does not meet them among the weights.
+    """
+    tensors = OrderedDict((key, value.detach().cpu()) for key, value in state.items())
+    setattr(tensors, NOTES, {NOTES: metadata or {}})
     _replace(path, lambda partial: save(tensors, partial))
 
 
@@ -127,6 +135,8 @@ def fill(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
         if key not in state or key not in expected:
             how = "lacks" if key in expected else "has an unknown key"
             raise WeightsError(f"{what}: {how} {key!r}, so it is not a {type(module).__name__}; check which file it is")
+        if not isinstance(state[key], Tensor) or not state[key].is_floating_point() or state[key].layout != strided:
+            raise WeightsError(f"{what}: {key!r} holds no plain floating-point weights; save the state dict anew")
         if state[key].shape != expected[key].shape:
             found, right = tuple(state[key].shape), tuple(expected[key].shape)
             raise WeightsError(f"{what}: {key!r} has shape {found}, expected {right}; it belongs to another model")

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from img_minimal.data.triplets import Triplet
 from img_minimal.files.mllm_layouts import FAMILIES
 from img_minimal.files.weights import writing
-from img_minimal.mllm import MLLM
+from img_minimal.mllm import MLLM, without_markers
 from img_minimal.questions import ask
 from img_minimal.runtime.devices import Precision
 
@@ -111,10 +111,10 @@ class Detector:
         processor, tokenizer = self.mllm.processor, self.mllm.processor.tokenizer
         marker, ids, labels = processor.image_token, [], []
         for example in examples:
-            question = ask(example.prompt, rng).replace(marker, "")
-            text = self.mllm.family.conversation.format(question=question)
+            question = without_markers(ask(example.prompt, rng, self.mllm.questions))
+            text = self.mllm.family.conversation.replace("{question}", question)
             asked = tokenizer(text.replace(marker, marker * len(example.features))).input_ids
-            answer = tokenizer(example.instruction.replace(marker, ""), add_special_tokens=False).input_ids
+            answer = tokenizer(without_markers(example.instruction), add_special_tokens=False).input_ids
             answer = answer + [tokenizer.eos_token_id]
             ids.append(torch.tensor(asked + answer))
             labels.append(torch.tensor([IGNORE] * len(asked) + answer))

@@ -19,6 +19,7 @@ from img_minimal.files.hub import fetch_folder
 from img_minimal.finetuning.detector import Detector, Example
 from img_minimal.mllm import MLLM
 from img_minimal.presets import Finetuning, Preset
+from img_minimal.questions import find_questions
 from img_minimal.runtime.checkpoint import RunFolder, save_checkpoint
 from img_minimal.runtime.devices import Precision, best_device
 from img_minimal.runtime.optimizer import warmup_constant_decay
@@ -147,7 +148,7 @@ def finetune(preset: Preset, run_folder: RunFolder, seed: int) -> bool:
     precision = Precision.named(preset.dtype, device)
     dtype = precision.mllm if settings.lora_rank else torch.float32  # what is trained must be fp32: LoRA adds that
     location = fetch_folder(preset.stock_mllm, "--mllm", half=dtype != torch.float32)
-    mllm = MLLM.from_pretrained(location, dtype, device)
+    mllm = MLLM.from_pretrained(location, dtype, device, find_questions(preset.questions))
     torch.manual_seed(seed)  # of LoRA's first values
     detector = Detector(mllm, settings.lora_rank, precision)
     data = detector_data(stream, detector, settings.micro_batch)

@@ -14,7 +14,8 @@ import torch
 
 from img_minimal.runtime.atomic import replacing, write_whole
 from img_minimal.runtime.cli import check, warn, writable_folder
-from img_minimal.runtime.errors import UserError
+from img_minimal.runtime.errors import UserError, would_run_code
+from img_minimal.runtime.json_files import read_json
 
 # Settings that may change when a run goes on, because no number depends on them.
 FREE = set("resume overwrite output_dir cache_dir cache_gb save_every eval_prompts".split())
@@ -63,11 +64,19 @@ class RunFolder:
             (self.path / "checkpoint.pt").unlink(missing_ok=True)  # an overwritten run cannot be resumed by mistake
         metrics = self.path / "metrics.jsonl"
         rows = metrics.read_text().splitlines() if step and metrics.exists() else []
-        rows = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= step]  # the last may be cut
+        rows = [row for row in rows if 0 < _step(row) <= step]
         if len(rows) < step:
             warn(f"{metrics}: has {len(rows)} of the {step} steps before; curves and log begin later")
         write_whole(metrics, "".join(f"{row}\n" for row in rows))
         write_whole(self.path / "config.json", json.dumps(self.settings, indent=1))
+
+
+def _step(row: str) -> int:
+    """The step of a row of metrics; 0 if it is damaged: the last one may be cut."""
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
+        return 0
 
 
 def _locked(folder: Path) -> IO:
@@ -95,10 +104,7 @@ def portable(settings: dict) -> dict:
 
 def _began_with(path: Path) -> dict:
     """What `RunFolder.begin` wrote. Raises UserError if it is missing or damaged."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{path}: missing or damaged, so the run cannot go on; start without --resume") from None
+    return read_json(path, dict, "so the run cannot go on; start without --resume")
 
 
 def check_same_run(before: dict, now: dict) -> None:
@@ -108,7 +114,7 @@ def check_same_run(before: dict, now: dict) -> None:
         if name in SAID:
             if known is not None and value is not None and known != value:
                 warn(f"the run began with {name} {known}, now {value}: {SAID[name]}")
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and isinstance(known, dict):
             check_same_run(known, value)
         elif name not in FREE and known != value:
             raise UserError(
@@ -143,12 +149,16 @@ def load_checkpoint(path: str | Path) -> dict:
         with zipfile.ZipFile(path) as file:
             flipped = file.testzip()  # torch writes checksums and does not read them
         check(flipped is None, f"{path}: damaged at {flipped}; start without --resume, or restore a copy")
-        return torch.load(path, weights_only=True, map_location="cpu")
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        check(isinstance(saved, dict), f"{path}: holds no run; start without --resume")
+        return saved
     except UserError:
         raise
     except (
         zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError,
     ) as error:  # fmt: skip
+        if would_run_code(error):
+            raise UserError(f"{path}: a pickle that could run code, refused; start without --resume") from None
         raise UserError(
             f"{path}: unreadable checkpoint ({type(error).__name__}); it is cut short or no checkpoint; "
             "start without --resume"

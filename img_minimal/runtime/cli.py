@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 import typing
 from collections.abc import Callable
@@ -13,20 +14,24 @@ from typing import Any, TypeVar
 from img_minimal.runtime.errors import UserError
 
 Config = TypeVar("Config")
+LARGEST = 2**32 - 1  # number on a command line, where an option has no bound of its own
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # what a picture may be saved as
 
 
 def option(default: Any, text: str, **extra: Any) -> Any:
-    """A dataclass field with its default and its line of `--help`."""
+    """A dataclass field with its default and its line of `--help`; `most` bounds a number, `choices` lists values."""
     return dataclasses.field(default=default, metadata={"help": text, **extra})
 
 
 def parse(config: type[Config], description: str, argv: list[str] | None = None) -> Config:
     """Fill a flat dataclass from the command line; `some_field` becomes `--some-field`, bool fields get --no- forms.
 
-    Unknown options and values of the wrong type end the program with a line and exit code 2.
+    Unknown options, values of the wrong type and numbers that nothing can be done with end the program with a line and
+    exit code 2. Options are not guessed from their beginnings.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
         kinds = [t for t in typing.get_args(hints[field.name]) if t is not NoneType] or [hints[field.name]]
@@ -41,7 +46,13 @@ def parse(config: type[Config], description: str, argv: list[str] | None = None)
             settings |= {"type": kinds[0], "choices": field.metadata.get("choices")}
             settings["metavar"] = None if settings["choices"] else kinds[0].__name__.upper()
         parser.add_argument("--" + field.name.replace("_", "-"), **settings)
-    return config(**vars(parser.parse_args(argv)))
+    chosen = config(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(config):
+        value, most = getattr(chosen, field.name), field.metadata.get("most", LARGEST)
+        if isinstance(value, (int, float)) and not abs(value) <= most:  # so that NaN is caught, too
+            print(f"error: --{field.name.replace('_', '-')} is {value}, expected at most {most:,}", file=sys.stderr)
+            sys.exit(2)
+    return chosen
 
 
 def quiet_libraries() -> None:
@@ -76,6 +87,11 @@ def run(main: Callable[[], int | None]) -> None:
         message = " ".join(str(error).split())
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def printable(text: str) -> str:
+    """A text that can be printed, saved and tokenized: halves of characters, as a cut file has them, become a mark."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def warn(message: str) -> None:

@@ -11,6 +11,7 @@ from img_minimal.runtime.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others may start programs of their own
 LONGEST = 8192  # pixels
+NARROWEST = 100  # times as long as wide; Qwen's processor refuses 200, and nobody prefers a line
 
 
 def check_finite(images: Tensor, first: int) -> None:
@@ -44,6 +45,8 @@ def decode(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if max(image.size) > LONGEST:
         raise OSError(f"{image.width} x {image.height} pixels, more than {LONGEST} on a side")
+    if max(image.size) > NARROWEST * min(image.size):
+        raise OSError(f"{image.width} x {image.height} pixels, a line and no picture")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: scaled, where a plain conversion would cut
         values = np.asarray(image, dtype=np.float64)

@@ -1,6 +1,5 @@
 """FLUX.1-dev as IMG's backbone: the pipeline with XLabs' IP-Adapter, opened from files and put together."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from img_minimal.files.weights import WeightsError, fill, opening
 from img_minimal.presets import Preset
 from img_minimal.runtime.cli import check
 from img_minimal.runtime.devices import Placement, Precision
+from img_minimal.runtime.json_files import read_json
 
 TEXT_TOKENS = 512  # that T5 reads; CLIP's 77 give one pooled vector only
 
@@ -148,10 +148,9 @@ class FluxBackbone(Backbone):
 def check_kind(base: Path) -> None:
     """Raises UserError, before anything big is loaded, if a folder is not FLUX.1-dev's kind of pipeline."""
     instead = "IMG's adapter and aligner are made for black-forest-labs/FLUX.1-dev"
-    with opening(base, "FLUX pipeline"):
-        kind = json.loads((base / "model_index.json").read_text()).get("_class_name")
-        settings = json.loads((base / "transformer" / "config.json").read_text())
+    kind = read_json(base / "model_index.json", dict, instead, WeightsError).get("_class_name")
     if kind != "FluxPipeline":
         raise WeightsError(f"{base}: is a {kind}, not a FluxPipeline (FLUX.2, Kontext and others differ); {instead}")
+    settings = read_json(base / "transformer" / "config.json", dict, instead, WeightsError)
     if not settings.get("guidance_embeds"):
         raise WeightsError(f"{base}: has no guidance embedding, as FLUX.1-schnell has none; {instead}")

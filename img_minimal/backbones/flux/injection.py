@@ -72,7 +72,9 @@ class DecoupledAttention:
             for x in (attn.to_q(hidden_states), self.keys, self.values)
         )
         heard = F.scaled_dot_product_attention(attn.norm_q(query), key.to(query.dtype), value.to(query.dtype))
-        scale = self.scale.item() if isinstance(self.scale, Tensor) else self.scale
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            scale = scale.to(heard)[:, None, None] if scale.ndim else scale.item()
         return image, text, scale * rearrange(heard, "b h n d -> b n (h d)")
 
 
@@ -83,9 +85,9 @@ def inject(
     """Within this context the transformer also attends to `tokens`; afterwards, also after an error, it is as before.
 
     tokens (B, N, D): for the batch that the transformer will see, with true classifier-free guidance
-    `torch.cat([negative, positive])`. scale: a number, or a tensor () that may be changed in place between calls. With
-    the number 0 the transformer is not touched at all. Raises ValueError if tokens or branch do not fit; a wrong batch
-    is noticed when the transformer is called.
+    `torch.cat([negative, positive])`. scale: one number, or a tensor (B,) with one per sample, or a tensor () that may
+    be changed in place between calls. With the number 0 the transformer is not touched at all. Raises ValueError if
+    tokens, scale or branch do not fit; a wrong batch is noticed when the transformer is called.
     """
     if not isinstance(scale, Tensor) and scale == 0:
         yield transformer
@@ -99,6 +101,8 @@ def inject(
     weight = next(branch.parameters())
     if tokens.ndim != 3 or tokens.shape[-1] != weight.shape[1]:
         raise ValueError(f"image tokens have shape {tuple(tokens.shape)}, expected (batch, tokens, {weight.shape[1]})")
+    if isinstance(scale, Tensor) and scale.shape not in ((), tokens.shape[:1]):
+        raise ValueError(f"scale has shape {tuple(scale.shape)}, expected a number or one per sample, ({len(tokens)},)")
     tokens = tokens.to(weight)
     before = [block.attn.processor for block in blocks]
     try:

@@ -14,7 +14,7 @@ from img_minimal.backbones.sdxl.image_prompt import ImagePrompt, load_ip_adapter
 from img_minimal.backbones.sdxl.injection import ImageBranch
 from img_minimal.backbones.sdxl.sampler import draw
 from img_minimal.files.hub import variant
-from img_minimal.files.weights import fill, opening
+from img_minimal.files.weights import WeightsError, fill, opening
 from img_minimal.presets import Preset
 from img_minimal.runtime.devices import Placement, Precision
 
@@ -70,6 +70,7 @@ class SDXLBackbone(Backbone):
                 variant=variant(files.base, precision.weights),
             )
         loaded()
+        check_parts(pipe, unet_folder)
         pipe.set_progress_bar_config(disable=True)
         models = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
         placement.add("diffusion", *models, branch)
@@ -139,3 +140,27 @@ class SDXLBackbone(Backbone):
         tokenizers = self.pipe.tokenizer, self.pipe.tokenizer_2
         ends = [unread_end(tokenizer, prompt, tokenizer.model_max_length) for tokenizer in tokenizers]
         return max(ends, key=len), tokenizers[1].model_max_length
+
+
+def check_parts(pipe: StableDiffusionXLPipeline, unet_folder: str | Path) -> None:
+    """Raises WeightsError if a UNet is not one that draws from text with this pipeline's other parts.
+
+    Inpainting UNets take more channels, and the refiner's reads another text encoder and other sizes.
+    """
+    unet, encoders = pipe.unet.config, (pipe.text_encoder, pipe.text_encoder_2)
+    instead = "use a UNet of SDXL that draws from text alone"
+    channels = pipe.vae.config.latent_channels
+    if (unet.in_channels, unet.out_channels) != (channels, channels):
+        raise WeightsError(
+            f"{unet_folder}: its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, the VAE has "
+            f"{channels}: it is made for inpainting or for another VAE; {instead}"
+        )
+    if None in encoders:
+        raise WeightsError(f"{unet_folder}: the pipeline lacks a text encoder, as the refiner does; {instead}")
+    text = sum(encoder.config.hidden_size for encoder in encoders)
+    added = pipe.text_encoder_2.config.projection_dim + 6 * (unet.addition_time_embed_dim or 0)
+    if (unet.cross_attention_dim, unet.projection_class_embeddings_input_dim) != (text, added):
+        raise WeightsError(
+            f"{unet_folder}: its UNet reads text of width {unet.cross_attention_dim}, the text encoders give {text}: "
+            f"it is the refiner's or of another model; {instead}"
+        )

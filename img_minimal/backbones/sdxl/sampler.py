@@ -45,12 +45,16 @@ def draw(
     scales = torch.linspace(scale, scale * scale_end, steps)
     current = torch.empty(())  # what `inject` reads in every step
 
-    def after_step(_: object, step: int, *rest: object) -> dict:
-        """Diffusers calls this with the number of the step that is done; an empty dict changes nothing."""
+    def after_step(_: object, step: int, timestep: object, tensors: dict) -> dict:
+        """Diffusers calls this after each step, and goes on with the latents that it returns."""
         bar.update()
         current.copy_(scales[min(step + 1, steps - 1)])
-        return {}
+        if step < steps - 1:
+            return {}
+        check_finite(tensors["latents"], start)
+        return {"latents": tensors["latents"].to(pipe.vae.dtype)}  # fp32, whatever the UNet computes in
 
+    pipe._guidance_scale = guidance_scale  # what the call sets as well: its own rule says if the batch is doubled
     images = []
     for start in starts:
         part = slice(start, start + batch_size)
@@ -59,21 +63,19 @@ def draw(
         if tokens is not None and scale != 0:
             positive = tokens[part].to(pipe.device)
             both = torch.cat([negative.to(positive).expand_as(positive), positive])
-            injected = inject(pipe.unet, branch, both if guidance_scale > 1 else positive, current)
+            injected = inject(pipe.unet, branch, both if pipe.do_classifier_free_guidance else positive, current)
         with injected, precision.sampling(pipe.device):
-            latents = pipe(
+            decoded = pipe(
                 prompt=prompts[part],
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
                 height=height,
                 width=width,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
-                output_type="latent",
+                output_type="pt",
                 callback_on_step_end=after_step,
             ).images
-            decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
             check_finite(decoded, start)
-            decoded = pipe.image_processor.postprocess(decoded, output_type="pt")
         images.append(decoded.float().cpu())
     bar.close()
     return torch.cat(images)

@@ -1,9 +1,9 @@
-"""Tokenizers of the tiny world: CLIP's byte-pair kind for the text encoders, a word-level one for the MLLM."""
+"""Tokenizers of the tiny world: CLIP's byte-pair kind, T5's unigram kind, and a word-level one for the MLLM."""
 
 import json
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import CLIPTokenizer, PreTrainedTokenizerFast
+from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5TokenizerFast
 
 from img_minimal.tiny.grammar import COLOURS, FORMS, NUMBERS, PLURALS, RELATIONS
 
@@ -28,6 +28,14 @@ def clip_tokenizer() -> CLIPTokenizer:
         vocab=model["vocab"], merges=merges, unk_token="<|endoftext|>", bos_token="<|startoftext|>",
         eos_token="<|endoftext|>", pad_token="<|endoftext|>", model_max_length=TEXT_LENGTH,
     )  # fmt: skip
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    """A T5 tokenizer in which each word of the grammar is one token, and other words are spelt."""
+    words = [(f"▁{word}", -1.0) for word in WORDS if word != ","]
+    letters = [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz,.!?'-0123456789"]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    return T5TokenizerFast(vocab=special + words + letters, extra_ids=0, model_max_length=TEXT_LENGTH)
 
 
 def llava_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
