@@ -27,9 +27,11 @@ from img_minimal.questions import find_questions
 from img_minimal.runtime.cli import writable_folder
 from img_minimal.runtime.devices import Placement, Precision, best_device
 from img_minimal.runtime.errors import UserError
+from img_minimal.runtime.ranks import ALONE, Ranks
 
 FILES = ("ip_adapter", "resampler", "aligner")  # the other locations are folders
 TOKENIZER = ("ip_adapter", "resampler", "image_encoder")  # what turns images into tokens
+NEXT_RANK = 1_000_000_007  # between the seeds of two processes' questions
 BACKBONE = (*TOKENIZER, "unet", "base")
 
 
@@ -139,16 +141,38 @@ def load_encoder(preset: Preset, guidance: str, seed: int) -> Encoder:
     return Encoder(tokenizer, load_guide(preset, "mllm"), *settings)
 
 
-def load_training_data(preset: Preset, guidance: str, seed: int, cache_gb: float) -> CachedData | StreamedData:
+def load_training_data(
+    preset: Preset, guidance: str, seed: int, cache_gb: float, ranks: Ranks = ALONE
+) -> CachedData | StreamedData:
     """What an aligner is trained on, as the preset's `cache_dir` says; models are loaded only if features are missing.
 
-    Raises UserError for a stale cache, or pairs or models that cannot be read.
+    Several processes share what is to be computed: the shards of a cache, or the files of a stream. Raises UserError
+    for a stale cache, or pairs or models that cannot be read.
     """
+    if preset.cache_dir == "none":
+        share = ranks.rank, ranks.world
+        stream = pair_stream(preset.pairs, preset.chunk_pairs, preset.max_pairs, seed, share)
+        # Every process has files of its own, and asks other questions.
+        return StreamedData(stream, load_encoder(preset, guidance, seed + ranks.rank * NEXT_RANK))
     stream = pair_stream(preset.pairs, preset.chunk_pairs, preset.max_pairs, seed)
     encoder = cache(lambda: load_encoder(preset, guidance, seed))
-    if preset.cache_dir == "none":
-        return StreamedData(stream, encoder())
+    return CachedData(stream, encoder, _cache(preset, guidance, seed, cache_gb), ranks)
+
+
+def compute_features(preset: Preset, guidance: str, seed: int, cache_gb: float, share: tuple[int, int]) -> str:
+    """The r-th of n parts of a cache, of `share` (r, n), by a job of its own. Returns what there is now, in words.
+
+    Raises UserError as `load_training_data` does.
+    """
+    stream = pair_stream(preset.pairs, preset.chunk_pairs, preset.max_pairs, seed)
+    encoder, kept = cache(lambda: load_encoder(preset, guidance, seed)), _cache(preset, guidance, seed, cache_gb)
+    kept.collect(stream, lambda pairs, number: encoder()(pairs, number), share)
+    there = sorted(kept.folder.glob("[0-9]*.safetensors"))
+    return f"{len(there)} shards in {kept.folder}" + (", all there are" if kept.complete else "")
+
+
+def _cache(preset: Preset, guidance: str, seed: int, cache_gb: float) -> FeatureCache:
     root = writable_folder(preset.cache_dir)
     source = Path(preset.pairs).stem if Path(preset.pairs).exists() else preset.pairs.replace("/", "--")
     name = f"{preset.name}-{guidance}-{source}-{preset.max_pairs or 'all'}-seed{seed}"
-    return CachedData(stream, encoder, FeatureCache(root, name, cache_key(preset, guidance, seed), cache_gb * 1e9))
+    return FeatureCache(root, name, cache_key(preset, guidance, seed), cache_gb * 1e9)

@@ -74,6 +74,8 @@ class Preset:
     heads: int
     head_dim: int = 64
     optimizer: str = "adamw"  # or "muon", see img_minimal/runtime/optimizer.py
+    round_steps: int  # of a later round, and the prompts that it draws to make pairs of
+    round_prompts: int
     save_every: int  # steps between checkpoints
     cache_dir: str  # where frozen features are kept; "none": they are computed as pairs stream by
     chunk_pairs: int  # pairs of a stream that are at hand at once; 0 = all
@@ -120,6 +122,8 @@ PRESETS = {
         heads=4,
         head_dim=32,
         optimizer="muon",
+        round_steps=300,
+        round_prompts=1000,
         save_every=200,
         cache_dir="outputs/features",
         chunk_pairs=8192,
@@ -170,6 +174,8 @@ PRESETS = {
         identity_share=0.0,
         depth=4,
         heads=20,
+        round_steps=5000,
+        round_prompts=4000,
         save_every=1000,
         cache_dir="none",
         chunk_pairs=512,

@@ -12,12 +12,15 @@ from typing import Self
 import torch
 
 from img_minimal.aligner import ImplicitAligner, align
+from img_minimal.data.batches import Batches
 from img_minimal.data.features import Features
+from img_minimal.data.sources import CachedData, StreamedData
 from img_minimal.preference import ReferenceRefresh, squared_distance
 from img_minimal.presets import Preset
 from img_minimal.runtime.devices import Precision, best_device
 from img_minimal.runtime.errors import UserError
 from img_minimal.runtime.optimizer import new_optimizer, warmup_constant_decay
+from img_minimal.runtime.ranks import ALONE, Ranks
 
 
 @dataclass
@@ -78,6 +81,33 @@ def validate(trainer: Trainer, data: Features) -> dict[str, float]:
         "nearer": (after < before)[wrong].float().mean().item(),
         "identity_sample_error": after[data.is_identity].mean().item() if data.is_identity.any() else 0.0,
     }
+
+
+def new_batches(data: CachedData | StreamedData, batch_size: int, seed: int, ranks: Ranks = ALONE) -> Batches:
+    """This rank's part of every batch: of a cache that all see, or of a stream of its own.
+
+    Raises UserError if the ranks cannot share a batch.
+    """
+    own = ranks.share(batch_size, "--batch-size")
+    if data.shared:
+        return Batches(data.parts, batch_size, seed, (ranks.rank, ranks.world))
+    return Batches(data.parts, own, seed)
+
+
+def own_place(places: list[dict] | dict, same_for_all: bool, ranks: Ranks) -> dict:
+    """Where a rank goes on, of the places that a checkpoint holds for all of them.
+
+    Raises UserError if they are those of another number of ranks, each with files of its own.
+    """
+    places = [places] if isinstance(places, dict) else places
+    if same_for_all:
+        return places[0]
+    if len(places) != ranks.world:
+        raise UserError(
+            f"the run began with {len(places)} processes, each with files of its own, and this one has {ranks.world}: "
+            f"resume with torchrun --nproc_per_node={len(places)}, or keep features with --cache-dir from the start"
+        )
+    return places[ranks.rank]
 
 
 def check_loss(loss: float, step: int, samples: str, folder: Path) -> None:

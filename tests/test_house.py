@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "training": {"data", "method", "runtime"},
     "load": {"data", "pipeline", "backbones", "method", "files", "runtime"},
     "finetuning": {"training", "data", "method", "files", "runtime"},
-    "evaluate": {"load", "pipeline", "method", "files", "runtime", "tiny"},
+    "evaluate": {"load", "data", "pipeline", "method", "files", "runtime", "tiny"},
+    "rounds": {"evaluate", "load", "data", "pipeline", "method", "files", "runtime", "tiny"},
     "bench": {"finetuning", "backbones", "method", "files", "runtime"},
     "tiny/build": {"load", "training", "backbones", "data", "method", "files", "runtime", "tiny"},
 }

@@ -25,11 +25,13 @@ class Batches:
 
     `parts(place)` gives the parts from a place on to the end of an epoch. `state_dict` is the position, so that a
     resumed run sees what it would have seen. The last samples of a part, if they make no whole batch, wait for another
-    epoch.
+    epoch. Of `share` (r, n) every batch is the r-th of n parts of one that n processes share.
     """
 
-    def __init__(self, parts: Callable[[Place], Iterator[Part]], batch_size: int, seed: int):
-        self.parts, self.batch_size, self.seed = parts, batch_size, seed
+    def __init__(
+        self, parts: Callable[[Place], Iterator[Part]], batch_size: int, seed: int, share: tuple[int, int] = (0, 1)
+    ):
+        self.parts, self.batch_size, self.seed, self.share = parts, batch_size, seed, share
         self.epoch, self.place, self.batch = 0, START, 0
         self.where = ""  # the latest batch, for messages
 
@@ -41,7 +43,9 @@ class Batches:
                 per_epoch = max(1, len(part.samples) // self.batch_size) if len(part.samples) else 0
                 for k in range(self.batch, per_epoch):
                     step, seed = self.epoch * per_epoch + k, self.seed + 7919 * part.place.chunk
-                    index = batch_indices(step, self.batch_size, part.samples, seed)
+                    index = batch_indices(step, self.batch_size, part.samples, seed)[self.share[0] :: self.share[1]]
+                    if len(index) * self.share[1] != min(self.batch_size, len(part.samples)):
+                        raise UserError(f"{len(part.samples)} samples: too few for {self.share[1]} processes to share")
                     self.batch, self.where, fruitful = k + 1, f"samples {index.tolist()[:8]}...", True
                     if part.place.chunk:
                         self.where += f" of chunk {part.place.chunk}"

@@ -12,6 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -85,28 +86,44 @@ class FeatureCache:
 
     @property
     def files(self) -> list[Path]:
-        """The shards that are there, in order."""
-        return sorted(self.folder.glob("[0-9]*.safetensors"))
+        """The shards from the first one on, in order, up to one that is missing."""
+        there = sorted(self.folder.glob("[0-9]*.safetensors"))
+        return [file for number, file in enumerate(there) if file == self._shard(number)]
 
     @property
     def complete(self) -> bool:
         """Nothing is left to compute: every pair is in it, or another shard would not fit."""
-        return bool(self.files) and (self.state["complete"] or self.state.get("full_at", 0) >= self._room())
+        files = len(self.files)
+        whole = self.state["complete"] and files == self.state.get("shards", files)  # else somebody deleted one
+        return bool(files) and (whole or self.state.get("full_at", 0) >= self._room())
 
     def _room(self) -> float:
         """Bytes that this cache may take: the limit less what others of the same root take."""
         others = set(self.root.rglob("*.safetensors")) - set(self.files)
         return self.limit - sum(file.stat().st_size for file in others)
 
-    def collect(self, stream: Stream[Pair], encoder: Callable[[list[Pair], int], Features]) -> None:
+    def collect(
+        self,
+        stream: Stream[Pair],
+        encoder: Callable[[list[Pair], int], Features],
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
         """Compute and keep what is missing, until the stream ends or the cache is full; goes on where it stopped.
 
-        Raises UserError if not even the first chunk fits.
+        Of `share` (r, n) only every n-th chunk from the r-th on is computed: n processes fill one folder. Raises
+        UserError if not even the first chunk fits.
         """
-        place = START
-        if self.files:
-            place = self._read(self.files[-1])[1]
-        for chunk in prefetch(stream.chunks(place)):
+        place, chunks = START, None
+        while True:
+            if (file := self._shard(place.chunk)).exists():
+                place, chunks = self._after(file), None
+                continue
+            chunks = chunks or prefetch(stream.chunks(place))
+            if (chunk := next(chunks, None)) is None:
+                break
+            place = chunk.after
+            if chunk.place.chunk % share[1] != share[0]:
+                continue
             features = encoder(chunk.items, chunk.place.chunk)
             size, room = sum(x.nbytes for x in features.state_dict().values()), self._room()
             if sum(file.stat().st_size for file in self.files) + size + 4096 > room:  # a file has a header
@@ -121,23 +138,33 @@ class FeatureCache:
             self._write_note()
             after = {"after": json.dumps(asdict(chunk.after))}
             after["digest"] = digest(features.state_dict(), after["after"])
-            write_safetensors(self.folder / f"{chunk.place.chunk:05d}.safetensors", features.state_dict(), after)
-        self._write_note(complete=True)
+            write_safetensors(self._shard(chunk.place.chunk), features.state_dict(), after)
+        if share == (0, 1) or len(self.files) == place.chunk:  # else others are still at it
+            self._write_note(complete=True, shards=len(self.files))
+
+    def _shard(self, chunk: int) -> Path:
+        return self.folder / f"{chunk:05d}.safetensors"
+
+    def _after(self, file: Path) -> Place:
+        """The place of what follows a shard."""
+        try:
+            return Place(**json.loads(read_metadata(file)["after"]))
+        except (SafetensorError, TypeError, LookupError, ValueError) as error:
+            raise UserError(f"{file}: damaged ({type(error).__name__}); delete it and run again") from None
 
     def open(self) -> Shards:
         """All samples, their digests compared. Raises UserError if a shard is damaged, or if there is none."""
         if not self.files:
             raise UserError(f"{self.folder}: holds no features; there was no pair to compute them of")
         files = tqdm(self.files, desc="checking features", leave=False, delay=2)
-        return Shards([self._read(file)[0] for file in files])
+        return Shards([self._read(file) for file in files])
 
-    def _read(self, file: Path) -> tuple[Features, Place]:
-        """A shard, and the place of what follows it."""
+    def _read(self, file: Path) -> Features:
         try:
             state, note = read_weights(file), read_metadata(file)
             if digest(state, note["after"]) != note["digest"]:
                 raise ValueError("its digest is another")
-            return Features(**state), Place(**json.loads(note["after"]))
+            return Features(**state)
         except (UserError, TypeError, LookupError, AttributeError, ValueError) as error:
             raise UserError(f"{file}: damaged ({error}); delete it and run again") from None
 

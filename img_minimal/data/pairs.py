@@ -81,6 +81,8 @@ def _pair(prompt: object, images: Sequence, labels: Sequence, decode: Decode) ->
     return Pair(prompt, decode(first), decode(second))
 
 
-def pair_stream(source: str | Path, size: int = 0, limit: int = 0, seed: int = 0) -> Stream[Pair]:
+def pair_stream(
+    source: str | Path, size: int = 0, limit: int = 0, seed: int = 0, share: tuple[int, int] = (0, 1)
+) -> Stream[Pair]:
     """Pairs of a hub data set, folder or file in any of `LAYOUTS`, in chunks. Raises UserError if there are none."""
-    return Stream(str(source), LAYOUTS, size, limit, seed)
+    return Stream(str(source), LAYOUTS, size, limit, seed, share)

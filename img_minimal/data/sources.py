@@ -21,6 +21,7 @@ from img_minimal.questions import find_questions
 from img_minimal.runtime.atomic import file_print
 from img_minimal.runtime.devices import best_device
 from img_minimal.runtime.errors import UserError
+from img_minimal.runtime.ranks import ALONE, Ranks
 
 UNSEEN_BYTES = 1e9  # of features that validation keeps in memory
 PREFERENCE = "pair with a preference; label_0 and label_1 must be 1 and 0"
@@ -30,14 +31,17 @@ class CachedData:
     """All samples at once, from a `FeatureCache` that is completed first; only for that the `encoder` is loaded.
 
     `widths` (D, H) of tokens and guidance, `unseen` samples for validation, `parts` for `Batches`, a description, and
-    the `stream` that counts what it skips.
+    the `stream` that counts what it skips. Several processes compute it together, and all of them see all of it.
     """
 
-    def __init__(self, stream: Stream[Pair], encoder: Callable[[], Encoder], cache: FeatureCache):
+    shared = True
+
+    def __init__(self, stream: Stream[Pair], encoder: Callable[[], Encoder], cache: FeatureCache, ranks: Ranks = ALONE):
         self.stream = stream
-        if not cache.complete:
-            print(f"computing frozen features of {stream.source}, once", flush=True)
-            cache.collect(stream, lambda pairs, number: encoder()(pairs, number))
+        with ranks.together():
+            if not cache.complete:
+                print(f"computing frozen features of {stream.source}, once", flush=True)
+                cache.collect(stream, lambda pairs, number: encoder()(pairs, number), (ranks.rank, ranks.world))
         self.data = cache.open()
         self.widths, self.unseen = self.data.widths, _unseen(self.data)
         spared = int(self.data.validation.sum())
@@ -52,8 +56,10 @@ class StreamedData:
     """A chunk of samples at a time, the next one read and decoded meanwhile; the first one holds those for validation.
 
     `encode(items, chunk)` makes data of a chunk's items: indexed by tensors, with `validation` (N,) and `sample_bytes`.
-    Raises UserError if there is no item at all; `what` says what was looked for.
+    Raises UserError if there is no item at all; `what` says what was looked for. Each process has a stream of its own.
     """
+
+    shared = False
 
     def __init__(self, stream: Stream, encode: Callable[[list, int], Any], what: str = PREFERENCE):
         self.stream, self.encode = stream, encode

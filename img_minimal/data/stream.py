@@ -64,25 +64,34 @@ class Stream(Generic[Item]):
     Files come in an order drawn from `seed`, for tables are often sorted by date; rows come as they stand.
     `layouts` are known sets of columns, each with the function that parses its rows. `parse(row, decode)` returns an
     item or raises Skipped, and `decode` may raise OSError for damaged images: rows without an item are counted in
-    `skipped` by reason. Raises UserError if the source is no such table.
+    `skipped` by reason. Of `share` (r, n) only the r-th of n parts is given, for n processes that share the work.
+    Raises UserError if the source is no such table.
     """
 
     def __init__(
         self, source: str, layouts: Mapping[Layout, Callable[[dict, Decode], Item]],
-        size: int = 0, limit: int = 0, seed: int = 0,
+        size: int = 0, limit: int = 0, seed: int = 0, share: tuple[int, int] = (0, 1),
     ):  # fmt: skip
-        self.source, self.size, self.limit = source, size, limit
+        rank, world = share
+        self.source, self.size, self.limit = source, size, limit and (limit + world - 1 - rank) // world
         self.table = open_table(source, list(layouts))
         self.parse = layouts[self.table.layout]
         order = torch.randperm(self.table.files, generator=torch.Generator().manual_seed(seed))
-        self.files, self.skipped, self.warned = order.tolist(), Counter(), 0
+        # Whole files are dealt out; the rows of each are where there are fewer files than processes.
+        whole = len(order) >= world
+        self.files, self.row_share = (
+            order[rank::world].tolist() if whole else order.tolist(),
+            (0, 1) if whole else share,
+        )
+        self.skipped, self.warned = Counter(), 0
 
     def _rows(self, place: Place) -> Iterator[tuple[int, int, dict]]:
         for file in range(place.file, len(self.files)):
             first = place.row if file == place.file else 0
             try:
                 for row, values in enumerate(self.table.rows(self.files[file], first), start=first):
-                    yield file, row, values
+                    if row % self.row_share[1] == self.row_share[0]:
+                        yield file, row, values
             # A lost connection, a cut file, a cell that cannot be cast; ArrowInvalid is a ValueError.
             except (OSError, ValueError, TypeError, NotImplementedError, EOFError, tarfile.TarError) as error:
                 raise UserError(

@@ -18,7 +18,7 @@ from img_minimal.runtime.errors import UserError, would_run_code
 from img_minimal.runtime.json_files import read_json
 
 # Settings that may change when a run goes on, because no number depends on them.
-FREE = set("resume overwrite output_dir cache_dir cache_gb save_every eval_prompts".split())
+FREE = set("resume overwrite output_dir cache_dir cache_gb save_every eval_prompts rounds".split())
 SAID = {"compute": "numbers will differ in rounding", "steps": "the learning rate's decay follows the number of steps",
         "train_steps": "the learning rate's decay follows the number of steps"}  # fmt: skip
 
@@ -30,7 +30,7 @@ class RunFolder:
     path: Path
     settings: dict
     saved: dict | None
-    lock: IO = field(repr=False)  # held as long as the process lives
+    lock: IO | None = field(repr=False)  # held as long as the process lives; None: another process writes here
 
     @classmethod
     def open(cls, path: str, settings: dict, resume: bool, overwrite: bool) -> "RunFolder":
@@ -55,11 +55,18 @@ class RunFolder:
         check(not taken, f"{folder} holds a run; go on with --resume, or choose --overwrite or another --output-dir")
         return cls(folder, settings | {"run": uuid4().hex}, None, lock)
 
+    @classmethod
+    def follow(cls, path: str, settings: dict, resume: bool) -> "RunFolder":
+        """The same folder for a process that only reads there, because rank 0 has opened it."""
+        return cls(Path(path), settings, load_checkpoint(Path(path) / "checkpoint.pt") if resume else None, None)
+
     def begin(self, step: int) -> None:
         """Write the settings, and drop what a killed run logged after its last checkpoint, at `step`.
 
         Whenever this is interrupted, the folder holds the old run, no run, or the new one; never parts of two.
         """
+        if self.lock is None:
+            return
         if step == 0:
             (self.path / "checkpoint.pt").unlink(missing_ok=True)  # an overwritten run cannot be resumed by mistake
         metrics = self.path / "metrics.jsonl"

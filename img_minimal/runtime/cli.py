@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 import typing
@@ -94,9 +95,17 @@ def printable(text: str) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
+def hush_other_ranks() -> None:
+    """Of several processes that torchrun started only the first one prints and shows progress; call it first."""
+    if int(os.environ.get("RANK", 0)):
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
+
+
 def warn(message: str) -> None:
     """One line on stderr about something that does not stop the program."""
-    print(f"warning: {message}", file=sys.stderr)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def check(condition: bool, message: str) -> None:

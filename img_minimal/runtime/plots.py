@@ -73,6 +73,37 @@ def curves(metrics: Path, path: Path) -> None:
     _save(figure, axes, path)
 
 
+def round_curves(rows: list[dict], path: Path) -> None:
+    """Six panels over the rounds of a training: gate, damage, pairs, their categories, their step size, corrections."""
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True, layout="constrained")
+    x = [row["round"] for row in rows]
+    panels = (
+        ("score", ["score"]), ("damage: right before, wrong after", ["damage"]),
+        ("pairs", ["pairs", "img_better", "base_better", "both_right"]), ("IMG's wins by category", []),
+        ("|c_w - c_l|", ["step_original", "step_new"]), ("held-back original pairs", ["validation_error"]),
+    )  # fmt: skip
+    for axis, (title, names) in zip(axes.flat, panels):
+        for name, colour in zip(names, (BLUE, ORANGE, GREEN, PINK)):
+            axis.plot(x, [row.get(name, np.nan) for row in rows], "o-", color=colour, label=name.replace("_", " "))
+        axis.set_title(title, fontsize=10)
+    kinds = sorted({kind for row in rows for kind in row.get("wins_by_category", {})})
+    for kind, colour in zip(kinds, (BLUE, ORANGE, GREEN, PINK, GREY)):
+        wins = [row["wins_by_category"].get(kind, 0) if "wins_by_category" in row else np.nan for row in rows]
+        axes[1, 0].plot(x, wins, "o-", color=colour, label=kind)
+    for row in rows:
+        if not row["kept"]:
+            axes[0, 0].annotate(
+                "not kept", (row["round"], row["score"]), (0, 6), textcoords="offset points", ha="center"
+            )
+    for axis in axes.flat:
+        axis.legend(fontsize=8)
+        axis.set_xticks(x)
+    for axis in axes[1]:
+        axis.set_xlabel("round")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def detector_curves(metrics: Path, path: Path) -> None:
     """Two panels from the metrics.jsonl of a finetuned MLLM: loss of the answers, accuracy on held-out triplets."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]

@@ -5,7 +5,6 @@ all ranks together: ranks that decide for themselves drift apart, or wait for ea
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,12 +97,8 @@ class Ranks:
         if self.world == 1:
             return module
         device = next(module.parameters()).device
-        ids = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else None
+        ids = [torch.cuda.current_device()] if device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=ids)
 
 
-def hush_other_ranks() -> None:
-    """Only rank 0 prints and shows progress. Call it before tqdm is imported."""
-    if int(os.environ.get("RANK", 0)):
-        os.environ["TQDM_DISABLE"] = "1"
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process lives
+ALONE = Ranks()
