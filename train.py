@@ -145,7 +145,7 @@ def train(
                 log.write(json.dumps(row) + "\n")
             if saving and ranks.main:
                 log.flush()  # rows before checkpoint, so that a killed run leaves no hole
-                save_checkpoint(folder / "checkpoint.pt", trainer.state_dict() | {"data": places})
+                save_checkpoint(folder / "checkpoint.pt", trainer.state_dict() | {"data": places[0] if len(places) == 1 else places})
             bar.set_postfix(error=f"{row['error']:.4f}", refreshes=row["refreshes"], refresh=False)
             if stopping and step + 1 < steps:
                 return False
@@ -216,7 +216,7 @@ def train_rounds(
         if (folder.path / "checkpoint.pt").exists():
             saved = load_checkpoint(folder.path / "checkpoint.pt")
             trainer.load_state_dict(saved)
-            batches.resume(saved["data"][0])
+            batches.resume(saved["data"])
         folder.begin(trainer.step)
         with Stop().listening() as stop:
             finished = train(

@@ -2,16 +2,16 @@
 
 import contextlib
 import importlib
-import io
 import multiprocessing
 import os
 import random
 import resource
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 MODULES = {"sample": "sample", "train": "train", "evaluate": "img_minimal.evaluate.__main__"}
@@ -20,50 +20,69 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(list(MODULES.values()))
 
 
-def _main(name: str, arguments: list[str], said: Connection, largest: int | None) -> None:
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+def _main(name: str, arguments: list[str], log: str, largest: int | None, environment: dict) -> None:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"} | environment
     import torch
 
     torch.set_num_threads(1)
     from img_minimal.runtime import cli
 
-    if largest is not None:  # any file that grows beyond ends in an error of the system, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-    sys.argv = [f"{name}.py", *arguments]
-    words, code = io.StringIO(), 0
-    with contextlib.redirect_stdout(words), contextlib.redirect_stderr(words):
+    with open(log, "w", buffering=1) as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        if largest is not None:  # any file that grows beyond ends in an error of the system, as on a full disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        sys.argv = [f"{name}.py", *arguments]
         try:
             cli.run(importlib.import_module(MODULES[name]).main)
-        except SystemExit as ended:
-            code = ended.code or 0
-        except BaseException:  # noqa: BLE001 - what the test is about
+        except Exception:  # what the test is about
             traceback.print_exc()
-            code = 1
-    said.send((code, words.getvalue()))
+            raise
 
 
 class Command:
     """A running command."""
 
-    def __init__(self, name: str, *arguments: object, largest: int | None = None):
-        self.out, said = CONTEXT.Pipe(duplex=False)
-        self.process = CONTEXT.Process(target=_main, args=(name, [*map(str, arguments)], said, largest))
+    def __init__(
+        self, name: str, *arguments: object, largest: int | None = None, environment: dict[str, str] | None = None
+    ):
+        reading, writing = os.pipe()  # no file, for a full disk must not swallow what is said of it
+        self.said: list[bytes] = []
+        self.reader = threading.Thread(target=self._read, args=(reading,), daemon=True)
+        words = [*map(str, arguments)]
+        path = f"/proc/{os.getpid()}/fd/{writing}"
+        self.process = CONTEXT.Process(target=_main, args=(name, words, path, largest, environment or {}))
         self.process.start()
-        said.close()
+        self.reader.start()
+        self.writing = writing
+
+    def _read(self, pipe: int) -> None:
+        while data := os.read(pipe, 65_536):
+            self.said.append(data)
+        os.close(pipe)
 
     def end(self, seconds: float = 300) -> tuple[int, str]:
         """Exit code, and all that it said."""
-        assert self.out.poll(seconds), "it hangs"
-        result = self.out.recv()
-        self.process.join()
-        return result
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, "it hangs"
+        os.close(self.writing)
+        self.reader.join()
+        return self.process.exitcode, b"".join(self.said).decode()
 
     def kill(self) -> bool:
         """SIGKILL; was it still running?"""
         running = self.process.is_alive()
         self.process.kill()
-        self.process.join()
+        self.end()
         return running
+
+
+def torchrun(world: int, name: str, *arguments: object) -> list[Command]:
+    """The processes that torchrun would start, each with the environment that it would give them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    return [Command(name, *arguments, environment=shared | mine) for mine in own]
 
 
 def survive(start: Callable[[], Command], kills: int, longest: float, seed: int) -> int:

@@ -50,9 +50,9 @@ class Shards:
         return Features.join(pieces)[torch.cat(places).argsort()]
 
 
-def digest(state: dict[str, Tensor], note: str) -> str:
+def digest(state: dict[str, Tensor], note: dict) -> str:
     """A checksum of tensors and a note: reading 1 GB takes a second, and a flipped bit shows."""
-    value = zlib.crc32(note.encode())
+    value = zlib.crc32(json.dumps(note).encode())
     for name in sorted(state):
         value = zlib.crc32(f"{name} {state[name].dtype} {tuple(state[name].shape)}".encode(), value)
         value = zlib.crc32(state[name].contiguous().flatten().view(torch.uint8).numpy(), value)
@@ -136,9 +136,9 @@ class FeatureCache:
                 self._write_note(full_at=room)
                 return
             self._write_note()
-            after = {"after": json.dumps(asdict(chunk.after))}
-            after["digest"] = digest(features.state_dict(), after["after"])
-            write_safetensors(self._shard(chunk.place.chunk), features.state_dict(), after)
+            after = asdict(chunk.after)
+            note = {"after": after, "digest": digest(features.state_dict(), after)}
+            write_safetensors(self._shard(chunk.place.chunk), features.state_dict(), {"note": json.dumps(note)})
         if share == (0, 1) or len(self.files) == place.chunk:  # else others are still at it
             self._write_note(complete=True, shards=len(self.files))
 
@@ -148,7 +148,7 @@ class FeatureCache:
     def _after(self, file: Path) -> Place:
         """The place of what follows a shard."""
         try:
-            return Place(**json.loads(read_metadata(file)["after"]))
+            return Place(**json.loads(read_metadata(file)["note"])["after"])
         except (SafetensorError, TypeError, LookupError, ValueError) as error:
             raise UserError(f"{file}: damaged ({type(error).__name__}); delete it and run again") from None
 
@@ -161,7 +161,7 @@ class FeatureCache:
 
     def _read(self, file: Path) -> Features:
         try:
-            state, note = read_weights(file), read_metadata(file)
+            state, note = read_weights(file), json.loads(read_metadata(file)["note"])
             if digest(state, note["after"]) != note["digest"]:
                 raise ValueError("its digest is another")
             return Features(**state)

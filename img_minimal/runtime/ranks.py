@@ -5,6 +5,7 @@ all ranks together: ranks that decide for themselves drift apart, or wait for ea
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Ranks:
     def joined(cls) -> Iterator[Self]:
         """Meet the other processes for as long as the block lasts; alone without torchrun.
 
-        A process that is lost ends the others with a UserError.
+        If a process is lost, the others end at once, with a line that says so.
         """
         world = int(os.environ.get("WORLD_SIZE", 1))
         if world == 1:
@@ -46,13 +47,11 @@ class Ranks:
             lost = any(word in str(error) for word in ("onnection", "gloo", "NCCL", "peer", "ncclSystemError"))
             if isinstance(error, UserError) or not lost:
                 raise
-            raise UserError(f"rank {cls._own_rank()}: {LOST}") from None
+            # Not an exception: gloo's threads, which wait for the lost one, would never let this process end.
+            print(f"error: rank {dist.get_rank()}: {LOST}", file=sys.stderr, flush=True)
+            os._exit(2)
         finally:
             dist.destroy_process_group()
-
-    @staticmethod
-    def _own_rank() -> int:
-        return int(os.environ.get("RANK", 0))
 
     @property
     def main(self) -> bool:
