@@ -140,12 +140,12 @@ def train(
             saving = (step + 1) % save_every == 0 or step + 1 == steps or stopping
             if saving:
                 row |= validate(trainer, unseen) if ranks.main else {}
-                places = ranks.gather(batches.state_dict())
+                places = ranks.gather(batches.state_dict()) if ranks.world > 1 else batches.state_dict()
             if ranks.main:
                 log.write(json.dumps(row) + "\n")
             if saving and ranks.main:
                 log.flush()  # rows before checkpoint, so that a killed run leaves no hole
-                save_checkpoint(folder / "checkpoint.pt", trainer.state_dict() | {"data": places[0] if len(places) == 1 else places})
+                save_checkpoint(folder / "checkpoint.pt", trainer.state_dict() | {"data": places})
             bar.set_postfix(error=f"{row['error']:.4f}", refreshes=row["refreshes"], refresh=False)
             if stopping and step + 1 < steps:
                 return False

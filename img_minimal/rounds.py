@@ -202,8 +202,10 @@ class RoundLog:
 
 
 def last_row(folder: Path) -> dict[str, float]:
-    """What a run's log ends with: size of the correction, and error on held-back original pairs."""
-    row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    """What a run's log ends with: size of the correction, and error on held-back original pairs; nothing without."""
+    log = folder / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    row = json.loads(lines[-1]) if lines else {}
     return {name: row[name] for name in ("correction", "validation_error") if name in row}
 
 

@@ -38,6 +38,8 @@ def arguments(kind: str, files: Path, folder: Path) -> tuple[str, list]:
     return {
         "train": ("train", [*train, *pairs, "--cache-dir", "none"]),
         "cache": ("train", [*train, *pairs, "--cache-dir", folder / "features"]),
+        "rounds": ("train", [*train, *pairs, "--cache-dir", folder / "features", "--rounds", 2, "--round-prompts", 24,
+                             "--round-steps", 6]),
         "mllm": ("train", [*train, "--stage", "mllm", "--triplets", files / "triplets.parquet", "--steps", 9]),
         "evaluate": ("evaluate", ["--prompt-file", files / "prompts.txt", "--judges", "clipscore", "--clipscore-model",
                                   files, "--output", folder, "--steps", 2, "--dtype", "fp32"]),
@@ -54,12 +56,15 @@ def start(kind: str, files: Path, folder: Path, largest: int | None = None) -> C
 RESULTS = {
     "train": ("aligner.safetensors", "metrics.jsonl"),
     "cache": ("aligner.safetensors", "metrics.jsonl", "features/*/*.safetensors"),
+    "rounds": ("aligner.safetensors", "rounds.jsonl", "rounds/1/pairs.parquet", "rounds/1/aligner.safetensors"),
     "mllm": ("mllm/*.safetensors", "metrics.jsonl"),
     "evaluate": ("*.png", "scores-*.jsonl", "results.json"),
 }
 
 
-@pytest.mark.parametrize("kind, kills, longest", [("train", 7, 9), ("cache", 5, 7), ("mllm", 6, 9), ("evaluate", 6, 6)])
+@pytest.mark.parametrize(
+    "kind, kills, longest", [("train", 7, 9), ("cache", 5, 7), ("rounds", 6, 12), ("mllm", 6, 9), ("evaluate", 6, 6)]
+)
 def test_a_command_killed_at_random_moments_ends_with_the_bytes_of_one_that_was_not(
     files, tmp_path, kind, kills, longest
 ):

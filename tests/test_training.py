@@ -303,7 +303,8 @@ import resource, sys, torch
 import train as script
 from dataclasses import replace
 from pathlib import Path
-from train import Batches, Features, Trainer, find_preset, train
+from train import Batches, Features, Trainer, train
+from img_minimal.presets import find_preset
 from img_minimal.data.batches import Part
 script.save_checkpoint = lambda path, state: None  # gigabytes that nobody reads
 preset = replace(find_preset(sys.argv[2]), batch_size=2, dtype="fp32")

@@ -70,7 +70,7 @@ class RunFolder:
         if step == 0:
             (self.path / "checkpoint.pt").unlink(missing_ok=True)  # an overwritten run cannot be resumed by mistake
         metrics = self.path / "metrics.jsonl"
-        rows = metrics.read_text().splitlines() if step and metrics.exists() else []
+        rows = metrics.read_text(errors="replace").splitlines() if step and metrics.exists() else []
         rows = [row for row in rows if 0 < _step(row) <= step]
         if len(rows) < step:
             warn(f"{metrics}: has {len(rows)} of the {step} steps before; curves and log begin later")

@@ -128,7 +128,7 @@ def training_data(target: Path, projection: TokenProjection, count: int) -> dict
         }
 
 
-def build(workdir: Path, target: Path, steps: int = 6000, batch: int = 96, count: int = 48_000) -> None:
+def build(workdir: Path, target: Path, steps: int = 4500, batch: int = 96, count: int = 48_000) -> None:
     """Train; save the pipeline folder `target/flux` and the adapter `target/flux_ip_adapter.safetensors`."""
     torch.manual_seed(60)
     state = read_weights(workdir / "projection.safetensors")
