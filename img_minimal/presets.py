@@ -218,6 +218,26 @@ PRESETS["flux"] = replace(
 )
 
 
+# The twin shares the world, the MLLM and the pairs of the other one.
+PRESETS["tiny-flux"] = replace(
+    PRESETS["tiny-sdxl"],
+    name="tiny-flux",
+    backbone="flux",
+    base=str(TINY / "flux"),
+    image_encoder=str(TINY / "flux_image_encoder"),
+    ip_adapter=str(TINY / "flux_ip_adapter.safetensors"),
+    aligner=str(TINY / "aligner-flux.safetensors"),
+    stock_aligner=str(TINY / "aligner-flux-stock.safetensors"),
+    text_aligner=str(TINY / "aligner-flux-text.safetensors"),
+    sampling_steps=12,
+    guidance_scale=3.5,
+    true_cfg_scale=3.5,
+    height=64,
+    width=64,
+    scale=1.0,
+)
+
+
 def find_preset(name: str) -> Preset:
     """The preset of that name. Raises UserError naming the known ones."""
     if name not in PRESETS:

@@ -11,7 +11,7 @@ from torch import nn
 
 from img_minimal.files.weights import read_weights
 from img_minimal.presets import find_preset
-from img_minimal.tiny.build import clip, dpo, llava, pairs, resampler, scenes, triplets, unet, vae
+from img_minimal.tiny.build import clip, dpo, flux, flux_encoder, llava, pairs, resampler, scenes, triplets, unet, vae
 from img_minimal.tiny.build.loop import fit
 from img_minimal.tiny.grammar import parse
 
@@ -30,13 +30,16 @@ def built(tmp_path_factory) -> Path:
     llava.build_stock(work, target, steps=2, count=100)
     triplets.build(target, count=60)
     llava.build_detector(work, target, steps=2)
+    flux_encoder.build(work, target, steps=2, batch=8, count=40)
+    flux.build(work, target, steps=2, batch=8, count=40, watched=5)
     return target
 
 
 @pytest.mark.slow
 def test_every_part_of_the_twin_can_be_built_from_nothing(built):
     shipped = Path(find_preset("tiny-sdxl").base).parent
-    names = "sdxl/unet sdxl/vae sdxl/text_encoder_2 image_encoder llava-detector ip_adapter unet-dpo"
+    names = "sdxl/unet sdxl/vae sdxl/text_encoder_2 image_encoder llava-detector ip_adapter unet-dpo "
+    names += "flux/transformer flux/text_encoder_2 flux_image_encoder flux_ip_adapter"
     for name in names.split():
         ours, theirs = (
             next(p for p in sorted(root.rglob("*.safetensors")) if name in str(p)) for root in (built, shipped)

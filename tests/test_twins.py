@@ -98,5 +98,5 @@ def test_the_oracle_is_right_of_rendered_scenes_and_after_the_vaes_round_trip():
     assert shares["after the VAE, seen pairs"] >= 0.99
 
 
-def test_the_twins_and_their_data_take_no_more_than_sixty_megabytes():
-    assert sum(p.stat().st_size for p in Path(TINY).rglob("*") if p.is_file()) <= 60e6
+def test_the_twins_and_their_data_take_no_more_than_a_hundred_and_ten_megabytes():
+    assert sum(p.stat().st_size for p in Path(TINY).rglob("*") if p.is_file()) <= 110e6

@@ -25,6 +25,9 @@ PARTS = {
     "triplets": "picture, prompt of the edited scene, edit instruction",
     "detector": "LLaVA finetuned on the triplets",
     "aligner": "three aligners: guided by the detector, the stock LLaVA, text",
+    "flux-encoder": "FLUX's image encoder, whose one vector a picture must suffice to rebuild it",
+    "flux": "FLUX's transformer, T5 and image branch together",
+    "flux-aligner": "three aligners for it, on the shipped pairs",
 }
 
 
@@ -36,6 +39,19 @@ def train_aligners(workdir: Path, target: Path) -> None:
     data = ("--pairs", workdir / "pairs.parquet", "--max-pairs", 110_000, "--cache-dir", workdir / "features")
     steps = ("--steps", 6000, "--save-every", 500, "--eval-prompts", 0)
     for guidance, name in (("mllm", "aligner"), ("stock", "aligner-stock"), ("text", "aligner-text")):
+        folder = workdir / name
+        run_train(folder, "--guidance", guidance, *data, "--preference-weight", 0, *steps)
+        ImplicitAligner.from_file(folder / "aligner.safetensors").half().save(target / f"{name}.safetensors")
+
+
+def train_flux_aligners(workdir: Path, target: Path) -> None:
+    """The same for FLUX, on the pairs that the repository ships: all bases learn from the same ones, as in the paper."""
+    from img_minimal.aligner import ImplicitAligner
+    from img_minimal.tiny.build.loop import run_train
+
+    data = ("--model", "tiny-flux", "--max-pairs", 0, "--cache-dir", workdir / "features")
+    steps = ("--steps", 3000, "--save-every", 500, "--eval-prompts", 0)
+    for guidance, name in (("mllm", "aligner-flux"), ("stock", "aligner-flux-stock"), ("text", "aligner-flux-text")):
         folder = workdir / name
         run_train(folder, "--guidance", guidance, *data, "--preference-weight", 0, *steps)
         ImplicitAligner.from_file(folder / "aligner.safetensors").half().save(target / f"{name}.safetensors")
@@ -56,7 +72,19 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
     # Only now what takes seconds to import.
-    from img_minimal.tiny.build import clip, dpo, llava, pairs, resampler, scenes, triplets, unet, vae
+    from img_minimal.tiny.build import (
+        clip,
+        dpo,
+        flux,
+        flux_encoder,
+        llava,
+        pairs,
+        resampler,
+        scenes,
+        triplets,
+        unet,
+        vae,
+    )  # fmt: skip
 
     workdir, target = Path(options.workdir), Path(options.target)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -78,6 +106,9 @@ def main() -> None:
         "triplets": lambda: triplets.build(target),
         "detector": lambda: llava.build_detector(workdir, target),
         "aligner": lambda: train_aligners(workdir, target),
+        "flux-encoder": lambda: flux_encoder.build(workdir, target),
+        "flux": lambda: flux.build(workdir, target),
+        "flux-aligner": lambda: train_flux_aligners(workdir, target),
     }
     for part in options.parts or PARTS:
         print(f"== {part}: {PARTS[part]}", flush=True)

@@ -128,7 +128,9 @@ def training_data(target: Path, projection: TokenProjection, count: int) -> dict
         }
 
 
-def build(workdir: Path, target: Path, steps: int = 4500, batch: int = 96, count: int = 48_000) -> None:
+def build(
+    workdir: Path, target: Path, steps: int = 3500, batch: int = 96, count: int = 48_000, watched: int = 100
+) -> None:
     """Train; save the pipeline folder `target/flux` and the adapter `target/flux_ip_adapter.safetensors`."""
     torch.manual_seed(60)
     state = read_weights(workdir / "projection.safetensors")
@@ -170,7 +172,7 @@ def build(workdir: Path, target: Path, steps: int = 4500, batch: int = 96, count
         return (velocity.float() - (noise - clean)).square().mean()
 
     rng = random.Random(62)
-    prompts = [sample_prompt(rng, CATEGORIES[k % 5], "validation") for k in range(100)]
+    prompts = [sample_prompt(rng, CATEGORIES[k % 5], "validation") for k in range(watched)]
     perfect = projection(embeds_of(target, render([place(p, rng) for p in prompts])))
 
     def watch(step: int) -> str:
@@ -179,11 +181,13 @@ def build(workdir: Path, target: Path, steps: int = 4500, batch: int = 96, count
         conditions = [condition(pipe, str(p)) for p in prompts]
         for scale in (0.0, 0.5, 1.0):
             images = draw(
-                pipe, conditions, condition(pipe, ""), list(range(100)), **SAMPLING, branch=models["branch"],
+                pipe, conditions, condition(pipe, ""), list(range(watched)), **SAMPLING, branch=models["branch"],
                 tokens=perfect, negative=black, scale=scale, precision=Precision.named("fp32", CPU), batch_size=50,
             )  # fmt: skip
             shares.append(sum(v.strict for v in judge(images, prompts)))
-        return "strict of 100, text alone / with a right picture's tokens at .5 / at 1: {} / {} / {}".format(*shares)
+        return "strict of {}, text alone / with a right picture's tokens at .5 / at 1: {} / {} / {}".format(
+            watched, *shares
+        )
 
     fit("flux", models, loss_of_step, steps, workdir, lr=1e-3, average=0.998, watch=watch, watch_every=1000, seed=63)
     write_safetensors(

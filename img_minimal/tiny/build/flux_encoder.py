@@ -70,7 +70,7 @@ def build(workdir: Path, target: Path, steps: int = 2400, batch: int = 64, count
     encoder, projection, decoder = new_encoder(target), TokenProjection(EMBED, WIDTH, TOKENS), Decoder()
     _, pictures = random_pictures(count, seed=51)
     latents = latents_of(vae, pictures)
-    unseen = 1000
+    unseen = min(1000, count // 10)
 
     def tokens_of(x: Tensor) -> Tensor:
         """Pixels in [-1, 1] -> tokens (B, 4, D)."""
