@@ -179,6 +179,8 @@ def train_aligner(config: Config, preset: Preset, run_folder: RunFolder, ranks: 
         return False
     trainer.aligner.save(folder / "aligner.safetensors")
     if config.rounds > 1:
+        (folder / "rounds" / "0").mkdir(parents=True, exist_ok=True)
+        trainer.aligner.save(folder / "rounds" / "0" / "aligner.safetensors")
         aligner = train_rounds(config, preset, run_folder, data, trainer.aligner)
         if aligner is None:
             return False

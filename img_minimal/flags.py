@@ -1,11 +1,13 @@
 """Flags that commands share: where models are, how to compute, how to draw. They change one number of a preset each."""
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from img_minimal.presets import Preset, find_preset, with_overrides
 from img_minimal.runtime.cli import check, option
+
+LIMITS = (("steps", 1, 10_000), ("passes", 1, 100), ("height", 1, 8192), ("width", 1, 8192), ("scale", 0, 1000),
+          ("scale_end", 0, 1000))  # fmt: skip
 
 
 @dataclass
@@ -43,13 +45,10 @@ class SamplingFlags(ModelFlags):
 
     def applied_to(self, preset: Preset) -> Preset:
         """The preset with what these flags change. Raises UserError for numbers that cannot be."""
-        for name in ("steps", "passes", "height", "width"):
+        for name, least, most in LIMITS:
             value = getattr(self, name)
-            check(value is None or 1 <= value <= 100_000, f"--{name} is {value}, expected 1 to 100,000")
-        for name in ("scale", "scale_end"):
-            value = getattr(self, name)
-            fits = value is None or (value >= 0 and math.isfinite(value))
-            check(fits, f"--{name.replace('_', '-')} is {value}, expected 0 or more")
+            fits = value is None or least <= value <= most
+            check(fits, f"--{name.replace('_', '-')} is {value}, expected {least} to {most:,}")
         return with_overrides(
             super().applied_to(preset),
             aligner=self.aligner,

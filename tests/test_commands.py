@@ -16,6 +16,8 @@ from PIL import Image
 
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.presets import find_preset
+from img_minimal.runtime.cli import printable
+from img_minimal.runtime.plots import labelled_grid
 
 ROOT = Path(__file__).parent.parent
 TWIN = find_preset("tiny-sdxl")
@@ -86,6 +88,22 @@ def test_an_aligner_of_another_guidance_width_is_refused_in_one_line(call, tmp_p
 def test_train_refuses_bad_input_in_one_line(call, arguments, tmp_path):
     folder = [] if "--output-dir" in arguments else ["--output-dir", tmp_path / "run"]
     assert_one_clear_line(call("train.py", *folder, *arguments))
+
+
+@pytest.mark.parametrize("flag", ["seed", "num-images", "steps", "passes", "height", "rounds", "scale"])
+@pytest.mark.parametrize("value", ["9" * 5, "9" * 12, "9" * 400, "-99999999999", "1e400", "nan"])
+def test_numbers_that_nothing_can_be_done_with_are_one_line_soon(call, flag, value, tmp_path):
+    if flag == "seed" and value == "9" * 5:
+        return  # that is one
+    done = call("sample.py", f"--{flag}={value}", "--output", tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "error:" in done.stderr
+
+
+def test_dollars_and_halves_of_characters_are_drawn_as_they_stand(tmp_path):
+    picture = Image.new("RGB", (8, 8))
+    for k, text in enumerate(("costs $5 and $6", r"$\\frac{1}$", "$$", "a_b^{", "\ud83d half", "tab\there")):
+        labelled_grid([[(picture, text)]], tmp_path / f"{k}.png", printable(text), text)
+        assert (tmp_path / f"{k}.png").stat().st_size > 1000
 
 
 def test_evaluate_refuses_bad_input_in_one_line(call):

@@ -63,7 +63,7 @@ RESULTS = {
 
 
 @pytest.mark.parametrize(
-    "kind, kills, longest", [("train", 7, 9), ("cache", 5, 7), ("rounds", 6, 12), ("mllm", 6, 9), ("evaluate", 6, 6)]
+    "kind, kills, longest", [("train", 7, 9), ("cache", 5, 7), ("rounds", 6, 12), ("mllm", 7, 4), ("evaluate", 7, 2.5)]
 )
 def test_a_command_killed_at_random_moments_ends_with_the_bytes_of_one_that_was_not(
     files, tmp_path, kind, kills, longest

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import flux_folder
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +18,7 @@ import torch
 from pair_files import jpeg, pairs_of, rows
 from PIL import Image
 from release_folder import preset
+from test_judges import make_clip
 
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.backbones.sdxl.image_prompt import load_ip_adapter
@@ -24,6 +26,7 @@ from img_minimal.data.cache import FeatureCache
 from img_minimal.data.pairs import pair_stream
 from img_minimal.evaluate.image_folder import ImageFolder
 from img_minimal.evaluate.prompt_files import read_prompts
+from img_minimal.evaluate.scorers import Scorer, ScorerFiles
 from img_minimal.files.hub import fetch_folder
 from img_minimal.files.pretrained import read_config
 from img_minimal.load import load_backbone
@@ -199,6 +202,28 @@ def test_backbones(folder, name):
 def test_mllms(folder, name):
     path = folder / "llava" / name
     fuzz(path, lambda: MLLM.from_pretrained(folder / "llava"), mutated_json if name.endswith("json") else mutated, 40)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"])
+def test_judges(tmp_path, name):
+    make_clip(tmp_path)
+    files = ScorerFiles.find("clipscore", str(tmp_path))
+    fuzz(tmp_path / name, lambda: Scorer.open(files), mutated_json if name.endswith("json") else mutated, 40)
+
+
+@pytest.mark.parametrize(
+    "name", ["base/model_index.json", "base/transformer/config.json", "ip_adapter.safetensors", "aligner_flux.pth",
+             "image_encoder/config.json", "base/scheduler/scheduler_config.json"],
+)  # fmt: skip
+def test_flux(tmp_path, name):
+    flux_folder.write_flux(tmp_path)
+    files = flux_folder.preset(tmp_path)
+
+    def read() -> None:
+        load_backbone(files)
+        ImplicitAligner.from_file(files.aligner)
+
+    fuzz(tmp_path / name, read, mutated_json if name.endswith("json") else mutated, 25)
 
 
 def test_notes_lists_and_prompts(tmp_path):

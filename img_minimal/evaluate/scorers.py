@@ -20,13 +20,11 @@ HPSv2's own code pads it instead.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pickle import UnpicklingError
 from typing import Self
 
 import numpy as np
 import torch
 from PIL.Image import Image
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -97,8 +95,7 @@ class Scorer:
             model, report = CLIPModel.from_pretrained(
                 local, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        # Damaged settings or weights can fail in any of these ways, depending on where they were cut.
-        except (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError, UnpicklingError) as error:
+        except Exception as error:  # damaged settings or weights can fail in any way, depending on where they were cut
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(
                 f"{files.name}: {files.model} is no readable CLIPModel ({reason}); download it again, or give "
@@ -117,7 +114,7 @@ class Scorer:
             processor = CLIPImageProcessorPil.from_pretrained(location)
             # Where it finds no files, transformers 5 makes an empty tokenizer and says nothing: counted below.
             tokenizer = CLIPTokenizer.from_pretrained(location)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:
             raise UserError(
                 f"{files.name}: no tokenizer and image processor at {location} ({' '.join(str(error).split())[:200]}); "
                 "give --judge-processor a folder or hub id that has them"

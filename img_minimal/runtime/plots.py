@@ -12,6 +12,8 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 plt.rcParams["text.parse_math"] = False  # prompts and answers are no formulas, whatever dollars they hold
+from img_minimal.runtime.cli import printable  # noqa: E402
+
 # Okabe and Ito's palette, safe for colour-blind readers.
 BLUE, ORANGE, GREEN, GREY, PINK = "#0072B2", "#E69F00", "#009E73", "#7F7F7F", "#CC79A7"
 
@@ -30,12 +32,12 @@ def labelled_grid(
             axis.spines[:].set_visible(False)
         for (image, text), axis in zip(row, line):
             axis.imshow(image, interpolation="nearest" if image.width < 256 else None)
-            lines = [fill(line, 36) for line in text.splitlines()]
+            lines = [fill(line, 36) for line in printable(text).splitlines()]
             axis.set_xlabel("\n".join(lines), fontsize=9)
     if title:
-        figure.suptitle(fill(title, 36 * columns), fontsize=11)
+        figure.suptitle(fill(printable(title), 36 * columns), fontsize=11)
     if caption:
-        figure.supxlabel(fill(caption, 46 * columns), fontsize=8, color=GREY)
+        figure.supxlabel(fill(printable(caption), 46 * columns), fontsize=8, color=GREY)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -15,7 +15,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionM
 
 from img_minimal.presets import find_preset
 from img_minimal.runtime.cli import quiet_libraries
-from img_minimal.tiny.grammar import COLOURS, Prompt, benchmark, sample_prompt
+from img_minimal.tiny.grammar import COLOURS, FORMS, Prompt, benchmark, sample_prompt
 from img_minimal.tiny.oracle import judge
 from img_minimal.tiny.world import place, render
 
@@ -85,9 +85,60 @@ def oracle_accuracy(count: int = 1000, seed: int = 0) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
+def pooled_probe(encoder: str, count: int = 3000, seed: int = 0) -> dict[str, float]:
+    """What a linear map reads from the one vector that an image encoder makes of a picture, on pictures apart.
+
+    Shares of right answers about pictures of a single shape (colour, form) and of several alike (count); for pictures
+    of two or three shapes, the share of variance explained of where a red one lies (place).
+    """
+    rng = random.Random(seed)
+    vision = CLIPVisionModelWithProjection.from_pretrained(encoder, dtype=torch.float32)
+
+    def embed(prompts: list[Prompt]) -> tuple[Tensor, list]:
+        """Embeddings (B, W), with a constant, and the scenes."""
+        scenes = [place(p, rng) for p in prompts]
+        parts = [vision(x * 2 - 1).image_embeds for x in render(scenes).split(250)]
+        x = F.layer_norm(torch.cat(parts), [vision.config.projection_dim])
+        return torch.cat([x, torch.ones(len(x), 1)], dim=1), scenes
+
+    def answers(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Ridge regression on two thirds; what it says of the others, and what is true."""
+        cut = 2 * len(x) // 3
+        gram = x[:cut].T @ x[:cut] + torch.eye(x.shape[1])
+        return x[cut:] @ torch.linalg.solve(gram, x[:cut].T @ y[:cut]), y[cut:]
+
+    def share(x: Tensor, labels: list[int]) -> float:
+        """Right answers of a probe for classes."""
+        said, true = answers(x, F.one_hot(torch.tensor(labels)).float())
+        return (said.argmax(1) == true.argmax(1)).float().mean().item()
+
+    x, scenes = embed([sample_prompt(rng, "single") for _ in range(count)])
+    shares = {
+        "colour": share(x, [COLOURS.index(scene[0].colour) for scene in scenes]),
+        "form": share(x, [FORMS.index(scene[0].form) for scene in scenes]),
+    }
+    x, scenes = embed([sample_prompt(rng, "counting") for _ in range(count)])
+    shares["count"] = share(x, [len(scene) for scene in scenes])
+    several: list[Prompt] = []
+    while len(several) < count:
+        prompt = sample_prompt(rng, rng.choice(("two", "position", "complex")))
+        if [colour for colour, _ in prompt.kinds].count("red") == 1:
+            several.append(prompt)
+    x, scenes = embed(several)
+    where = torch.tensor([next((s.x, s.y) for s in scene if s.colour == "red") for scene in scenes])
+    said, true = answers(x, where)
+    shares["place"] = 1 - ((said - true).square().mean() / (true - where.mean(0)).square().mean()).item()
+    return shares
+
+
 if __name__ == "__main__":
     quiet_libraries()
     for name, share in oracle_accuracy().items():
         print(f"correct scenes the oracle calls right, {name:30} {share:.3f} (n 1000)")
     for kind, share in clip_against_foils().items():
         print(f"CLIP prefers the caption to one with a wrong {kind:24} {share:.3f} (n 500, chance 0.5)")
+    for name in ("tiny-sdxl", "tiny-flux"):
+        found = pooled_probe(find_preset(name).image_encoder)
+        said = ", ".join(f"{kind} {share:.3f}" for kind, share in found.items())
+        print(f"a linear map reads from the one pooled vector of {name}'s encoder: {said} (place: share of variance)")

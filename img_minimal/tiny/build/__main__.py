@@ -45,7 +45,7 @@ def train_aligners(workdir: Path, target: Path) -> None:
 
 
 def train_flux_aligners(workdir: Path, target: Path) -> None:
-    """The same for FLUX, on the pairs that the repository ships: all bases learn from the same ones, as in the paper."""
+    """The same for FLUX, on the pairs that the repository ships: all bases learn from the same, as in the paper."""
     from img_minimal.aligner import ImplicitAligner
     from img_minimal.tiny.build.loop import run_train
 
