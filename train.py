@@ -81,7 +81,7 @@ from img_minimal.load import compute_features, load_backbone, load_guide, load_t
 from img_minimal.pipeline import IMG
 from img_minimal.preference import preference_loss, squared_distance
 from img_minimal.rounds import RoundLog, Rounds, last_row
-from img_minimal.runtime.checkpoint import RunFolder, load_checkpoint, save_checkpoint
+from img_minimal.runtime.checkpoint import RunFolder, save_checkpoint
 from img_minimal.runtime.devices import Precision, best_device
 from img_minimal.runtime.plots import curves
 from img_minimal.runtime.ranks import ALONE, Ranks
@@ -206,19 +206,8 @@ def train_rounds(
         log.add({"round": 0, "kept": True} | shared.measure(aligner) | last_row(run_folder.path))
     aligner = log.latest(aligner, shared.folder)
     for number in range(len(log.rows), config.rounds):
-        mixture, row = shared.mixed(data, number, aligner)
+        trainer, batches, row = shared.begin(number, aligner, data, config.refresh_after)
         folder = replace(run_folder, path=shared.folder / str(number))
-        # From the current aligner, which is its own first opponent.
-        trainer = Trainer.new(
-            replace(preset, train_steps=preset.round_steps), data.widths, config.refresh_after, config.seed + number
-        )
-        for f in (trainer.aligner, trainer.reference):
-            f.load_state_dict(aligner.state_dict())
-        batches = Batches(mixture.parts, preset.batch_size, config.seed + number)
-        if (folder.path / "checkpoint.pt").exists():
-            saved = load_checkpoint(folder.path / "checkpoint.pt")
-            trainer.load_state_dict(saved)
-            batches.resume(saved["data"])
         folder.begin(trainer.step)
         with Stop().listening() as stop:
             finished = train(
@@ -231,6 +220,8 @@ def train_rounds(
         kept = shared.passes(log.standing, after)
         trainer.aligner.save(folder.path / "aligner.safetensors")
         log.add({"round": number, "kept": kept} | row | after | last_row(folder.path))
+        if not kept:
+            print(f"round {number} draws held-back prompts worse, or breaks more: the aligner before it stays")
         aligner = trainer.aligner if kept else aligner
     log.draw(run_folder.path / "rounds.png")
     return aligner
@@ -247,12 +238,11 @@ def main() -> int:
     device = best_device()
     compute = Precision.named(preset.dtype, device).described(device)
     settings = {"config": asdict(config), "preset": asdict(preset), "compute": compute}
-    default = "outputs/mllm" if config.stage == "mllm" else "outputs/train"
-    folder = config.output_dir or default
+    folder = config.output_dir or ("outputs/mllm" if config.stage == "mllm" else "outputs/train")
     with Ranks.joined() as ranks:
         with ranks.together():
-            check(ranks.world == 1 or config.stage == "aligner", "--stage mllm runs in one process: leave torchrun out")
-            check(ranks.world == 1 or config.rounds == 1, "--rounds runs in one process: go on without torchrun")
+            alone = config.stage == "mllm" or config.rounds > 1
+            check(ranks.world == 1 or not alone, "--stage mllm and --rounds run in one process: leave torchrun out")
             if ranks.main:
                 run_folder = RunFolder.open(folder, settings, config.resume, config.overwrite)
         if not ranks.main:

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from img_minimal.aligner import ImplicitAligner
+from img_minimal.data.batches import Batches
 from img_minimal.data.cache import FeatureCache
 from img_minimal.data.pairs import held_back, pair_stream
 from img_minimal.data.rounds import Mixture, count, pair_rows, png, step_size
@@ -32,10 +33,12 @@ from img_minimal.load import load_backbone, load_encoder, load_guide
 from img_minimal.pipeline import IMG
 from img_minimal.presets import Preset
 from img_minimal.runtime.atomic import replacing, write_whole
+from img_minimal.runtime.checkpoint import load_checkpoint
 from img_minimal.runtime.errors import UserError
 from img_minimal.runtime.images import from_pil, to_pil
 from img_minimal.runtime.plots import round_curves
 from img_minimal.tiny.grammar import benchmark
+from img_minimal.training import Trainer
 
 FIRST_SEED = 2_000_000_000  # of the base's images; no pair and no evaluation has such seeds
 GATE_PROMPTS = 200
@@ -141,6 +144,28 @@ class Rounds:
             latest.append(self.features(number - 1, self.folder / str(number - 1) / "pairs.parquet"))
         found |= {"step_original": step_size(original.unseen), "step_new": step_size(latest[0].data)}
         return Mixture(original, [data.data for data in latest], self.replay, self.seed + number), found
+
+    def begin(
+        self, number: int, aligner: ImplicitAligner, original: CachedData | StreamedData, refresh_after: int
+    ) -> tuple[Trainer, Batches, dict]:
+        """A round's training from the current aligner, which is its own first opponent, or where that was left.
+
+        Also what is known of its pairs.
+        """
+        mixture, found = self.mixed(original, number, aligner)
+        preset, seed = replace(self.preset, train_steps=self.preset.round_steps), self.seed + number
+        trainer = Trainer.new(preset, original.widths, refresh_after, seed)
+        for f in (trainer.aligner, trainer.reference):
+            f.load_state_dict(aligner.state_dict())
+        batches, checkpoint = (
+            Batches(mixture.parts, preset.batch_size, seed),
+            self.folder / str(number) / "checkpoint.pt",
+        )
+        if checkpoint.exists():
+            saved = load_checkpoint(checkpoint)
+            trainer.load_state_dict(saved)
+            batches.resume(saved["data"])
+        return trainer, batches, found
 
     def measure(self, aligner: ImplicitAligner) -> dict[str, float]:
         """The gate's numbers of an aligner: score and damage on held-back prompts, always the same."""

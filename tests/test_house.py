@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "load": {"data", "pipeline", "backbones", "method", "files", "runtime"},
     "finetuning": {"training", "data", "method", "files", "runtime"},
     "evaluate": {"load", "data", "pipeline", "method", "files", "runtime", "tiny"},
-    "rounds": {"evaluate", "load", "data", "pipeline", "method", "files", "runtime", "tiny"},
+    "rounds": {"evaluate", "training", "load", "data", "pipeline", "method", "files", "runtime", "tiny"},
     "bench": {"finetuning", "backbones", "method", "files", "runtime"},
     "tiny/build": {"load", "training", "backbones", "data", "method", "files", "runtime", "tiny"},
 }

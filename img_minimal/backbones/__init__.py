@@ -42,6 +42,14 @@ class Sampling:
             check(fits, f"--{name} is {value}, this model draws multiples of {multiple}; try 1024")
 
 
+def check_injected(tokens: Tensor, width: int, scale: float | Tensor) -> None:
+    """Raises ValueError unless tokens are (B, N, width), and the scale is a number, (), or one per sample, (B,)."""
+    if tokens.ndim != 3 or tokens.shape[-1] != width:
+        raise ValueError(f"image tokens have shape {tuple(tokens.shape)}, expected (batch, tokens, {width})")
+    if isinstance(scale, Tensor) and scale.shape not in ((), tokens.shape[:1]):
+        raise ValueError(f"scale has shape {tuple(scale.shape)}, expected a number or one per sample, ({len(tokens)},)")
+
+
 class ImageTokenizer(Protocol):
     """What turns images into tokens; all that aligner training needs of a backbone."""
 

@@ -33,7 +33,6 @@ def main() -> int:
     from img_minimal.evaluate.intervals import mean_interval
     from img_minimal.load import load_img
     from img_minimal.presets import find_preset
-    from img_minimal.rounds import RoundLog
     from img_minimal.runtime.atomic import write_whole
     from img_minimal.runtime.cli import check, quiet_libraries, writable_file
     from img_minimal.tiny.grammar import benchmark
@@ -42,9 +41,11 @@ def main() -> int:
     check(preset.world == "tiny", f"--model {options.model}: only twins have the oracle that this needs")
     check(options.prompts >= 5, f"--prompts is {options.prompts}, expected 5 or more")
     writable_file(options.json, "--json")
-    logs = [RoundLog(Path(run) / "rounds.jsonl").rows for run in options.runs]
-    for run, rows in zip(options.runs, logs):
-        check(len(rows) > 1, f"{run}: holds no run with later rounds; train one with --rounds 2 or more")
+    logs = []
+    for run in options.runs:
+        log = Path(run) / "rounds.jsonl"
+        logs.append([json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [])
+        check(len(logs[-1]) > 1, f"{run}: holds no run with later rounds; train one with --rounds 2 or more")
     quiet_libraries()
     count = min(map(len, logs))
     right: list[list] = [[] for _ in range(count)]  # by round: of every prompt of every run

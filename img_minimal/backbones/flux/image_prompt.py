@@ -137,3 +137,12 @@ def load_ip_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tens
         if not part:
             raise WeightsError(f"{path}: has no {name!r} weights; {INSTEAD}")
     return projection, branch
+
+
+def public_names(projection: dict[str, Tensor], branch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `load_ip_adapter`: both states under the keys of XLabs' file."""
+    state = {f"{PROJECTION}{key}": value for key, value in projection.items()}
+    for key, value in branch.items():
+        block, kind, name = key.split(".")  # "0", "to_k_ip", "weight"
+        state[f"double_blocks.{block}.processor.ip_adapter_double_stream_{kind[3]}_proj.{name}"] = value
+    return state

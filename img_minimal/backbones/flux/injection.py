@@ -18,6 +18,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from einops import rearrange
 from torch import Tensor, nn
 
+from img_minimal.backbones import check_injected
+
 
 class ImageBranch(nn.ModuleDict):
     """Keys and values of the image tokens, a pair of projections (D -> model width) for each double-stream block.
@@ -99,10 +101,7 @@ def inject(
             "IP-Adapter made for this transformer"
         )
     weight = next(branch.parameters())
-    if tokens.ndim != 3 or tokens.shape[-1] != weight.shape[1]:
-        raise ValueError(f"image tokens have shape {tuple(tokens.shape)}, expected (batch, tokens, {weight.shape[1]})")
-    if isinstance(scale, Tensor) and scale.shape not in ((), tokens.shape[:1]):
-        raise ValueError(f"scale has shape {tuple(scale.shape)}, expected a number or one per sample, ({len(tokens)},)")
+    check_injected(tokens, weight.shape[1], scale)
     tokens = tokens.to(weight)
     before = [block.attn.processor for block in blocks]
     try:

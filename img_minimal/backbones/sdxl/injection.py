@@ -24,6 +24,8 @@ from diffusers.models.attention_processor import Attention
 from einops import rearrange
 from torch import Tensor, nn
 
+from img_minimal.backbones import check_injected
+
 
 def cross_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
     """The UNet's cross-attentions; each key is the layer's place among *all* attention processors.
@@ -159,10 +161,7 @@ def inject(
             "differ: use the IP-Adapter made for this UNet"
         )
     weight = next(branch.parameters())
-    if tokens.ndim != 3 or tokens.shape[-1] != weight.shape[1]:
-        raise ValueError(f"image tokens have shape {tuple(tokens.shape)}, expected (batch, tokens, {weight.shape[1]})")
-    if isinstance(scale, Tensor) and scale.shape not in ((), tokens.shape[:1]):
-        raise ValueError(f"scale has shape {tuple(scale.shape)}, expected a number or one per sample, ({len(tokens)},)")
+    check_injected(tokens, weight.shape[1], scale)
     tokens = tokens.to(weight)
     before = {key: attn.processor for key, attn in layers.items()}
     try:

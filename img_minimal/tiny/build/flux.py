@@ -21,7 +21,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from img_minimal.backbones.flux.image_prompt import TOKENS, TokenProjection
+from img_minimal.backbones.flux.image_prompt import TOKENS, TokenProjection, public_names
 from img_minimal.backbones.flux.injection import ImageBranch, inject
 from img_minimal.backbones.flux.sampler import Condition, draw
 from img_minimal.files.weights import read_weights, write_safetensors
@@ -100,15 +100,6 @@ def embeds_of(target: Path, pictures: Tensor) -> Tensor:
     encoder = CLIPVisionModelWithProjection.from_pretrained(target / "flux_image_encoder", dtype=torch.float32)
     with autocast():
         return torch.cat([encoder(x * 2 - 1).image_embeds for x in pictures.split(250)]).float()
-
-
-def xlabs_names(projection: TokenProjection, branch: ImageBranch) -> dict[str, Tensor]:
-    """An adapter's state under the keys of XLabs' file."""
-    state = {f"ip_adapter_proj_model.{key}": value for key, value in projection.state_dict().items()}
-    for key, value in branch.state_dict().items():
-        block, kind, name = key.split(".")  # "0", "to_k_ip", "weight"
-        state[f"double_blocks.{block}.processor.ip_adapter_double_stream_{kind[3]}_proj.{name}"] = value
-    return state
 
 
 def training_data(target: Path, projection: TokenProjection, count: int) -> dict[str, Tensor]:
@@ -190,8 +181,6 @@ def build(
         )
 
     fit("flux", models, loss_of_step, steps, workdir, lr=1e-3, average=0.998, watch=watch, watch_every=1000, seed=63)
-    write_safetensors(
-        target / "flux_ip_adapter.safetensors",
-        {key: value.bfloat16() for key, value in xlabs_names(projection, models["branch"]).items()},
-    )
+    adapter = public_names(projection.state_dict(), models["branch"].state_dict())
+    write_safetensors(target / "flux_ip_adapter.safetensors", {key: value.bfloat16() for key, value in adapter.items()})
     pipe.to(torch.bfloat16).save_pretrained(target / "flux")
