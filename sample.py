@@ -23,6 +23,7 @@ class Config(SamplingFlags):
     seed: int = option(0, "of the first image; the same seed gives the same images")
     num_images: int = option(4, "images, from consecutive seeds", most=1000)
     rounds: int = option(1, "times to look and draw again", most=100)
+    keep_better: bool = option(False, "keep the first image where the MLLM is more content with it")
     explain: bool = option(True, "decode what the MLLM says (guidance itself needs no decoding)")
     output: str = option("outputs/sample", "folder for the pictures")
 
@@ -31,7 +32,7 @@ if __name__ == "__main__":
     parse(Config, __doc__)  # answers --help before torch is imported, which takes seconds
 
 from img_minimal.load import load_img
-from img_minimal.runtime.images import to_pil
+from img_minimal.runtime.images import from_pil, to_pil
 from img_minimal.runtime.plots import labelled_grid
 from img_minimal.tiny.grammar import parse as parse_prompt
 from img_minimal.tiny.oracle import judge
@@ -57,6 +58,11 @@ def main() -> int:
         warn(f"the text encoders read {limit} tokens and do not see the prompt's end, {cut!r}; shorten the prompt")
     stages = img(prompts, seeds, rounds=config.rounds, progress=True)
     pictures = [to_pil(images) for images in stages]
+    kept = [True] * config.num_images
+    if config.keep_better:
+        kept = img.better(pictures[0], pictures[-1], prompts, seeds)
+        pictures[-1] = [last if better else first for first, last, better in zip(pictures[0], pictures[-1], kept)]
+        stages[-1] = from_pil(pictures[-1])
     notes = [[""] * config.num_images for _ in stages]
     if config.explain:
         for k, images in enumerate(pictures[:-1]):
@@ -71,9 +77,10 @@ def main() -> int:
         rows.append([])
         for k, images in enumerate(pictures):
             name = "initial" if k == 0 else f"round {k}"
+            said = name if k + 1 < len(pictures) or kept[i] else f"{name}, first image kept"
             images[i].save(folder / f"seed{seed}-{k}-{name.replace(' ', '')}.png")
-            rows[-1].append((images[i], f"{name}\n{notes[k][i]}"))
-            print(f"seed {seed}, {name}: " + notes[k][i].replace("\n", "; "))
+            rows[-1].append((images[i], f"{said}\n{notes[k][i]}"))
+            print(f"seed {seed}, {said}: " + notes[k][i].replace("\n", "; "))
     labelled_grid(rows, folder / "side-by-side.png", f'"{prompt}"', f"{preset.name}, seeds {seeds[0]} to {seeds[-1]}")
     print(f"saved to {folder}/side-by-side.png")
     return 0

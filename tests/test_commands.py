@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from img_minimal.aligner import ImplicitAligner
+from img_minimal.pipeline import IMG
 from img_minimal.presets import find_preset
 from img_minimal.runtime.cli import printable
 from img_minimal.runtime.plots import labelled_grid
@@ -104,6 +105,17 @@ def test_dollars_and_halves_of_characters_are_drawn_as_they_stand(tmp_path):
     for k, text in enumerate(("costs $5 and $6", r"$\\frac{1}$", "$$", "a_b^{", "\ud83d half", "tab\there")):
         labelled_grid([[(picture, text)]], tmp_path / f"{k}.png", printable(text), text)
         assert (tmp_path / f"{k}.png").stat().st_size > 1000
+
+
+def test_the_first_image_is_kept_where_the_mllm_prefers_it_and_it_is_said(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(IMG, "better", lambda self, first, *_: [k == 0 for k in range(len(first))])
+    done = call("sample.py", "--keep-better", "--num-images", 2, "--steps", 2, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("seed 0, round 1: ") for line in lines)
+    assert any(line.startswith("seed 1, round 1, first image kept: ") for line in lines)
+    first, last = (Image.open(tmp_path / f"seed1-{name}.png").tobytes() for name in ("0-initial", "1-round1"))
+    assert first == last
 
 
 def test_evaluate_refuses_bad_input_in_one_line(call):

@@ -177,6 +177,15 @@ def test_satisfaction_is_the_log_probability_of_nothing_as_the_first_word(img, i
     assert len(scores) == 5 and all(score <= 0 for score in scores)
 
 
+def test_the_better_of_two_images_is_the_one_that_the_mllm_is_more_content_with(img, images):
+    pictures, seeds = to_pil(images), range(5)
+    scores = img.satisfaction(pictures, PROMPTS, seeds)
+    shifted = img.satisfaction(pictures[1:] + pictures[:1], PROMPTS, seeds)
+    better = img.better(pictures, pictures[1:] + pictures[:1], PROMPTS, seeds)
+    assert better == [b > a for a, b in zip(scores, shifted)] and len(set(better)) == 2
+    assert img.better(pictures, pictures, PROMPTS, seeds) == [False] * 5
+
+
 def test_the_stock_mllm_is_another_model_of_the_same_kind(img):
     stock = MLLM.from_pretrained(PRESET.stock_mllm)
     assert stock.width == img.guide.width

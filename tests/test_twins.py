@@ -1,20 +1,37 @@
 """The shipped twins are ordinary folders and files: standard libraries open them without our code."""
 
+import random
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusionXLPipeline,
+)
 from pair_files import read_pairs
-from transformers import CLIPVisionModelWithProjection, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPTextModel,
+    CLIPVisionModelWithProjection,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    T5EncoderModel,
+)
 
 from img_minimal.backbones.sdxl.image_prompt import load_ip_adapter
 from img_minimal.files.weights import read_weights
+from img_minimal.load import load_img
 from img_minimal.presets import TINY, find_preset
+from img_minimal.runtime.images import to_pil
 from img_minimal.tiny.build.tokenizers import WORDS
 from img_minimal.tiny.diagnose import oracle_accuracy
 from img_minimal.tiny.grammar import HELD_OUT, benchmark, parse
+from img_minimal.tiny.oracle import judge
+from img_minimal.tiny.world import place, render
 
 PRESET = find_preset("tiny-sdxl")
 
@@ -100,3 +117,43 @@ def test_the_oracle_is_right_of_rendered_scenes_and_after_the_vaes_round_trip():
 
 def test_the_twins_and_their_data_take_no_more_than_a_hundred_and_ten_megabytes():
     assert sum(p.stat().st_size for p in Path(TINY).rglob("*") if p.is_file()) <= 110e6
+
+
+FLUX = find_preset("tiny-flux")
+
+
+def test_diffusers_opens_flux_s_twin_as_a_flux_pipeline_and_draws_with_it():
+    pipe = FluxPipeline.from_pretrained(FLUX.base, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    settings = pipe.transformer.config
+    assert settings.guidance_embeds and settings.num_layers >= 2 and settings.num_single_layers >= 2
+    assert isinstance(pipe.text_encoder_2, T5EncoderModel) and isinstance(pipe.text_encoder, CLIPTextModel)
+    assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+    assert {"scaling_factor", "shift_factor"} <= pipe.vae.config.keys()
+    [image] = pipe(
+        "a red circle", height=64, width=64, num_inference_steps=2, true_cfg_scale=3.5, negative_prompt=""
+    ).images
+    assert image.size == (64, 64)
+    for word in WORDS:
+        assert len(pipe.tokenizer_2.tokenize(word)) <= 2, word
+    longest = max(len(pipe.tokenizer_2(str(p)).input_ids) for p in benchmark(400))
+    assert longest <= pipe.tokenizer_2.model_max_length
+
+
+def test_diffusers_own_loader_takes_the_adapter_of_flux_s_twin(tmp_path):
+    pipe = FluxPipeline.from_pretrained(FLUX.base, dtype=torch.float32)
+    pipe.load_ip_adapter(
+        str(TINY), weight_name="flux_ip_adapter.safetensors",
+        image_encoder_pretrained_model_name_or_path=FLUX.image_encoder,
+    )  # fmt: skip
+    names = {type(block.attn.processor).__name__ for block in pipe.transformer.transformer_blocks}
+    assert names == {"FluxIPAdapterAttnProcessor"}
+
+
+def test_flux_s_twin_draws_better_with_a_right_picture_s_tokens_than_without():
+    img, rng = load_img("tiny-flux"), random.Random(0)
+    prompts = benchmark(60, "validation", seed=5)
+    tokens = img.backbone.tokens(to_pil(render([place(p, rng) for p in prompts])))
+    captions, seeds = [str(p) for p in prompts], list(range(60))
+    right = [sum(v.strict for v in judge(img.backbone.draw(captions, seeds, t), prompts)) for t in (None, tokens)]
+    assert right[1] >= right[0] + 6  # of 60; 15 points and more on larger samples

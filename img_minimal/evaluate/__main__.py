@@ -68,7 +68,8 @@ def main() -> int:
     if not config.only_img:
         ablations(arms, preset)
     images = arms.aligned("img", img)
-    results = arms.results()
+    arms.choices(images)
+    results = arms.results() | {"mllm": arms.words()}
     results["settings"] = {
         "model": preset.name,
         "split": config.split,

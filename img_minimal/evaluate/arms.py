@@ -14,7 +14,7 @@ from img_minimal.aligner import ImplicitAligner
 from img_minimal.evaluate.image_folder import FIRST_SEED, NEW_SEED
 from img_minimal.evaluate.intervals import mean_interval, win_rate
 from img_minimal.load import load_guide
-from img_minimal.mllm import MLLM
+from img_minimal.mllm import MLLM, NOTHING
 from img_minimal.pipeline import IMG
 from img_minimal.presets import Preset
 from img_minimal.runtime.images import to_pil
@@ -34,6 +34,8 @@ TITLES = {
     "text": "second pass, guided by text",
     "stock_mllm": "second pass, guided by the stock MLLM",
     "img": "IMG",
+    "img_kept": "IMG, or the first image where the MLLM prefers it",
+    "img_asked": "IMG where the MLLM has something to say",
 }
 
 
@@ -73,13 +75,32 @@ class Arms:
         """The arms that need no aligner."""
         again = self.new_seed()
         tries = list(zip(self.verdicts["base"], self.verdicts["new_seed"]))
-        first = self.img.satisfaction(self.pictures, self.captions, self.seeds)
-        second = self.img.satisfaction(to_pil(again), self.captions, self.seeds)
-        self.verdicts["best_of_two_mllm"] = [t[int(b > a)] for t, a, b in zip(tries, first, second)]
+        better = self.img.better(self.pictures, to_pil(again), self.captions, self.seeds)
+        self.verdicts["best_of_two_mllm"] = [pair[second] for pair, second in zip(tries, better)]
         self.verdicts["best_of_two_oracle"] = [max(pair, key=lambda v: (v.strict, v.soft)) for pair in tries]
         perfect = [correct(v.found, p)[1] for v, p in zip(self.verdicts["base"], self.prompts)]
         self.second_pass("perfect_tokens", self.img.backbone.tokens(to_pil(render(perfect))))
         self.second_pass("no_guidance", self.own)
+
+    def choices(self, images: Tensor) -> None:
+        """What the MLLM can spare: it keeps the first image where it prefers it, or where it had nothing to say."""
+        pairs = list(zip(self.verdicts["base"], self.verdicts["img"]))
+        better = self.img.better(self.pictures, to_pil(images), self.captions, self.seeds)
+        self.verdicts["img_kept"] = [pair[second] for pair, second in zip(pairs, better)]
+        self.said = self.img.explain(self.pictures, self.captions, self.seeds)
+        self.verdicts["img_asked"] = [pair[words != NOTHING] for pair, words in zip(pairs, self.said)]
+
+    def words(self) -> dict:
+        """How the MLLM's words about the base's images agree with the oracle's; `choices` comes first."""
+        pairs = list(zip(self.said, self.verdicts["base"]))
+        wrong, right = ([(said, v.words) for said, v in pairs if v.strict == kind] for kind in (False, True))
+        return {
+            "nothing_when_wrong": sum(said == NOTHING for said, _ in wrong) / max(1, len(wrong)),
+            "complaint_when_right": sum(said != NOTHING for said, _ in right) / max(1, len(right)),
+            "exact_when_wrong": sum(said == true for said, true in wrong) / max(1, len(wrong)),
+            "n_wrong": len(wrong),
+            "n_right": len(right),
+        }
 
     def results(self) -> dict:
         """Scores of every arm, overall and by category, and IMG against every other, with intervals."""
@@ -124,6 +145,13 @@ def print_results(results: dict) -> None:
                 f"{TITLES[name]:48} {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
                 f"   {w['value']:.3f} [{w['low']:.3f}, {w['high']:.3f}] of {w['decided']}"
             )
+    if words := results.get("mllm"):
+        print(
+            "\nThe MLLM says nothing about {nothing_when_wrong:.0%} of the base's {n_wrong} wrong images, and what is wrong "
+            "about {exact_when_wrong:.0%};\nit complains about {complaint_when_right:.0%} of {n_right} right ones.".format(
+                **words
+            )
+        )
 
 
 def print_comparison(img: IMG, name: str, count: int, picture: Path) -> None:
