@@ -130,9 +130,8 @@ def test_diffusers_opens_flux_s_twin_as_a_flux_pipeline_and_draws_with_it():
     assert isinstance(pipe.text_encoder_2, T5EncoderModel) and isinstance(pipe.text_encoder, CLIPTextModel)
     assert isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
     assert {"scaling_factor", "shift_factor"} <= pipe.vae.config.keys()
-    [image] = pipe(
-        "a red circle", height=64, width=64, num_inference_steps=2, true_cfg_scale=3.5, negative_prompt=""
-    ).images
+    small = dict(height=64, width=64, num_inference_steps=2)
+    [image] = pipe("a red circle", negative_prompt="", true_cfg_scale=3.5, **small).images
     assert image.size == (64, 64)
     for word in WORDS:
         assert len(pipe.tokenizer_2.tokenize(word)) <= 2, word

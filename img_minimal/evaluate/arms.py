@@ -147,10 +147,9 @@ def print_results(results: dict) -> None:
             )
     if words := results.get("mllm"):
         print(
-            "\nThe MLLM says nothing about {nothing_when_wrong:.0%} of the base's {n_wrong} wrong images, and what is wrong "
-            "about {exact_when_wrong:.0%};\nit complains about {complaint_when_right:.0%} of {n_right} right ones.".format(
-                **words
-            )
+            "\nThe MLLM says nothing about {nothing_when_wrong:.0%} of the base's {n_wrong} wrong images, and exactly "
+            "what is wrong\nabout {exact_when_wrong:.0%}; it complains about {complaint_when_right:.0%} of "
+            "{n_right} right ones.".format(**words)
         )
 
 
