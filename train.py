@@ -201,7 +201,7 @@ def train_rounds(
 ) -> ImplicitAligner | None:
     """Rounds 1, 2, ... from an aligner of round 0; the aligner that stands at the end, None if it was told to stop."""
     shared = Rounds(preset, config.guidance, config.seed, run_folder.path / "rounds", config.replay, config.gate)
-    log = RoundLog(run_folder.path / "rounds.jsonl")
+    log = RoundLog(shared.folder / "metrics.jsonl")
     if not log.rows:
         log.add({"round": 0, "kept": True} | shared.measure(aligner) | last_row(run_folder.path))
     aligner = log.latest(aligner, shared.folder)

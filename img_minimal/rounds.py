@@ -187,7 +187,7 @@ class Rounds:
 
 
 class RoundLog:
-    """rounds.jsonl: a row for each round that is done, round 0 first."""
+    """rounds/metrics.jsonl: a row for each round that is done, round 0 first."""
 
     COLUMNS = ("round", "kept", "score", "damage", "drawn", "pairs", "img_better", "base_better", "both_right",
                "step_original", "step_new", "correction", "validation_error")  # fmt: skip
@@ -215,6 +215,7 @@ class RoundLog:
     def add(self, row: dict) -> None:
         """Write a row down, and print it."""
         self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, "".join(json.dumps(one) + "\n" for one in self.rows))
         if row["round"] == 0:
             print("  ".join(f"{name:>10}" for name in self.COLUMNS))

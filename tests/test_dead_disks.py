@@ -56,7 +56,7 @@ def start(kind: str, files: Path, folder: Path, largest: int | None = None) -> C
 RESULTS = {
     "train": ("aligner.safetensors", "metrics.jsonl"),
     "cache": ("aligner.safetensors", "metrics.jsonl", "features/*/*.safetensors"),
-    "rounds": ("aligner.safetensors", "rounds.jsonl", "rounds/1/pairs.parquet", "rounds/1/aligner.safetensors"),
+    "rounds": ("aligner.safetensors", "rounds/metrics.jsonl", "rounds/1/pairs.parquet", "rounds/1/aligner.safetensors"),
     "mllm": ("mllm/*.safetensors", "metrics.jsonl"),
     "evaluate": ("*.png", "scores-*.jsonl", "results.json"),
 }

@@ -133,7 +133,7 @@ def trained(tmp_path_factory):
 
 
 def test_a_round_that_breaks_more_does_not_count_and_the_aligner_before_it_stays(trained):
-    rows = RoundLog(trained / "rounds.jsonl").rows
+    rows = RoundLog(trained / "rounds" / "metrics.jsonl").rows
     assert [(row["round"], row["kept"]) for row in rows] == [(0, True), (1, True), (2, False)]
     final, first, second = (
         ImplicitAligner.from_file(trained / name / "aligner.safetensors").state_dict()
@@ -144,8 +144,15 @@ def test_a_round_that_breaks_more_does_not_count_and_the_aligner_before_it_stays
     assert (trained / "rounds.png").exists()
 
 
+def test_the_rounds_of_an_overwritten_run_are_not_gone_on_with(tmp_path):
+    (tmp_path / "rounds" / "1").mkdir(parents=True)
+    (tmp_path / "rounds" / "metrics.jsonl").write_text('{"round": 0, "kept": true}\n')
+    RunFolder.open(tmp_path, {}, False, True).begin(0)
+    assert not (tmp_path / "rounds").exists()
+
+
 def test_a_round_says_what_it_drew_and_how_far_its_pairs_go(trained):
-    for row in RoundLog(trained / "rounds.jsonl").rows[1:]:
+    for row in RoundLog(trained / "rounds" / "metrics.jsonl").rows[1:]:
         assert row["drawn"] == 24 and row["pairs"] == row["img_better"] + row["base_better"] + row["both_right"]
         assert row["step_original"] > 0 and "validation_error" in row and "correction" in row
     table = pq.read_table(trained / "rounds" / "1" / "pairs.parquet").to_pylist()

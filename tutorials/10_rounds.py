@@ -72,7 +72,7 @@ def go_on(options: RoundOptions, preset: Preset, way: str) -> tuple[ImplicitAlig
     run_folder.begin(0)
     print(f"\n{way}")
     aligner = script.train_rounds(config, own, run_folder, data, ImplicitAligner.from_file(preset.aligner))
-    return aligner, RoundLog(folder / "rounds.jsonl").rows
+    return aligner, RoundLog(folder / "rounds" / "metrics.jsonl").rows
 
 
 def compare(arms: Arms, aligners: dict[str, ImplicitAligner]) -> dict[str, np.ndarray]:

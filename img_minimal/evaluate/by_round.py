@@ -43,7 +43,7 @@ def main() -> int:
     writable_file(options.json, "--json")
     logs = []
     for run in options.runs:
-        log = Path(run) / "rounds.jsonl"
+        log = Path(run) / "rounds" / "metrics.jsonl"
         logs.append([json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [])
         check(len(logs[-1]) > 1, f"{run}: holds no run with later rounds; train one with --rounds 2 or more")
     quiet_libraries()

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,7 @@ class RunFolder:
             return
         if step == 0:
             (self.path / "checkpoint.pt").unlink(missing_ok=True)  # an overwritten run cannot be resumed by mistake
+            shutil.rmtree(self.path / "rounds", ignore_errors=True)  # nor its rounds gone on with
         metrics = self.path / "metrics.jsonl"
         rows = metrics.read_text(errors="replace").splitlines() if step and metrics.exists() else []
         rows = [row for row in rows if 0 < _step(row) <= step]

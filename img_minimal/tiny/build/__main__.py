@@ -50,7 +50,7 @@ def train_flux_aligners(workdir: Path, target: Path) -> None:
     from img_minimal.tiny.build.loop import run_train
 
     data = ("--model", "tiny-flux", "--max-pairs", 0, "--cache-dir", workdir / "features")
-    steps = ("--steps", 3000, "--save-every", 500, "--eval-prompts", 0)
+    steps = ("--steps", 2000, "--save-every", 500, "--eval-prompts", 0)
     for guidance, name in (("mllm", "aligner-flux"), ("stock", "aligner-flux-stock"), ("text", "aligner-flux-text")):
         folder = workdir / name
         run_train(folder, "--guidance", guidance, *data, "--preference-weight", 0, *steps)
