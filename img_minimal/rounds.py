@@ -27,7 +27,7 @@ from img_minimal.data.cache import FeatureCache
 from img_minimal.data.pairs import held_back, pair_stream
 from img_minimal.data.rounds import Mixture, count, pair_rows, png, step_size
 from img_minimal.data.sources import CachedData, StreamedData
-from img_minimal.data.stream import LONGEST_TEXT
+from img_minimal.data.stream import LONGEST_TEXT, text_of
 from img_minimal.evaluate.pair_judges import find_judge
 from img_minimal.load import load_backbone, load_encoder, load_guide
 from img_minimal.pipeline import IMG
@@ -53,8 +53,8 @@ def training_prompts(preset: Preset, number: int, seed: int, validation: bool = 
     column = stream.table.layout[0]
     for file in stream.files:
         for row in stream.table.rows(file):
-            prompt = row[column]
-            fits = isinstance(prompt, str) and prompt.strip() and len(prompt) <= LONGEST_TEXT
+            prompt = text_of(row[column])
+            fits = prompt.strip() and len(prompt) <= LONGEST_TEXT
             if fits and held_back(prompt) == validation:
                 found[prompt] = None
             if len(found) == 4 * number:

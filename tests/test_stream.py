@@ -79,13 +79,13 @@ def test_formats_that_start_programs_and_pictures_that_would_fill_the_memory_are
 
 def test_odd_cells_cost_their_row_and_are_counted_under_their_reason():
     odd = {
-        "without a prompt": [{"caption": b"bytes"}, {"caption": "  "}, {"caption": None}, {"caption": 7}],
+        "without a prompt": [{"caption": b"\xff\xfe"}, {"caption": "  "}, {"caption": None}, {"caption": 7}],
         "more than 2000 characters": [{"caption": "a" * 20_000}],
         "ties": [{"label_0": 0.5, "label_1": 0.5}, {"label_0": 0, "label_1": 0}, {"label_0": True, "label_1": True}],
         "labels are no preference": [
             {"label_0": None},
             {"label_0": 2.0},
-            {"label_1": "1"},
+            {"label_1": "yes"},
             {"label_0": float("nan")},
             {"label_0": [1]},
             {"label_0": 0.7, "label_1": 0.3},
@@ -94,6 +94,7 @@ def test_odd_cells_cost_their_row_and_are_counted_under_their_reason():
     for reason, row in ((reason, row) for reason, changes in odd.items() for row in changes):
         with pytest.raises(Skipped, match=reason):
             parse_pair(rows(1)[0] | row, lambda data: None)
+    assert parse_pair(rows(1)[0] | {"caption": b"caf\xc3\xa9", "label_0": "1", "label_1": b"0"}, str).prompt == "café"
     for cell in (7, "text", ["a"], {"path": "x"}, {"bytes": None}):
         with pytest.raises(OSError):
             _DecodeOnce()(cell)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from img_minimal.data.stream import LONGEST_TEXT, TOO_LONG, Decode, Skipped, Stream
+from img_minimal.data.stream import LONGEST_TEXT, TOO_LONG, Decode, Skipped, Stream, text_of
 
 TIE = "ties"
 UNLABELLED = "whose labels are no preference (1 and 0)"
@@ -67,12 +67,15 @@ LAYOUTS = {
 
 
 def _pair(prompt: object, images: Sequence, labels: Sequence, decode: Decode) -> Pair:
-    if not isinstance(prompt, str) or not prompt.strip():
+    prompt = text_of(prompt)
+    if not prompt.strip():
         raise Skipped("without a prompt")
     if len(prompt) > LONGEST_TEXT:
         raise Skipped(TOO_LONG)
-    if not all(isinstance(label, (int, float)) for label in labels):
-        raise Skipped(UNLABELLED)
+    try:
+        labels = [float(label) for label in labels]
+    except (TypeError, ValueError, OverflowError):
+        raise Skipped(UNLABELLED) from None
     if labels[0] == labels[1] and labels[0] in (0, 0.5, 1):
         raise Skipped(TIE)
     if sorted(labels) != [0, 1]:

@@ -49,6 +49,16 @@ TOO_LONG = f"with more than {LONGEST_TEXT} characters of text"
 DAMAGED = "with damaged images"
 
 
+def text_of(cell: object) -> str:
+    """A cell's text, also where the column holds bytes; "" if it is none."""
+    if isinstance(cell, bytes):
+        try:
+            return cell.decode()
+        except UnicodeDecodeError:
+            return ""
+    return cell if isinstance(cell, str) else ""
+
+
 @dataclass(frozen=True)
 class Chunk(Generic[Item]):
     """Some items, the place they begin at, and the place of what follows."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from PIL.Image import Image
 
-from img_minimal.data.stream import LONGEST_TEXT, TOO_LONG, Decode, Skipped, Stream
+from img_minimal.data.stream import LONGEST_TEXT, TOO_LONG, Decode, Skipped, Stream, text_of
 
 COLUMNS = ("original_image", "edit_prompt", "edited_prompt")
 
@@ -22,10 +22,9 @@ class Triplet:
 
 def parse_triplet(row: dict, decode: Decode) -> Triplet:
     """A row. Raises Skipped without a prompt or instruction, OSError for a damaged image."""
-    words = [row[name] for name in ("edited_prompt", "edit_prompt")]
-    if not all(isinstance(word, str) and word.strip() for word in words):
+    words = [text_of(row[name]).strip() for name in ("edited_prompt", "edit_prompt")]
+    if not all(words):
         raise Skipped("without words")
-    words = [word.strip() for word in words]
     if max(map(len, words)) > LONGEST_TEXT:
         raise Skipped(TOO_LONG)
     return Triplet(decode(row["original_image"]), *words)
