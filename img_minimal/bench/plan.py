@@ -15,6 +15,7 @@ from img_minimal.backbones import true_size
 from img_minimal.files.llava_original import is_original, transformers_config
 from img_minimal.files.mllm_layouts import find_family
 from img_minimal.files.pretrained import read_settings
+from img_minimal.files.weights import opening
 from img_minimal.finetuning.detector import prepare
 from img_minimal.presets import Preset
 from img_minimal.runtime.devices import Precision, best_device, parameters
@@ -41,8 +42,8 @@ def mllm_model(location: str) -> PreTrainedModel:
     """An MLLM by its config.json, on the meta device. Raises UserError if it cannot be had or is of no known kind."""
     settings = read_settings(location, "--mllm")
     find_family(settings, location)
-    config = transformers_config(settings, location) if is_original(settings) else AutoConfig.for_model(**settings)
-    with torch.device("meta"):
+    with opening(location, "multimodal LLM"), torch.device("meta"):
+        config = transformers_config(settings, location) if is_original(settings) else AutoConfig.for_model(**settings)
         return AutoModelForImageTextToText.from_config(config)
 
 
@@ -57,11 +58,13 @@ def mllm_sizes(location: str) -> tuple[int, int, int]:
 def aligner_plan(preset: Preset, guidance: str, folder: Path, cache_gb: float) -> str:
     """The plan of `--stage aligner`. Raises UserError if settings cannot be read or the disk is too small."""
     precision = Precision.named(preset.dtype, best_device())
-    encoder, resampler, (tokens, width) = true_size(preset.backbone).tokenizer_sizes(preset)
+    with opening(preset.image_encoder, "CLIP vision model"):
+        encoder, resampler, (tokens, width) = true_size(preset.backbone).tokenizer_sizes(preset)
     costs = [Cost("image encoder", encoder, encoder * precision.weights.itemsize, preset.image_encoder),
              Cost("image tokens", resampler, resampler * 4, preset.resampler or preset.ip_adapter)]  # fmt: skip
     if guidance == "text":
-        height, length, without = width, 77, f"and the whole of {preset.base}, for its text encoders"
+        length = true_size(preset.backbone).TEXT_LENGTH
+        height, without = width, f"and the whole of {preset.base}, for its text encoders"
     else:
         location = preset.guide(guidance)
         number, height, length = mllm_sizes(location)

@@ -40,6 +40,7 @@ FLUX_VAE = {
     "use_post_quant_conv": False,
 }
 TOKEN_SHAPE = (4, 4096)
+TEXT_LENGTH = 512  # tokens of a prompt's states
 ALWAYS_FP32 = ("vae", "projection")
 DRAWS = ("transformer", "branch", "vae")  # the parts that are used together; the text's encoders make room for them
 ENCODES_TEXT = ("text_encoder", "text_encoder_2")

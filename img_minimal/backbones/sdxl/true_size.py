@@ -55,6 +55,7 @@ VIT_H = {
     "projection_dim": 1024, "image_size": 224, "patch_size": 14,
 }  # fmt: skip
 TOKEN_SHAPE = (16, 2048)
+TEXT_LENGTH = 77  # tokens of a prompt's states
 ALWAYS_FP32 = ("vae", "resampler")  # in every run
 DRAWS = ("unet", "branch", "text_encoder", "text_encoder_2", "vae")  # the parts that are used together
 
