@@ -25,7 +25,7 @@ from img_minimal.aligner import ImplicitAligner
 from img_minimal.data.batches import Batches
 from img_minimal.data.cache import FeatureCache
 from img_minimal.data.pairs import held_back, pair_stream
-from img_minimal.data.rounds import Mixture, count, pair_rows, png, step_size
+from img_minimal.data.rounds import SCHEMA, Mixture, count, pair_rows, png, step_size
 from img_minimal.data.sources import CachedData, StreamedData
 from img_minimal.data.stream import LONGEST_TEXT, text_of
 from img_minimal.evaluate.pair_judges import find_judge
@@ -36,6 +36,7 @@ from img_minimal.runtime.atomic import replacing, write_whole
 from img_minimal.runtime.checkpoint import load_checkpoint
 from img_minimal.runtime.errors import UserError
 from img_minimal.runtime.images import from_pil, to_pil
+from img_minimal.runtime.json_files import read_json
 from img_minimal.runtime.plots import round_curves
 from img_minimal.tiny.grammar import benchmark
 from img_minimal.training import Trainer
@@ -92,39 +93,41 @@ class Rounds:
         return self._img
 
     def pairs(self, number: int, aligner: ImplicitAligner) -> tuple[Path, dict]:
-        """Draw, judge and write the pairs of a round, unless they are there. Returns their file and what they are."""
+        """Draw, judge and write the pairs of a round, unless they are there. Returns their file and what they are.
+
+        Images wait on the disk and not in memory, a batch of both at a time: 4,000 pairs of SDXL's take 24 GB.
+        """
         folder = self.folder / str(number)
         table, note = folder / "pairs.parquet", folder / "pairs.json"
         if note.exists():
-            return table, json.loads(note.read_text())
+            return table, read_json(note, dict, f"delete {folder} and --resume")
         seeds = [FIRST_SEED + 10_000 * self.seed + k for k in range(len(self.prompts))]
-        title = f"round {number}"
-        base, img = self.both(self.prompts, seeds, aligner, self.folder / "base", folder / "images", title)
-        outcomes = self.judge.compare(self.prompts, base, img)
-        rows = pair_rows(self.prompts, base, img, outcomes, f"img, {title}")
+        parts = [slice(k, k + self.preset.draw_batch) for k in range(0, len(seeds), self.preset.draw_batch)]
+        for part in tqdm(parts, desc=f"round {number}, drawing", leave=False):
+            self._both(number, aligner, self.prompts[part], seeds[part])
+        outcomes, rows = [], 0
+        with replacing(table) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:
+            for part in tqdm(parts, desc=f"round {number}, judging", leave=False):
+                prompts, (x0, x1) = self.prompts[part], self._both(number, aligner, self.prompts[part], seeds[part])
+                found = self.judge.compare(prompts, x0, x1)
+                made = pair_rows(prompts, x0, x1, found, f"img, round {number}", len(outcomes))
+                writer.write_table(pa.Table.from_pylist(made, SCHEMA))
+                outcomes, rows = outcomes + found, rows + len(made)
         if not rows:
             raise UserError(
-                f"{title}: no pair is left of {len(outcomes)} drawn; more prompts, or end with fewer --rounds"
+                f"round {number}: none of {len(outcomes)} pairs has a better image; end with fewer --rounds"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(table) as partial:
-            pq.write_table(pa.Table.from_pylist(rows), partial)
-        found = count(outcomes, [self.judge.category(p) for p in self.prompts])
-        write_whole(note, json.dumps(found))
-        return table, found
+        counted = count(outcomes, [self.judge.category(p) for p in self.prompts])
+        write_whole(note, json.dumps(counted))
+        return table, counted
 
-    def both(
-        self, prompts: list[str], seeds: list[int], aligner: ImplicitAligner, base: Path, img: Path, title: str
+    def _both(
+        self, number: int, aligner: ImplicitAligner, prompts: list[str], seeds: list[int]
     ) -> tuple[list[Image.Image], list[Image.Image]]:
-        """x0 and x1 of each prompt. Those in the folders are kept: always in the same batches, so to the same bits."""
-        size, first, second = self.preset.draw_batch, [], []
-        for start in tqdm(range(0, len(prompts), size), desc=f"{title}, drawing", leave=False):
-            part = slice(start, start + size)
-            texts, own = prompts[part], seeds[part]
-            x0 = _kept(base, own, lambda: self.img(aligner).backbone.draw(texts, own))  # noqa: B023 - called at once
-            x1 = _kept(img, own, lambda: self._again(aligner, x0, texts, own))  # noqa: B023
-            first, second = first + x0, second + x1
-        return first, second
+        """x0 and x1 of a batch. Those on the disk are kept: always in the same batches, so to the same bits."""
+        x0 = _kept(self.folder / "base", seeds, lambda: self.img(aligner).backbone.draw(prompts, seeds))
+        images = self.folder / str(number) / "images"
+        return x0, _kept(images, seeds, lambda: self._again(aligner, x0, prompts, seeds))
 
     def _again(self, aligner: ImplicitAligner, x0: list[Image.Image], prompts: list[str], seeds: list[int]) -> Tensor:
         img = self.img(aligner)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import pyarrow as pa
 import torch
 from PIL.Image import Image
 
@@ -22,15 +23,24 @@ from img_minimal.data.cache import Shards
 from img_minimal.data.features import Features
 from img_minimal.data.stream import Place
 
+SCHEMA = pa.schema({
+    "caption": pa.string(), "jpg_0": pa.binary(), "jpg_1": pa.binary(),
+    "label_0": pa.float64(), "label_1": pa.float64(), "ranking_id": pa.int64(), "model_0": pa.string(), "model_1": pa.string(),
+})  # fmt: skip
 Outcome = Literal["img", "base", "both", "none"]
 
 
 def pair_rows(
-    prompts: Sequence[str], base: Sequence[Image], img: Sequence[Image], outcomes: Sequence[Outcome], model: str
+    prompts: Sequence[str],
+    base: Sequence[Image],
+    img: Sequence[Image],
+    outcomes: Sequence[Outcome],
+    model: str,
+    first: int = 0,
 ) -> list[dict]:
-    """Rows in Pick-a-Pic's columns; `model` is who drew the second images. What was dropped gives none."""
+    """Rows in Pick-a-Pic's columns, numbered from `first`; `model` drew the second images. The dropped give none."""
     rows = []
-    for number, (prompt, x0, x1, outcome) in enumerate(zip(prompts, base, img, outcomes, strict=True)):
+    for number, (prompt, x0, x1, outcome) in enumerate(zip(prompts, base, img, outcomes, strict=True), first):
         if outcome == "none":
             continue
         second, drawn_by = (x0, "base") if outcome == "both" else (x1, model)

@@ -58,12 +58,13 @@ class ClipJudges:
     GUARD, GUARD_MARGIN = "clipscore", 0.5
 
     def __init__(self, models: dict[str, str]):
-        self.models = models
+        self.models, self.opened = models, {}
 
     def _scores(self, name: str, prompts: list[str], images: list[Image.Image]) -> Tensor:
-        scorer = Scorer.open(ScorerFiles.find(name, self.models.get(name)), best_device())
-        parts = range(0, len(prompts), 32)
-        return torch.cat([torch.as_tensor(scorer.score(images[k : k + 32], prompts[k : k + 32])) for k in parts])
+        if name not in self.opened:
+            self.opened[name] = Scorer.open(ScorerFiles.find(name, self.models.get(name)), best_device())
+        parts, score = range(0, len(prompts), 32), self.opened[name].score
+        return torch.cat([torch.as_tensor(score(images[k : k + 32], prompts[k : k + 32])) for k in parts])
 
     def compare(self, prompts: list[str], base: list[Image.Image], img: list[Image.Image]) -> list[Outcome]:
         """Where both judges prefer the same image by more than their margins; elsewhere none."""
