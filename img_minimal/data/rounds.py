@@ -23,10 +23,9 @@ from img_minimal.data.cache import Shards
 from img_minimal.data.features import Features
 from img_minimal.data.stream import Place
 
-SCHEMA = pa.schema({
-    "caption": pa.string(), "jpg_0": pa.binary(), "jpg_1": pa.binary(),
-    "label_0": pa.float64(), "label_1": pa.float64(), "ranking_id": pa.int64(), "model_0": pa.string(), "model_1": pa.string(),
-})  # fmt: skip
+TYPES = {"jpg": pa.binary(), "label": pa.float64(), "model": pa.string()}
+SIDES = {f"{name}_{k}": kind for name, kind in TYPES.items() for k in (0, 1)}
+SCHEMA = pa.schema({"caption": pa.string(), "ranking_id": pa.int64()} | SIDES)
 Outcome = Literal["img", "base", "both", "none"]
 
 
