@@ -234,7 +234,6 @@ PRESETS["tiny-flux"] = replace(
     true_cfg_scale=3.5,
     height=64,
     width=64,
-    scale=1.0,
 )
 
 
