@@ -72,7 +72,8 @@ def test_every_module_of_the_package_is_named_or_lies_in_a_folder_that_is():
 def test_every_flag_of_a_command_in_the_readme_exists(command, monkeypatch, capsys):
     flags = {f for c in COMMANDS if command in c for f in re.findall(r"(--[\w-]+)", c.split(command)[1])}
     name = command.split()[-1].removesuffix(".py")
-    module = importlib.import_module(name if name in ("train", "sample") else f"{name}.__main__")
+    package = (ROOT / name.replace(".", "/")).is_dir()
+    module = importlib.import_module(f"{name}.__main__" if package else name)
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit):
         module.main()
@@ -93,8 +94,9 @@ def result_row(arm: str, results: dict) -> str:
     return " | ".join(cells)
 
 
-def test_the_table_of_results_is_what_the_evaluation_wrote():
-    results = json.loads((ROOT / "img_minimal/tiny/twins/evaluation.json").read_text())
+@pytest.mark.parametrize("file", ["evaluation.json", "evaluation-flux.json"])
+def test_the_table_of_results_is_what_the_evaluation_wrote(file):
+    results = json.loads((ROOT / "img_minimal/tiny/twins" / file).read_text())
     missing = [arm for arm in results["arms"] if f"| {result_row(arm, results)} |" not in section("Results")]
     assert missing == []
 

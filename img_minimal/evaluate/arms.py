@@ -34,7 +34,7 @@ TITLES = {
     "text": "second pass, guided by text",
     "stock_mllm": "second pass, guided by the stock MLLM",
     "img": "IMG",
-    "img_kept": "IMG, or the first image where the MLLM prefers it",
+    "img_kept": "IMG, or the first where the MLLM prefers it",
     "img_asked": "IMG where the MLLM has something to say",
 }
 

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -62,6 +63,7 @@ def quiet_libraries() -> None:
     import huggingface_hub.utils.logging
     import transformers.utils.logging
 
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # of autocast over FLUX's RMSNorm
     huggingface_hub.utils.logging.set_verbosity_error()
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
