@@ -131,7 +131,8 @@ def test_evaluate_writes_every_arm_with_its_size_and_interval(call, tmp_path):
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "r.json").read_text())
     arms = results["arms"]
-    expected = {"base", "new_seed", "best_of_two_mllm", "best_of_two_oracle", "perfect_tokens", "no_guidance", "img"}
+    expected = {"base", "new_seed", "best_of_two_mllm", "best_of_two_oracle", "perfect_tokens", "no_guidance", "img",
+                "img_kept", "img_asked"}  # fmt: skip
     assert set(arms) - {"text", "stock_mllm"} == expected
     for arm in ("text", "stock"):
         assert (f"--guidance {arm}" in result.stdout) == (f"{arm}".replace("stock", "stock_mllm") not in arms)

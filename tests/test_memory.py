@@ -55,7 +55,7 @@ def test_offload_has_one_model_placed_at_a_time_and_leaves_the_images_as_they_ar
     assert all(torch.equal(a, b) for a, b in zip(usual, offloaded))
     one_round = ["mllm", "image_prompt", "aligner", "image_prompt", "diffusion"]
     assert [name for name, away in moves if not away] == ["diffusion", *one_round, *one_round]
-    img.explain([Image.new("RGB", (64, 64))], prompts[:1], 0)
+    img.explain([Image.new("RGB", (64, 64))], prompts[:1], [0])
     assert img.placement.resident == "mllm"
 
 
