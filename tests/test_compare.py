@@ -293,8 +293,8 @@ def test_a_run_may_be_resumed_with_offloading(whole, prompt_file, clip):
 
 def test_every_field_of_a_preset_is_known_to_change_its_images_or_not_to():
     not_drawing = """
-        stock_mllm stock_aligner text_aligner pairs max_pairs world offload train_steps batch_size lr constant_share round_steps
-        round_prompts
+        stock_mllm stock_aligner text_aligner pairs max_pairs world offload train_steps batch_size lr
+        constant_share round_steps round_prompts
         weight_decay preference_weight norm identity_share depth heads head_dim optimizer save_every cache_dir
         chunk_pairs triplets finetuning
     """.split()
