@@ -25,7 +25,7 @@ from img_minimal.aligner import ImplicitAligner
 from img_minimal.data.batches import Batches
 from img_minimal.data.cache import FeatureCache
 from img_minimal.data.pairs import held_back, pair_stream
-from img_minimal.data.rounds import SCHEMA, Mixture, count, pair_rows, png, step_size
+from img_minimal.data.rounds import SCHEMA, Mixture, count, pair_rows, step_size
 from img_minimal.data.sources import CachedData, StreamedData
 from img_minimal.data.stream import LONGEST_TEXT, text_of
 from img_minimal.evaluate.pair_judges import find_judge
@@ -35,7 +35,7 @@ from img_minimal.presets import Preset
 from img_minimal.runtime.atomic import replacing, write_whole
 from img_minimal.runtime.checkpoint import load_checkpoint
 from img_minimal.runtime.errors import UserError
-from img_minimal.runtime.images import from_pil, to_pil
+from img_minimal.runtime.images import from_pil, png, to_pil
 from img_minimal.runtime.json_files import read_json
 from img_minimal.runtime.plots import round_curves
 from img_minimal.tiny.grammar import benchmark

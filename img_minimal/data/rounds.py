@@ -8,7 +8,6 @@ x0 is what the base drew for a prompt, x1 what IMG drew from the same seed with 
     both wrong alike  dropped
 """
 
-import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from img_minimal.data.batches import Part
 from img_minimal.data.cache import Shards
 from img_minimal.data.features import Features
 from img_minimal.data.stream import Place
+from img_minimal.runtime.images import png
 
 TYPES = {"jpg": pa.binary(), "label": pa.float64(), "model": pa.string()}
 SIDES = {f"{name}_{k}": kind for name, kind in TYPES.items() for k in (0, 1)}
@@ -49,13 +49,6 @@ def pair_rows(
             "label_1": float(not first_wins), "ranking_id": number, "model_0": "base", "model_1": drawn_by,
         })  # fmt: skip
     return rows
-
-
-def png(image: Image) -> bytes:
-    """Without loss, so that what is read is what was drawn."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def count(outcomes: Sequence[Outcome], categories: Sequence[str]) -> dict:

@@ -4,7 +4,6 @@ Images are named by prompt, seed and arm, and written whole or not at all. `sett
 images of two runs never mix.
 """
 
-import io
 import json
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from img_minimal.evaluate.prompt_files import FilePrompt
 from img_minimal.runtime.atomic import file_print, write_whole
 from img_minimal.runtime.errors import UserError
-from img_minimal.runtime.images import to_pil
+from img_minimal.runtime.images import png, to_pil
 from img_minimal.runtime.json_files import read_json
 
 NEW_SEED = 1_000_000  # added to a seed for the control that spends IMG's compute on another try
@@ -52,9 +51,7 @@ class ImageFolder:
     def save(self, batch: Batch, arm: str, images: Tensor) -> None:
         """Keep images (B, 3, H, W) in [0, 1]."""
         for prompt, image in zip(batch, to_pil(images), strict=True):
-            data = io.BytesIO()
-            image.save(data, "PNG")
-            write_whole(self.path(prompt, arm), data.getvalue())
+            write_whole(self.path(prompt, arm), png(image))
 
     def load(self, batch: Batch, *arms: str) -> list[Image.Image]:
         """Images of a batch: prompt after prompt, arm after arm. Raises UserError if one is damaged."""

@@ -36,6 +36,13 @@ def from_pil(images: list[Image.Image]) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 
+def png(image: Image.Image) -> bytes:
+    """Encoded without loss, so that what is read is what was drawn."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def decode(data: bytes) -> Image.Image:
     """An encoded image -> RGB as a viewer shows it: turned as EXIF says, on white where it is transparent.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from img_minimal.runtime.errors import UserError
 
-KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+KINDS = {dict: "an object", list: "a list"}
 
 
 def read_json(

@@ -11,9 +11,9 @@ import matplotlib.pyplot as plt  # noqa: E402 - the backend must be chosen first
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-plt.rcParams["text.parse_math"] = False  # prompts and answers are no formulas, whatever dollars they hold
 from img_minimal.runtime.cli import printable  # noqa: E402
 
+plt.rcParams["text.parse_math"] = False  # prompts and answers are no formulas, whatever dollars they hold
 # Okabe and Ito's palette, safe for colour-blind readers.
 BLUE, ORANGE, GREEN, GREY, PINK = "#0072B2", "#E69F00", "#009E73", "#7F7F7F", "#CC79A7"
 

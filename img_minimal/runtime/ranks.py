@@ -45,7 +45,7 @@ class Ranks:
             yield cls(dist.get_rank(), world)
         except RuntimeError as error:
             lost = any(word in str(error) for word in ("onnection", "gloo", "NCCL", "peer", "ncclSystemError"))
-            if isinstance(error, UserError) or not lost:
+            if not lost:
                 raise
             # Not an exception: gloo's threads, which wait for the lost one, would never let this process end.
             print(f"error: rank {dist.get_rank()}: {LOST}", file=sys.stderr, flush=True)
