@@ -155,6 +155,8 @@ def test_two_runs_in_one_folder_are_refused_with_who_holds_it(tmp_path):
 
 def test_what_killed_runs_left_half_written_is_cleared_away(tmp_path):
     (tmp_path / ".checkpoint.pt.99.partial").write_bytes(b"half")
+    (tmp_path / ".mllm.partial").mkdir()
+    (tmp_path / ".mllm.partial" / "model.safetensors").write_bytes(b"half")
     RunFolder.open(tmp_path, SETTINGS, resume=False, overwrite=False).lock.close()
     assert not list(tmp_path.glob(".*.partial"))
 

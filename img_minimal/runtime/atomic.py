@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,15 @@ def write_whole(path: str | Path, text: str | bytes) -> None:
     """Replace a file by one that holds `text`."""
     with replacing(path) as partial:
         partial.write_bytes(text.encode() if isinstance(text, str) else text)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the files and folders that killed processes had begun to write in `folder`."""
+    for debris in folder.glob(".*.partial"):
+        if debris.is_dir():
+            shutil.rmtree(debris)
+        else:
+            debris.unlink(missing_ok=True)
 
 
 def file_print(path: Path) -> list:

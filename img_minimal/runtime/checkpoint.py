@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import torch
 
-from img_minimal.runtime.atomic import replacing, write_whole
+from img_minimal.runtime.atomic import replacing, sweep, write_whole
 from img_minimal.runtime.cli import check, warn, writable_folder
 from img_minimal.runtime.errors import UserError, would_run_code
 from img_minimal.runtime.json_files import read_json
@@ -42,8 +42,7 @@ class RunFolder:
         """
         folder = writable_folder(path)
         lock = _locked(folder)
-        for debris in folder.glob(".*.partial"):  # of runs that were killed while they wrote
-            debris.unlink(missing_ok=True)
+        sweep(folder)
         settings = portable(settings)
         if resume:
             saved = load_checkpoint(folder / "checkpoint.pt")
