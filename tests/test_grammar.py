@@ -184,5 +184,5 @@ def test_the_benchmark_takes_categories_in_turn_and_one_round_in_four_held_out()
 
 
 def test_what_a_picture_may_hold_but_no_caption_asks_for_has_a_name_too():
-    assert str(Group(2, "muddy", "blob")) == "two muddy blobs"
+    assert str(Group(2, "unclear", "shape")) == "two unclear shapes"
     assert str(Group(5, "red", "circle")) == "5 red circles"

@@ -115,9 +115,11 @@ def test_a_relation_holds_one_way_and_no_other(relation, second):
     assert [name for name in RELATIONS if related(name, [b], [a])] == [OPPOSITE[relation]]
 
 
-def test_what_lies_on_a_diagonal_is_neither_beside_nor_above():
+def test_nothing_is_laid_out_on_a_diagonal_but_what_lies_there_is_judged_to_be_beside_and_above():
     a, b = shape_at(12, 12), shape_at(32, 32)
     assert not any(related(relation, [a], [b]) for relation in RELATIONS)
+    assert [name for name in RELATIONS if related(name, [a], [b], judging=True)] == ["left of", "above"]
+    assert [name for name in RELATIONS if related(name, [a], [shape_at(52, 32)], judging=True)] == ["left of"]
 
 
 def test_every_shape_of_a_group_must_stand_in_the_relation():
@@ -126,11 +128,11 @@ def test_every_shape_of_a_group_must_stand_in_the_relation():
     assert not related("left of", [shape_at(12, 22), shape_at(34, 52)], square)
 
 
-def test_slack_forgives_pixels_and_never_condemns():
+def test_whoever_judges_forgives_pixels_and_never_condemns_what_was_laid_out():
     a, b = shape_at(32, 32), shape_at(36, 32)
     assert not related("left of", [a], [b])
-    assert related("left of", [a], [b], slack=4)
-    assert all(satisfied(prompt, scene, slack=4) for prompt, scene in scenes(100, "position"))
+    assert related("left of", [a], [b], judging=True)
+    assert all(satisfied(prompt, scene, judging=True) for prompt, scene in scenes(100, "position"))
 
 
 def test_a_prompt_without_a_relation_is_satisfied_by_any_places():

@@ -14,7 +14,6 @@ from img_minimal.tiny.grammar import Group, Prompt
 from img_minimal.tiny.world import CELLS, LARGEST, SMALLEST, Scene, Shape, overlap, satisfied
 
 NOTHING = "nothing"
-JUDGING_SLACK = 4.0  # pixels; see world.related
 ADDED_RADIUS = (SMALLEST + LARGEST) / 2
 
 
@@ -96,7 +95,7 @@ def _arrange(kept: list[Shape | None], prompt: Prompt) -> tuple[Scene, bool]:
     ]
     added = [k for k, s in enumerate(kept) if s is None]
     present = [k for k, s in enumerate(kept) if s is not None]
-    if not added and satisfied(prompt, tuple(shapes), JUDGING_SLACK):
+    if not added and satisfied(prompt, tuple(shapes), judging=True):
         return tuple(shapes), False
     if not added and len(shapes) == 2:
         a, b = shapes

@@ -36,7 +36,7 @@ class PromptError(UserError):
 class Group:
     """`count` shapes of one colour and form.
 
-    `str()` also names what no caption asks for but a picture may hold: "two muddy blobs", "5 red circles".
+    `str()` also names what no caption asks for but a picture may hold: "two unclear shapes", "5 red circles".
     """
 
     count: int

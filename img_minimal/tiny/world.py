@@ -32,13 +32,14 @@ BACKGROUND = (0.94, 0.94, 0.92)
 
 @dataclass(frozen=True)
 class Shape:
-    """One flat shape: what it is, its centre and its radius in pixels."""
+    """One flat shape: what it is, its centre and its radius in pixels, and how clear the oracle finds it."""
 
     colour: str
     form: str
     x: float
     y: float
     r: float
+    clear: float = 1.0
 
     @property
     def kind(self) -> tuple[str, str]:
@@ -49,27 +50,27 @@ class Shape:
 Scene = tuple[Shape, ...]
 
 
-def related(relation: str, first: list[Shape], second: list[Shape], slack: float = 0.0) -> bool:
+def related(relation: str, first: list[Shape], second: list[Shape], judging: bool = False) -> bool:
     """Is every shape of `first` e.g. left of every one of `second`?
 
-    Each must be by 6 pixels, and between the two centres of mass the named axis must be the longer one by 3. `slack`
-    pixels are taken off both: scenes are laid out with none, the oracle judges with some, so that what lies on the
-    border line is never held against a picture.
+    Scenes are laid out so that nobody could doubt it: each is by 6 pixels, and between the two centres of mass the
+    named axis is the longer one by 3. A picture is judged as GenEval does: each is by 2 pixels, and the way between the
+    centres is within 60 degrees of the named axis, so that what lies diagonally is above *and* left.
     """
     sign, axis = {"left of": (1, 0), "right of": (-1, 0), "above": (1, 1), "below": (-1, 1)}[relation]
     gap = min(sign * ((b.x, b.y)[axis] - (a.x, a.y)[axis]) for a in first for b in second)
     dx = sum(b.x for b in second) / len(second) - sum(a.x for a in first) / len(first)
     dy = sum(b.y for b in second) / len(second) - sum(a.y for a in first) / len(first)
     along, across = (abs(dx), abs(dy)) if axis == 0 else (abs(dy), abs(dx))
-    return gap > 6 - slack and along - across > 3 - slack
+    return gap > 2 and 3**0.5 * along > across if judging else gap > 6 and along - across > 3
 
 
-def satisfied(prompt: Prompt, scene: Scene, slack: float = 0.0) -> bool:
+def satisfied(prompt: Prompt, scene: Scene, judging: bool = False) -> bool:
     """Does the relation of the prompt hold? `scene` lists the shapes in the order of the prompt."""
     if prompt.relation is None:
         return True
     n = prompt.groups[0].count
-    return related(prompt.relation, list(scene[:n]), list(scene[n:]), slack)
+    return related(prompt.relation, list(scene[:n]), list(scene[n:]), judging)
 
 
 def overlap(a: Shape, b: Shape) -> bool:

@@ -16,25 +16,24 @@ from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from img_minimal.backbones import Backbone
+from img_minimal.files.weights import write_safetensors
 from img_minimal.load import load_backbone
 from img_minimal.presets import Preset
-from img_minimal.runtime.atomic import replacing
 from img_minimal.runtime.images import to_pil
 from img_minimal.tiny.build.tables import save_table
 from img_minimal.tiny.build.triplets import damage, to_webp
 from img_minimal.tiny.edits import NOTHING, correct, instruction
 from img_minimal.tiny.grammar import HELD_OUT, RELATIONS, Group, Prompt, sample_prompt
-from img_minimal.tiny.oracle import BLOB, Verdict, judge
+from img_minimal.tiny.oracle import Verdict, compare, is_clear, judge
 from img_minimal.tiny.world import Scene, Shape, render, satisfied
 
 BASE = "tiny-sdxl"  # in the columns model_0 and model_1
-CHUNK = 400  # images between two files, so that a stopped build goes on
+CHUNKS, CHUNK = 60, 400  # files of images, so that a stopped build goes on, and images in each
 FIRST_SEED = 50_000_000  # far from those of the evaluation
 SHIPPED_IMAGES, SHIPPED_PAIRS = 12_000, 3  # the first images, and pairs of each: 15 MB
 
@@ -82,14 +81,14 @@ def pair_row(prompt: Prompt, drawn: bytes, edited: bytes, drawn_wins: bool, numb
     return row | {"label_1": float(label_1), "ranking_id": number, "model_0": model_0, "model_1": model_1}
 
 
-def is_clear(shape: Shape) -> bool:
-    """Can a training prompt name it?"""
-    return shape.form != BLOB and shape.kind not in HELD_OUT
+def can_be_named(shape: Shape) -> bool:
+    """May a training prompt name it?"""
+    return is_clear(shape) and shape.kind not in HELD_OUT
 
 
 def prompts_for(found: Scene, own: Prompt, more: int, rng: random.Random) -> list[Prompt]:
     """Up to `more` training prompts that the image is wrong for: most are one to three edits away, some are any."""
-    clear = tuple(filter(is_clear, found))[:4]
+    clear = tuple(filter(can_be_named, found))[:4]
     prompts: dict[str, Prompt] = {}
     for _ in range(8 * more):
         if len(prompts) == more:
@@ -114,55 +113,52 @@ def pairs_of_image(drawn: bytes, verdict: Verdict, prompt: Prompt, number: int, 
     """
     rng, found = random.Random(number), verdict.found
     won = [prompt] if verdict.strict else []
-    shown = describe(found, rng) if all(map(is_clear, found)) else None
+    shown = describe(found, rng) if all(map(can_be_named, found)) else None
     if shown and str(shown) != str(prompt) and instruction(found, shown) == NOTHING:
         won.append(shown)
     lost = [] if verdict.strict else [prompt]
     lost += prompts_for(found, prompt, more, rng)
     candidates = [(p, damaged(found, p, rng), True) for p in won] + [(p, correct(found, p)[1], False) for p in lost]
+    candidates = [(p, scene, wins) for p, scene, wins in candidates if compare(scene, p).strict != wins]
     edited = render([scene for _, scene, _ in candidates])
-    labels = [v.strict for v in judge(edited, [p for p, _, _ in candidates])]
-    return [
-        pair_row(p, drawn, to_webp(picture), drawn_wins, number)
-        for (p, _, drawn_wins), picture, label in zip(candidates, edited, labels)
-        if label != drawn_wins
-    ]
+    return [pair_row(p, drawn, to_webp(picture), wins, number) for (p, _, wins), picture in zip(candidates, edited)]
 
 
-def chunk_of_pairs(backbone: Backbone, chunk: int) -> tuple[list[dict], int]:
-    """Rows in Pick-a-Pic's columns from CHUNK images of the base, and how many of these were right."""
+def prompts_of(chunk: int) -> list[Prompt]:
+    """What a chunk of images is drawn for."""
     rng = random.Random(70_000 + chunk)
-    prompts = [sample_prompt(rng) for _ in range(CHUNK)]
-    numbers = [chunk * CHUNK + k for k in range(CHUNK)]
-    images: Tensor = backbone.draw([str(p) for p in prompts], [FIRST_SEED + n for n in numbers])
-    verdicts = judge(images, prompts)
-    rows = []
-    for image, verdict, prompt, number in zip(to_pil(images), verdicts, prompts, numbers):
-        rows += pairs_of_image(to_jpeg(image), verdict, prompt, number)
-    return rows, sum(v.strict for v in verdicts)
+    return [sample_prompt(rng) for _ in range(CHUNK)]
 
 
-def build(workdir: Path, target: Path, preset: Preset, chunks: int = 60, shard: int = 0, shards: int = 1) -> None:
-    """Draw 24,000 images; write all pairs to `workdir/pairs.parquet` and a part of them to `target/pairs.parquet`.
-
-    Several processes can share the work, each with its own `shard` of `shards`; the last call joins the chunks.
-    """
-    folder = workdir / "pairs"
-    folder.mkdir(exist_ok=True)
+def draw(workdir: Path, preset: Preset, chunks: range = range(CHUNKS)) -> None:
+    """Draw 24,000 images into `workdir/drawings`; processes can share the chunks."""
     backbone = load_backbone(preset)
-    for chunk in tqdm(range(shard, chunks, shards), desc="pairs"):
-        path = folder / f"{chunk:03d}.parquet"
-        if path.exists():
-            continue
-        rows, right = chunk_of_pairs(backbone, chunk)
-        tqdm.write(f"chunk {chunk}: {right} of {CHUNK} right, {len(rows)} pairs")
-        with replacing(path) as partial:
-            pq.write_table(pa.Table.from_pylist(rows), partial)
-    parts = [folder / f"{chunk:03d}.parquet" for chunk in range(chunks)]
-    if all(p.exists() for p in parts):
-        rows = [row for p in parts for row in pq.read_table(p).to_pylist()]
-        for place, chosen in ((workdir, rows), (target, shipped(rows))):
-            save_table(pa.Table.from_pylist(chosen), place / "pairs.parquet", "pairs")
+    for chunk in tqdm(chunks, desc="drawings"):
+        path = workdir / "drawings" / f"{chunk:03d}.safetensors"
+        if not path.exists():
+            seeds = [FIRST_SEED + chunk * CHUNK + k for k in range(CHUNK)]
+            images = backbone.draw([str(p) for p in prompts_of(chunk)], seeds)
+            write_safetensors(path, {"images": (images * 255).round().byte()})
+
+
+def judged(workdir: Path, chunk: int) -> tuple[Tensor, list[Prompt], list[Verdict]]:
+    """Images (CHUNK, 3, 64, 64) in [0, 1] that were drawn, what for, and what the oracle says of them."""
+    images = load_file(workdir / "drawings" / f"{chunk:03d}.safetensors")["images"].float() / 255
+    prompts = prompts_of(chunk)
+    return images, prompts, judge(images, prompts)
+
+
+def build(workdir: Path, target: Path) -> None:
+    """Write all pairs of the drawings to `workdir/pairs.parquet` and a part of them to `target/pairs.parquet`."""
+    rows, right = [], 0
+    for chunk in tqdm(range(CHUNKS), desc="pairs"):
+        images, prompts, verdicts = judged(workdir, chunk)
+        right += sum(v.strict for v in verdicts)
+        for k, (image, verdict, prompt) in enumerate(zip(to_pil(images), verdicts, prompts)):
+            rows += pairs_of_image(to_jpeg(image), verdict, prompt, chunk * CHUNK + k)
+    print(f"{right} of {CHUNKS * CHUNK} right, {len(rows)} pairs")
+    for place, chosen in ((workdir, rows), (target, shipped(rows))):
+        save_table(pa.Table.from_pylist(chosen), place / "pairs.parquet", "pairs")
 
 
 def shipped(rows: list[dict]) -> list[dict]:
