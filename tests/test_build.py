@@ -11,7 +11,20 @@ from torch import nn
 
 from img_minimal.files.weights import read_weights
 from img_minimal.presets import find_preset
-from img_minimal.tiny.build import clip, dpo, flux, flux_encoder, llava, pairs, resampler, scenes, triplets, unet, vae
+from img_minimal.tiny.build import (
+    clip,
+    dpo,
+    drawings,
+    flux,
+    flux_encoder,
+    llava,
+    pairs,
+    resampler,
+    scenes,
+    triplets,
+    unet,
+    vae,
+)
 from img_minimal.tiny.build.loop import fit
 from img_minimal.tiny.grammar import parse
 
@@ -28,7 +41,7 @@ def built(tmp_path_factory) -> Path:
     shutil.copy(find_preset("tiny-sdxl").pairs, target / "pairs.parquet")
     dpo.build(work, target, steps=2, batch=4, limit=40, watched=5)
     llava.build_stock(work, target, steps=2, count=100)
-    triplets.build(target, count=60)
+    triplets.build(work, target, rendered=60, chunks=0)
     llava.build_detector(work, target, steps=2)
     flux_encoder.build(work, target, steps=2, batch=8, count=40)
     flux.build(work, target, steps=2, batch=8, count=40, watched=5)
@@ -58,19 +71,23 @@ def test_the_preference_loss_of_the_unet_is_minus_log_sigmoid_of_what_winners_ga
     assert torch.allclose(unchanged, torch.log(torch.tensor(2.0, dtype=torch.float64)))
 
 
-def test_preference_pairs_are_drawn_by_the_base_and_labelled_by_the_oracle(tmp_path):
+def test_preference_pairs_are_drawn_by_the_base_and_labelled_by_the_oracle(tmp_path, monkeypatch):
     preset = replace(find_preset("tiny-sdxl"), sampling_steps=6)
-    pairs.CHUNK, chunk = 24, pairs.CHUNK
-    try:
-        pairs.build(tmp_path, tmp_path, preset, chunks=2)
-    finally:
-        pairs.CHUNK = chunk
+    for module in (drawings, pairs):
+        monkeypatch.setattr(module, "CHUNK", 24)
+    drawings.draw(tmp_path, preset, range(2))
+    pairs.build(tmp_path, tmp_path, chunks=2)
+    triplets.build(tmp_path, tmp_path, rendered=20, chunks=2)
     table = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
     assert table
     for row in table:
         assert {row["label_0"], row["label_1"]} == {0.0, 1.0}
         assert {row["model_0"], row["model_1"]} == {"tiny-sdxl", "edited scene"}
         assert parse(row["caption"]).split == "train"
+    table = pq.read_table(tmp_path / "triplets.parquet").to_pylist()
+    assert 60 < len(table) < 20 + 2 * 24 * 3
+    assert 0.2 < sum(row["edit_prompt"] == "nothing" for row in table) / len(table) < 0.6
+    assert all(parse(row["edited_prompt"]).split == "train" for row in table)
 
 
 def test_a_stopped_part_goes_on_to_the_same_weights(tmp_path):

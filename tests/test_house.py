@@ -31,7 +31,7 @@ MAY_IMPORT = {
 }
 METHOD = {"aligner", "attention", "flags", "mllm", "preference", "presets", "questions"}
 # Of the twin, for whoever measures it: it opens the models that it diagnoses.
-MAY_IMPORT["tiny/diagnose"] = {"method", "runtime", "tiny"}
+MAY_IMPORT["tiny/diagnose"] = {"load", "method", "runtime", "tiny"}
 
 
 def room(module: tuple[str, ...]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from img_minimal.tiny.edits import NOTHING
 from img_minimal.tiny.grammar import CATEGORIES, COLOURS, FORMS, Prompt, parse, sample_prompt
 from img_minimal.tiny.oracle import BLOB, Verdict, detect, judge
+from img_minimal.tiny.readings import agreement, readings
 from img_minimal.tiny.world import BACKGROUND, CELLS, LARGEST, PALETTE, SIZE, Scene, Shape, overlap, place, render
 
 GREY = torch.tensor([0.5, 0.5, 0.5]).view(3, 1, 1)  # no colour of the palette is near
@@ -138,6 +139,17 @@ def test_shapes_that_touch_are_read_one_by_one():
     for second in ("yellow circle", "purple circle", "yellow square"):
         scene = Shape("yellow", "circle", 20, 30, 8.5), Shape(*second.split(), 36.5, 30, 8.5)
         assert {shape.kind for shape in detect(render([scene]))[0]} == {shape.kind for shape in scene}
+
+
+def test_the_oracle_reads_drawn_pictures_as_a_person_does():
+    pictures = readings()
+    fresh = [p for p in pictures if p.fresh]
+    assert (len(pictures), len(fresh)) == (360, 120)
+    for some in (pictures, fresh):
+        alike = agreement(some)
+        assert alike["strict"] >= 0.97 and alike["meant"] >= 0.95, alike
+    moved = [replace(a, by_eye=b.by_eye) for a, b in zip(pictures, pictures[1:])]  # what agreement by chance would be
+    assert agreement(moved)["strict"] < 0.6
 
 
 def test_an_image_and_its_png_are_judged_alike():

@@ -129,7 +129,7 @@ def test_every_shape_of_a_group_must_stand_in_the_relation():
 
 
 def test_whoever_judges_forgives_pixels_and_never_condemns_what_was_laid_out():
-    a, b = shape_at(32, 32), shape_at(36, 32)
+    a, b = shape_at(32, 32), shape_at(37.5, 32)
     assert not related("left of", [a], [b])
     assert related("left of", [a], [b], judging=True)
     assert all(satisfied(prompt, scene, judging=True) for prompt, scene in scenes(100, "position"))

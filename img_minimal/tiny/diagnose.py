@@ -1,11 +1,15 @@
-"""Why does the tiny base model fail, and can the judge be trusted? `python -m img_minimal.tiny.diagnose`
+"""Why does the tiny base model fail, and can its judge be trusted?
 
-CLIP is shown a correct picture with its caption and a *foil*, a caption that differs in one respect, and should find
-the caption more alike. What the embedding does not tell apart, it cannot tell the UNet.
+    python -m img_minimal.tiny.diagnose                    all of it, a minute
+    python -m img_minimal.tiny.diagnose --sheet drawn.png  60 pictures of the base with verdicts, to look at
+
+The oracle reads right scenes, before and after the VAE, and pictures that a person has read by eye. CLIP is shown a
+correct picture with its caption and a *foil*, a caption that differs in one respect, and should find the caption more
+alike. What the embedding does not tell apart, it cannot tell the UNet.
 """
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +18,21 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from img_minimal.presets import find_preset
-from img_minimal.runtime.cli import quiet_libraries
+from img_minimal.runtime.cli import PICTURES, option, parse, quiet_libraries, run, writable_file
+from img_minimal.runtime.images import to_pil
 from img_minimal.tiny.grammar import COLOURS, FORMS, Prompt, benchmark, sample_prompt
 from img_minimal.tiny.oracle import judge
+from img_minimal.tiny.readings import agreement, readings
 from img_minimal.tiny.world import place, render
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+
+@dataclass
+class Config:
+    """The command line."""
+
+    sheet: str | None = option(None, "draw 60 pictures of the base, judged, into this file, and nothing else")
 
 
 def foil(prompt: Prompt, kind: str, rng: random.Random) -> Prompt:
@@ -132,13 +145,44 @@ def pooled_probe(encoder: str, count: int = 3000, seed: int = 0) -> dict[str, fl
     return shares
 
 
-if __name__ == "__main__":
+def sheet(path: str, count: int = 60) -> None:
+    """A picture of what the base draws for validation prompts, with the oracle's verdicts; none is chosen."""
+    from img_minimal.load import load_backbone
+    from img_minimal.runtime.plots import labelled_grid
+
+    prompts = benchmark(count, "validation")
+    images = load_backbone(find_preset("tiny-sdxl")).draw([str(p) for p in prompts], [*range(count)], progress="draw")
+    verdicts = judge(images, prompts)
+    cells = [
+        (picture, f'"{prompt}"\n{"right" if verdict.strict else verdict.words}')
+        for picture, prompt, verdict in zip(to_pil(images), prompts, verdicts)
+    ]
+    right, unclear = (sum(getattr(v, kind) for v in verdicts) for kind in ("strict", "unclear"))
+    title = f"{right} of {count} right; {unclear} hold a shape that nobody could name"
+    labelled_grid([cells[k : k + 10] for k in range(0, count, 10)], path, title)
+
+
+def main() -> None:
+    """Print everything, or draw the sheet."""
+    config = parse(Config, __doc__)
     quiet_libraries()
+    if config.sheet:
+        writable_file(config.sheet, "--sheet", PICTURES)
+        sheet(config.sheet)
+        return
     for name, share in oracle_accuracy().items():
         print(f"correct scenes the oracle calls right, {name:30} {share:.3f} (n 1000)")
+    pictures = readings()
+    for title, some in (("all", pictures), ("fresh", [p for p in pictures if p.fresh])):
+        said = ", ".join(f"{name} {share:.3f}" for name, share in agreement(some).items())
+        print(f"drawn pictures that the oracle and a person call alike, {title}: {said} (n {len(some)})")
     for kind, share in clip_against_foils().items():
         print(f"CLIP prefers the caption to one with a wrong {kind:24} {share:.3f} (n 500, chance 0.5)")
     for name in ("tiny-sdxl", "tiny-flux"):
         found = pooled_probe(find_preset(name).image_encoder)
         said = ", ".join(f"{kind} {share:.3f}" for kind, share in found.items())
         print(f"a linear map reads from the one pooled vector of {name}'s encoder: {said} (place: share of variance)")
+
+
+if __name__ == "__main__":
+    run(main)

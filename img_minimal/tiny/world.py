@@ -54,7 +54,7 @@ def related(relation: str, first: list[Shape], second: list[Shape], judging: boo
     """Is every shape of `first` e.g. left of every one of `second`?
 
     Scenes are laid out so that nobody could doubt it: each is by 6 pixels, and between the two centres of mass the
-    named axis is the longer one by 3. A picture is judged as GenEval does: each is by 2 pixels, and the way between the
+    named axis is the longer one by 3. A picture is judged as GenEval does: each is by 5 pixels, and the way between the
     centres is within 60 degrees of the named axis, so that what lies diagonally is above *and* left.
     """
     sign, axis = {"left of": (1, 0), "right of": (-1, 0), "above": (1, 1), "below": (-1, 1)}[relation]
@@ -62,7 +62,7 @@ def related(relation: str, first: list[Shape], second: list[Shape], judging: boo
     dx = sum(b.x for b in second) / len(second) - sum(a.x for a in first) / len(first)
     dy = sum(b.y for b in second) / len(second) - sum(a.y for a in first) / len(first)
     along, across = (abs(dx), abs(dy)) if axis == 0 else (abs(dy), abs(dx))
-    return gap > 2 and 3**0.5 * along > across if judging else gap > 6 and along - across > 3
+    return gap > 5 and 3**0.5 * along > across if judging else gap > 6 and along - across > 3
 
 
 def satisfied(prompt: Prompt, scene: Scene, judging: bool = False) -> bool:

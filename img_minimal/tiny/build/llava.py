@@ -30,7 +30,7 @@ from img_minimal.tiny.world import place, render
 
 WIDTH, LAYERS, PATCHES = 160, 4, 64
 DESCRIBE = ("describe the image", "what is in the picture?", "give a caption of the image")
-EDIT_WORDS = "change add remove move to the nothing one".split()
+EDIT_WORDS = "change add remove move to the nothing one unclear shape shapes".split()
 TALK = "is there in how many are yes no none user assistant : ? <image>".split()
 
 
@@ -183,10 +183,10 @@ def build_stock(workdir: Path, target: Path, steps: int = 1000, count: int = 16_
     save(model, vocabulary, target / "llava-stock")
 
 
-def build_detector(workdir: Path, target: Path, steps: int = 2000) -> None:
+def build_detector(workdir: Path, target: Path, steps: int = 6000) -> None:
     """Finetune the stock model on the triplets, with the command that finetunes any MLLM; saves `llava-detector`."""
     folder = workdir / "detector"
-    places = ("--mllm", target / "llava-stock", "--triplets", target / "triplets.parquet")
+    places = ("--mllm", target / "llava-stock", "--triplets", workdir / "triplets.parquet")
     run_train(folder, "--stage", "mllm", "--seed", 1, *places, "--steps", steps)
     shutil.copytree(folder / "mllm", target / "llava-detector", dirs_exist_ok=True)
 
