@@ -48,6 +48,12 @@ def test_diffusers_opens_the_base_as_an_sdxl_pipeline(pipe):
     assert pipe.unet.config.sample_size * 8 == 64 and pipe.vae.config.latent_channels == 4
 
 
+@pytest.mark.parametrize(("kind", "name"), [(StableDiffusionXLPipeline, "tiny-sdxl"), (FluxPipeline, "tiny-flux")])
+def test_a_pipeline_that_is_opened_without_a_word_about_types_draws(kind, name):
+    drawn = kind.from_pretrained(find_preset(name).base)("a red circle", num_inference_steps=2, height=64, width=64)
+    assert drawn.images[0].size == (64, 64)
+
+
 def test_both_tokenizers_read_every_word_as_one_token_and_the_end_of_text_is_not_id_two(pipe):
     for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
         assert all(len(tokenizer.tokenize(word)) == 1 for word in WORDS)

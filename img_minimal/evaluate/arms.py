@@ -100,7 +100,16 @@ class Arms:
             "exact_when_wrong": sum(said == true for said, true in wrong) / max(1, len(wrong)),
             "n_wrong": len(wrong),
             "n_right": len(right),
+            "nothing_by_category": self._nothing_by_category(),
         }
+
+    def _nothing_by_category(self) -> dict[str, float]:
+        """Of the base's wrong images of each category, the share about which the MLLM says nothing."""
+        kinds: dict[str, list[bool]] = {category: [] for category in CATEGORIES}
+        for prompt, said, verdict in zip(self.prompts, self.said, self.verdicts["base"]):
+            if not verdict.strict:
+                kinds[prompt.category].append(said == NOTHING)
+        return {kind: sum(silent) / len(silent) for kind, silent in kinds.items() if silent}
 
     def results(self) -> dict:
         """Scores of every arm, overall and by category, and IMG against every other, with intervals."""
@@ -109,10 +118,13 @@ class Arms:
         groups["held_out"] = [p.held_out for p in self.prompts]
         strict = {name: np.array([v.strict for v in verdicts]) for name, verdicts in self.verdicts.items()}
         soft = {name: np.array([v.soft for v in verdicts]) for name, verdicts in self.verdicts.items()}
+        graded = {name: np.array([v.graded for v in verdicts]) for name, verdicts in self.verdicts.items()}
         arms = {
             name: {
                 "strict": strict[name].mean().item(),
                 "soft": soft[name].mean().item(),
+                "graded": graded[name].mean().item(),
+                "unclear": float(np.mean([v.unclear for v in self.verdicts[name]])),
                 "n": len(self.prompts),
                 "interval": mean_interval(strict[name], self.captions),
                 "by_category": {c: strict[name][np.array(m)].mean().item() for c, m in groups.items() if any(m)},
@@ -124,6 +136,9 @@ class Arms:
         return {
             "arms": arms,
             "win_rate": {f"img_vs_{name}": win_rate(soft["img"], soft[name], self.captions) for name in others},
+            "graded_win_rate": {
+                f"img_vs_{name}": win_rate(graded["img"], graded[name], self.captions) for name in others
+            },
             "difference": {
                 f"img_minus_{name}": mean_interval(1.0 * strict["img"] - strict[name], self.captions) for name in others
             },
@@ -133,23 +148,25 @@ class Arms:
 def print_results(results: dict) -> None:
     """The table of arms, and the paired comparisons."""
     groups = list(results["arms"]["img"]["by_category"])
-    print(f"{'strict':>56} soft  " + " ".join(f"{g[:8]:>8}" for g in groups))
+    print(f"{'strict':>56} soft  graded unclear " + " ".join(f"{g[:8]:>8}" for g in groups))
     for name, arm in results["arms"].items():
         row = " ".join(f"{arm['by_category'][g]:8.2f}" for g in groups)
-        print(f"{TITLES[name]:48} {arm['strict']:7.3f} {arm['soft']:5.3f} {row}")
-    print("\nIMG against                                      strict, difference       win rate without ties")
+        print(
+            f"{TITLES[name]:48} {arm['strict']:7.3f} {arm['soft']:5.3f} {arm['graded']:6.3f} {arm['unclear']:7.3f} {row}"
+        )
+    print(f"\n{'IMG against':48} strict, difference       win rate, soft score            win rate, graded score")
     for name in results["arms"]:
         if name != "img":
-            d, w = results["difference"][f"img_minus_{name}"], results["win_rate"][f"img_vs_{name}"]
-            print(
-                f"{TITLES[name]:48} {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
-                f"   {w['value']:.3f} [{w['low']:.3f}, {w['high']:.3f}] of {w['decided']}"
-            )
+            d = results["difference"][f"img_minus_{name}"]
+            rates = [results[kind][f"img_vs_{name}"] for kind in ("win_rate", "graded_win_rate")]
+            said = [f"{w['value']:.3f} [{w['low']:.3f}, {w['high']:.3f}] of {w['decided']:<5}" for w in rates]
+            print(f"{TITLES[name]:48} {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]   " + "   ".join(said))
     if words := results.get("mllm"):
         print(
             "\nThe MLLM says nothing about {nothing_when_wrong:.0%} of the base's {n_wrong} wrong images, and exactly "
             "what is wrong\nabout {exact_when_wrong:.0%}; it complains about {complaint_when_right:.0%} of "
-            "{n_right} right ones.".format(**words)
+            "{n_right} right ones. Nothing about wrong ones:".format(**words),
+            ", ".join(f"{kind} {share:.0%}" for kind, share in words["nothing_by_category"].items()),
         )
 
 
@@ -168,7 +185,7 @@ def print_comparison(img: IMG, name: str, count: int, picture: Path) -> None:
 
 
 def before_and_after(arms: Arms, name: str, images: Tensor, path: Path | str, count: int = 6) -> None:
-    """The first prompts whose base image is wrong: both images, what the MLLM said, what the oracle says now."""
+    """The first prompts whose base image is wrong: both images, what the MLLM said, what the oracle says of both."""
     chosen = [k for k, verdict in enumerate(arms.verdicts["base"]) if not verdict.strict][:count]
     pictures = [arms.pictures[k] for k in chosen]
     captions = [arms.captions[k] for k in chosen]
@@ -177,10 +194,11 @@ def before_and_after(arms: Arms, name: str, images: Tensor, path: Path | str, co
         said = arms.img.explain(pictures, captions, [arms.seeds[k] for k in chosen])
     pairs = []
     for k, picture, caption, words in zip(chosen, pictures, captions, said):
-        verdict = arms.verdicts["img"][k]
+        first, verdict = arms.verdicts["base"][k], arms.verdicts["img"][k]
         now = "right" if verdict.strict else f"still wrong: {verdict.words}"
         after = to_pil(images[k : k + 1])[0]
-        pairs.append([(picture, f'"{caption}"\nMLLM: {words}'), (after, f"IMG, same seed\noracle: {now}")])
+        before = f'"{caption}"\noracle: {first.words}\nMLLM: {words}'
+        pairs.append([(picture, before), (after, f"IMG, same seed\noracle: {now}")])
     note = f"the first {len(chosen)} of {len(arms.prompts)} prompts that the base draws wrong, seed {arms.seed}"
     pairs_grid(pairs, path, f"{name}: {note}; not chosen by result")
 

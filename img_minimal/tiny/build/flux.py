@@ -28,7 +28,7 @@ from img_minimal.files.weights import read_weights, write_safetensors
 from img_minimal.runtime.devices import Precision
 from img_minimal.tiny.build.clip import TEXT_WIDTH, WIDTH
 from img_minimal.tiny.build.flux_encoder import latents_of
-from img_minimal.tiny.build.loop import CPU, autocast, fit
+from img_minimal.tiny.build.loop import CPU, autocast, fit, save_pipeline
 from img_minimal.tiny.build.tokenizers import TEXT_LENGTH, t5_tokenizer
 from img_minimal.tiny.build.vae import random_pictures
 from img_minimal.tiny.grammar import CATEGORIES, sample_prompt
@@ -183,4 +183,4 @@ def build(
     fit("flux", models, loss_of_step, steps, workdir, lr=1e-3, average=0.998, watch=watch, watch_every=1000, seed=63)
     adapter = public_names(projection.state_dict(), models["branch"].state_dict())
     write_safetensors(target / "flux_ip_adapter.safetensors", {key: value.bfloat16() for key, value in adapter.items()})
-    pipe.to(torch.bfloat16).save_pretrained(target / "flux")
+    save_pipeline(pipe, target / "flux")

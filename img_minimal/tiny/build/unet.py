@@ -23,7 +23,7 @@ from img_minimal.backbones.sdxl.injection import ImageBranch, inject
 from img_minimal.backbones.sdxl.sampler import draw
 from img_minimal.files.weights import read_weights, write_safetensors
 from img_minimal.tiny.build.clip import TEXT_WIDTH, WIDTH
-from img_minimal.tiny.build.loop import autocast, fit
+from img_minimal.tiny.build.loop import autocast, fit, save_pipeline
 from img_minimal.tiny.build.scenes import encode_text
 from img_minimal.tiny.grammar import CATEGORIES, sample_prompt
 from img_minimal.tiny.oracle import judge
@@ -147,4 +147,4 @@ def build(workdir: Path, target: Path, steps: int = 6000, batch: int = 96, watch
     adapter = {f"image_proj.{k}": v for k, v in four_layers(resampler.state_dict()).items()}
     adapter |= {f"ip_adapter.{k}": v for k, v in models["branch"].state_dict().items()}
     write_safetensors(target / "ip_adapter.safetensors", {k: v.bfloat16() for k, v in adapter.items()})
-    assemble(target, unet).to(torch.bfloat16).save_pretrained(target / "sdxl")
+    save_pipeline(assemble(target, unet), target / "sdxl")
