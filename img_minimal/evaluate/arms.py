@@ -19,7 +19,7 @@ from img_minimal.pipeline import IMG
 from img_minimal.presets import Preset
 from img_minimal.runtime.images import to_pil
 from img_minimal.runtime.plots import pairs_grid
-from img_minimal.tiny.edits import correct
+from img_minimal.tiny.edits import changes_nothing, correct
 from img_minimal.tiny.grammar import CATEGORIES, Prompt, benchmark
 from img_minimal.tiny.oracle import Verdict, judge
 from img_minimal.tiny.world import render
@@ -98,6 +98,7 @@ class Arms:
             "nothing_when_wrong": sum(said == NOTHING for said, _ in wrong) / max(1, len(wrong)),
             "complaint_when_right": sum(said != NOTHING for said, _ in right) / max(1, len(right)),
             "exact_when_wrong": sum(said == true for said, true in wrong) / max(1, len(wrong)),
+            "changes_nothing": sum(changes_nothing(said) for said in self.said),
             "n_wrong": len(wrong),
             "n_right": len(right),
             "nothing_by_category": self._nothing_by_category(),
@@ -151,9 +152,8 @@ def print_results(results: dict) -> None:
     print(f"{'strict':>56} soft  graded unclear " + " ".join(f"{g[:8]:>8}" for g in groups))
     for name, arm in results["arms"].items():
         row = " ".join(f"{arm['by_category'][g]:8.2f}" for g in groups)
-        print(
-            f"{TITLES[name]:48} {arm['strict']:7.3f} {arm['soft']:5.3f} {arm['graded']:6.3f} {arm['unclear']:7.3f} {row}"
-        )
+        scores = f"{arm['strict']:7.3f} {arm['soft']:5.3f} {arm['graded']:6.3f} {arm['unclear']:7.3f}"
+        print(f"{TITLES[name]:48} {scores} {row}")
     print(f"\n{'IMG against':48} strict, difference       win rate, soft score            win rate, graded score")
     for name in results["arms"]:
         if name != "img":
@@ -165,9 +165,10 @@ def print_results(results: dict) -> None:
         print(
             "\nThe MLLM says nothing about {nothing_when_wrong:.0%} of the base's {n_wrong} wrong images, and exactly "
             "what is wrong\nabout {exact_when_wrong:.0%}; it complains about {complaint_when_right:.0%} of "
-            "{n_right} right ones. Nothing about wrong ones:".format(**words),
-            ", ".join(f"{kind} {share:.0%}" for kind, share in words["nothing_by_category"].items()),
+            "{n_right} right ones, and asks {changes_nothing} times for what is there.".format(**words)
         )
+        silent = ", ".join(f"{kind} {share:.0%}" for kind, share in words["nothing_by_category"].items())
+        print(f"Nothing about wrong ones: {silent}")
 
 
 def print_comparison(img: IMG, name: str, count: int, picture: Path) -> None:
