@@ -56,7 +56,7 @@ def main() -> int:
     cut, limit = img.backbone.truncated_part(prompt)
     if cut:
         warn(f"the text encoders read {limit} tokens and do not see the prompt's end, {cut!r}; shorten the prompt")
-    stages = img(prompts, seeds, rounds=config.rounds, progress=True)
+    stages = img.stages(prompts, seeds, rounds=config.rounds, progress=True)
     pictures = [to_pil(images) for images in stages]
     kept = [True] * config.num_images
     if config.keep_better:

@@ -7,36 +7,72 @@
 Nothing here knows which text-to-image model draws, where files are, or what a command line is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
+import torch
+from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor
 
 from img_minimal.aligner import ImplicitAligner, align
+from img_minimal.around import open_around
 from img_minimal.backbones import Backbone
 from img_minimal.mllm import Guide, guidance_features
 from img_minimal.runtime.images import to_pil
 
 
+@dataclass(frozen=True)
+class IMGOutput:
+    """One entry for each prompt: the first images, what the MLLM said about them, and the last images."""
+
+    initial: list[Image]
+    said: list[str]
+    images: list[Image]
+
+
 class IMG:
-    """The whole method: `img = load_img("tiny-sdxl")`, then `img(["a red circle"], [0])`."""
+    """The whole method: `img = load_img("tiny-sdxl")`, then `img("a red circle", seed=0).images`.
+
+    Around a pipeline of one's own: `IMG(pipe)`, or `IMG(pipe, mllm="llava-hf/...", aligner="aligner.safetensors")`.
+    """
 
     def __init__(
-        self, backbone: Backbone, guide: Guide, aligner: ImplicitAligner, passes: int = 1, mllm_batch: int = 64
+        self,
+        pipe: Backbone | DiffusionPipeline,
+        mllm: Guide | str | None = None,
+        aligner: ImplicitAligner | str | None = None,
+        passes: int | None = None,
+        mllm_batch: int | None = None,
+        *,
+        preset: str | None = None,
+        mllm_device: torch.device | str | None = None,
+        **changes: object,
     ):
-        """`passes`: applications of the aligner; `mllm_batch`: images that the MLLM sees at once."""
-        self.backbone = backbone
-        self.guide = guide
+        """A diffusers pipeline draws with its own scheduler, VAE, LoRAs, types, device and hooks; only what it lacks
+        is opened beside it. `mllm` and `aligner` are the things themselves, or places of files; `preset` ("sdxl", or
+        "flux" for a FluxPipeline) says where the rest is, and `changes` replace what it says: ip_adapter,
+        image_encoder, resampler, questions, scale, scale_end. With a backbone, all three are needed.
+
+        `passes`: applications of the aligner; `mllm_batch`: images that the MLLM sees at once.
+        Raises UserError for a pipeline of another kind, or files that are missing or do not belong together.
+        """
+        if isinstance(pipe, DiffusionPipeline):
+            pipe, mllm, aligner, chosen = open_around(pipe, mllm, aligner, preset, mllm_device, changes)
+            passes, mllm_batch = passes or chosen.passes, mllm_batch or chosen.mllm_batch
+        self.backbone = pipe
+        self.guide = mllm
         self.aligner = aligner.eval()
-        self.passes = passes
-        self.mllm_batch = mllm_batch
-        self.placement = backbone.placement
+        self.passes = passes or 1
+        self.mllm_batch = mllm_batch or 64
+        self.placement = pipe.placement
         self.placement.add("aligner", aligner)
-        if hasattr(guide, "model"):
-            self.placement.add("mllm", guide.model)
+        if hasattr(mllm, "model") and mllm_device is None:
+            self.placement.add("mllm", mllm.model)
 
     def _bring_guide(self) -> None:
-        if hasattr(self.guide, "model"):  # guidance by text has no model of its own
+        if "mllm" in self.placement.parts:  # guidance by text has no model of its own
             self.placement.bring("mllm", self.guide.model)
 
     def guidance(
@@ -51,9 +87,17 @@ class IMG:
         self.placement.bring("aligner", self.aligner)
         return align(self.aligner, tokens, features, mask, passes or self.passes)
 
-    def align(self, images: Tensor, prompts: list[str], seeds: Sequence[int], passes: int | None = None) -> Tensor:
-        """Steps 2 and 3: images (B, 3, H, W) -> aligned tokens (B, N, D)."""
-        pictures = to_pil(images)
+    def align(
+        self,
+        images: Tensor | Image | list[Image],
+        prompts: str | list[str],
+        seeds: Sequence[int] | int = 0,
+        passes: int | None = None,
+    ) -> Tensor:
+        """Steps 2 and 3: images from anywhere, (B, 3, H, W) in [0, 1] or PIL -> aligned tokens (B, N, D)."""
+        pictures = to_pil(images) if isinstance(images, Tensor) else images if isinstance(images, list) else [images]
+        prompts = [prompts] * len(pictures) if isinstance(prompts, str) else prompts
+        seeds = [seeds + k for k in range(len(pictures))] if isinstance(seeds, int) else seeds
         features, mask = self.guidance(pictures, prompts, seeds)
         return self.correct(self.backbone.tokens(pictures), features, mask, passes)
 
@@ -72,9 +116,7 @@ class IMG:
         scores = (self.satisfaction(images, prompts, seeds) for images in (first, second))
         return [after > before for before, after in zip(*scores)]
 
-    def __call__(
-        self, prompts: list[str], seeds: list[int], *, rounds: int = 1, progress: bool = False
-    ) -> list[Tensor]:
+    def stages(self, prompts: list[str], seeds: list[int], *, rounds: int = 1, progress: bool = False) -> list[Tensor]:
         """Initial images and those of each round, `rounds + 1` tensors (B, 3, H, W) in [0, 1].
 
         Every round looks at the latest images and draws again from the same seeds.
@@ -85,3 +127,39 @@ class IMG:
             title = f"round {k + 1}" if progress else None
             images.append(self.backbone.draw(prompts, seeds, tokens, progress=title))
         return images
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        seed: int = 0,
+        *,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> IMGOutput:
+        """Draw, look, align, draw again. The names are diffusers'; what is not given is the preset's.
+
+        The images of several prompts have consecutive seeds, the first one `seed`, or that of a `generator`.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        seed = seed if generator is None else generator.initial_seed()
+        seeds = [seed + k for k in range(len(prompts))]
+        changes = dict(steps=num_inference_steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt,
+                       height=height, width=width)  # fmt: skip
+        with self.drawing(**{name: value for name, value in changes.items() if value is not None}):
+            initial, last = map(to_pil, self.stages(prompts, seeds))
+        said = self.explain(initial, prompts, seeds) if hasattr(self.guide, "explain") else [""] * len(prompts)
+        return IMGOutput(initial, said, last)
+
+    @contextmanager
+    def drawing(self, **changes: object) -> Iterator[None]:
+        """Within this context other numbers of drawing hold: fields of `Sampling`."""
+        before = self.backbone.sampling
+        self.backbone.sampling = replace(before, **changes)
+        try:
+            yield
+        finally:
+            self.backbone.sampling = before

@@ -85,7 +85,7 @@ def test_every_arm_of_every_prompt_is_kept_under_its_prompt_seed_and_name(whole)
 
 def test_the_images_are_those_that_img_itself_draws_from_the_same_seeds(whole):
     folder, _ = whole
-    base, ours = load_img(PRESET)([row["prompt"] for row in ROWS[:2]], [100_000, 100_001])
+    base, ours = load_img(PRESET).stages([row["prompt"] for row in ROWS[:2]], [100_000, 100_001])
     for arm, images in (("base", base), ("img", ours)):
         for k in range(2):
             kept = np.asarray(Image.open(folder / f"p{k:05d}-s{100_000 + k}-{arm}.png"))

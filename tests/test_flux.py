@@ -181,12 +181,12 @@ def test_the_whole_method_draws_with_flux_and_negative_tokens_are_a_black_pictur
     prompt = img.backbone.image_prompt
     assert img.backbone.token_shape == (4, D) and img.passes == 3
     assert torch.equal(prompt.negative(), prompt.tokens([Image.new("RGB", (300, 200))]))
-    before, after = img([PROMPT], [1])
+    before, after = img.stages([PROMPT], [1])
     assert before.shape == after.shape == (1, 3, 64, 64) and not torch.equal(before, after)
     c = img.backbone.tokens(to_pil(before))
     expected = prompt.projection(prompt.encoder(prompt.processor(to_pil(before), return_tensors="pt").pixel_values)[0])
     assert torch.allclose(c, expected, atol=1e-6)
-    offloaded = load_img(preset(flux, offload=True))([PROMPT], [1])
+    offloaded = load_img(preset(flux, offload=True)).stages([PROMPT], [1])
     assert torch.equal(after, offloaded[1])
 
 

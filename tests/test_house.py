@@ -19,17 +19,18 @@ MAY_IMPORT = {
     "tiny": {"runtime"},
     "method": {"files", "runtime"},
     "backbones": {"method", "files", "runtime"},
-    "pipeline": {"backbones", "method", "files", "runtime"},
+    "around": {"backbones", "method", "files", "runtime"},
+    "pipeline": {"around", "backbones", "method", "files", "runtime"},
     "data": {"backbones", "method", "files", "runtime"},
     "training": {"data", "method", "runtime"},
-    "load": {"data", "pipeline", "backbones", "method", "files", "runtime"},
+    "load": {"data", "pipeline", "around", "backbones", "method", "files", "runtime"},
     "finetuning": {"training", "data", "method", "files", "runtime"},
     "evaluate": {"load", "data", "pipeline", "method", "files", "runtime", "tiny"},
     "rounds": {"evaluate", "training", "load", "data", "pipeline", "method", "files", "runtime", "tiny"},
     "bench": {"finetuning", "backbones", "method", "files", "runtime"},
     "tiny/build": {"load", "training", "backbones", "data", "method", "files", "runtime", "tiny"},
 }
-METHOD = {"aligner", "attention", "flags", "mllm", "preference", "presets", "questions"}
+METHOD = {"aligner", "attention", "flags", "mllm", "places", "preference", "presets", "questions"}
 # Of the twin, for whoever measures it: it opens the models that it diagnoses.
 MAY_IMPORT["tiny/diagnose"] = {"load", "method", "runtime", "tiny"}
 

@@ -15,7 +15,7 @@ from release_folder import PROMPT, locations
 
 from img_minimal.files.hub import chosen, fetch_file, fetch_folder
 from img_minimal.files.weights import WeightsError
-from img_minimal.load import fetch
+from img_minimal.places import fetch
 from img_minimal.presets import find_preset, with_overrides
 from img_minimal.runtime.errors import UserError
 

@@ -47,11 +47,11 @@ def watched(img: IMG, moves: list[tuple[str, bool]], monkeypatch) -> None:
 
 def test_offload_has_one_model_placed_at_a_time_and_leaves_the_images_as_they_are(release, monkeypatch):
     prompts, seeds = [PROMPT, "three green squares"], [0, 1]
-    usual = load_img(preset(release))(prompts, seeds, rounds=2)
+    usual = load_img(preset(release)).stages(prompts, seeds, rounds=2)
     img, moves = load_img(preset(release, offload=True)), []
     assert set(img.placement.parts) == set(PARTS) and img.placement.resident is None
     watched(img, moves, monkeypatch)
-    offloaded = img(prompts, seeds, rounds=2)
+    offloaded = img.stages(prompts, seeds, rounds=2)
     assert all(torch.equal(a, b) for a, b in zip(usual, offloaded))
     one_round = ["mllm", "image_prompt", "aligner", "image_prompt", "diffusion"]
     assert [name for name, away in moves if not away] == ["diffusion", *one_round, *one_round]
@@ -62,7 +62,7 @@ def test_offload_has_one_model_placed_at_a_time_and_leaves_the_images_as_they_ar
 def test_without_offload_nothing_moves_after_loading(release, monkeypatch):
     img, moves = load_img(preset(release)), []
     monkeypatch.setattr(Placement, "_move", lambda self, name, away: moves.append(name))
-    img([PROMPT], [0])
+    img.stages([PROMPT], [0])
     assert moves == []
 
 

@@ -75,7 +75,7 @@ def test_an_infinite_scale_is_an_error_and_no_black_picture(img, images):
 
 
 def test_the_whole_method_gives_the_same_images_twice(img):
-    first, second = (img(PROMPTS[:2], [1, 2], rounds=2) for _ in range(2))
+    first, second = (img.stages(PROMPTS[:2], [1, 2], rounds=2) for _ in range(2))
     assert len(first) == 3
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 

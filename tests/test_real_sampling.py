@@ -35,7 +35,7 @@ def test_sample_runs_through_with_flags_that_point_at_the_files(release, tmp_pat
 @torch.no_grad()
 def test_both_images_equal_those_of_diffusers_own_pipeline_and_ip_adapter(release):
     img = load_img(preset(release))
-    before, after = img([PROMPT], [3])
+    before, after = img.stages([PROMPT], [3])
     tokens, negative = img.align(before, [PROMPT], [3]), img.backbone.image_prompt.negative()
 
     pipe = StableDiffusionXLPipeline.from_pretrained(release / "base", dtype=torch.float32, add_watermarker=False)
@@ -70,7 +70,7 @@ def test_the_released_samplers_settings_are_those_that_are_used(release, monkeyp
         noise.append(arguments[0][:1])
 
     img.backbone.pipe.unet.register_forward_pre_hook(watch, with_kwargs=True)
-    img([PROMPT], [3])
+    img.stages([PROMPT], [3])
     first, second = calls
     assert first["guidance_scale"] == second["guidance_scale"] == 7.5
     assert first["tokens"] is None and (second["scale"], second["scale_end"]) == (0.2, 1.0)

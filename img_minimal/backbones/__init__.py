@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import Any, Protocol, Self
 
 import torch
+from diffusers import DiffusionPipeline
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +35,7 @@ class Sampling:
     encode_batch: int  # images that the vision encoder sees at once
     height: int | None = None  # pixels; None: the model's own size
     width: int | None = None
+    negative_prompt: str | None = None  # None: as the model was made, for SDXL zeros and for FLUX the empty prompt
 
     def check_size(self, multiple: int) -> None:
         """Raises UserError, before anything is loaded, for a size that the model cannot draw."""
@@ -77,6 +79,10 @@ class Backbone(Protocol):
     ) -> Self:  # fmt: skip
         """Open it from a preset whose locations are local paths; `loaded` is called after each of its models."""
 
+    @classmethod
+    def around(cls, pipe: DiffusionPipeline, files: Any, sampling: Sampling) -> Self:
+        """The same around a pipeline that the caller has loaded, which is neither moved nor changed."""
+
     @staticmethod
     def open_tokenizer(files: Any, precision: Precision, device: torch.device) -> ImageTokenizer:
         """Open what turns images into tokens, and nothing else of it."""
@@ -115,6 +121,12 @@ class Backbone(Protocol):
         """The tokens (1, N, D) that stand for "no image" in classifier-free guidance."""
         self.placement.bring("image_prompt")
         return self.image_prompt.negative()
+
+
+def computes_on(module: nn.Module) -> torch.device:
+    """Where a model computes: where it lies or, if hooks of accelerate keep it elsewhere, where they bring it."""
+    place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return module.device if place is None else torch.device(place)
 
 
 CLASSES = {

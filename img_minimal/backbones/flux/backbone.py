@@ -1,6 +1,6 @@
 """FLUX.1-dev as IMG's backbone: the pipeline with XLabs' IP-Adapter, opened from files and put together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from img_minimal.backbones import Backbone, Sampling, unread_end
+from img_minimal.backbones import Backbone, Sampling, computes_on, unread_end
 from img_minimal.backbones.flux.image_prompt import ImagePrompt, TokenProjection, load_ip_adapter
 from img_minimal.backbones.flux.injection import ImageBranch
 from img_minimal.backbones.flux.sampler import Condition, draw
@@ -65,6 +65,26 @@ class FluxBackbone(Backbone):
         placement.add("image_prompt", image_prompt)
         return cls(pipe, branch.requires_grad_(False), image_prompt, sampling, precision, placement)
 
+    @classmethod
+    def around(cls, pipe: FluxPipeline, files: Preset, sampling: Sampling) -> Self:
+        """Beside a pipeline that the caller has loaded; VAE, LoRAs, types and hooks stay as they are.
+
+        The steps are the authors' (see sampler.py), of which the pipeline's scheduler gives the shift. Raises UserError
+        if a file is missing or wrong, or does not fit the transformer.
+        """
+        sampling.check_size(16)
+        check_guided(pipe.transformer.config, "this pipeline")
+        device, dtype = computes_on(pipe.transformer), pipe.transformer.dtype
+        precision = Precision(weights=dtype, mllm=dtype, compute=dtype)
+        state, ip_adapter = load_ip_adapter(files.ip_adapter)
+        projection = TokenProjection.from_state_dict(state, files.ip_adapter)
+        image_prompt = ImagePrompt.from_pretrained(files.image_encoder, projection, precision, device)
+        branch = ImageBranch.for_transformer(pipe.transformer, image_prompt.token_shape[1]).to(device)
+        fill(branch, {key: value.to(dtype) for key, value in ip_adapter.items()}, files.ip_adapter)
+        placement = Placement(device)
+        placement.add("image_prompt", image_prompt)
+        return cls(pipe, branch.requires_grad_(False), image_prompt, sampling, precision, placement)
+
     @staticmethod
     def open_tokenizer(files: Preset, precision: Precision, device: torch.device) -> ImagePrompt:
         """Vision encoder and projection alone. Raises UserError if a file is missing or wrong."""
@@ -99,12 +119,13 @@ class FluxBackbone(Backbone):
         negative = None
         if tokens is not None and scale:
             negative = self.negative_tokens()
-        encoded = {prompt: self._encode(prompt) for prompt in dict.fromkeys([*prompts, ""])}  # each text once
+        unwanted = sampling.negative_prompt or ""
+        encoded = {prompt: self._encode(prompt) for prompt in dict.fromkeys([*prompts, unwanted])}  # each text once
         self.placement.bring("diffusion")
         return draw(
             self.pipe,
             [encoded[prompt] for prompt in prompts],
-            encoded[""],
+            encoded[unwanted],
             seeds,
             steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,
@@ -130,10 +151,9 @@ class FluxBackbone(Backbone):
     def _encode(self, prompt: str) -> Condition:
         """T5's states (1, 512, E), padded and without a mask, and CLIP's pooled embedding (1, W)."""
         self.placement.bring("text")
-        with self.precision.sampling(self.pipe.text_encoder.device):
-            states, pooled, _ = self.pipe.encode_prompt(
-                prompt, device=self.pipe.text_encoder.device, max_sequence_length=self._text_limit
-            )
+        device = computes_on(self.pipe.text_encoder)
+        with self.precision.sampling(device):
+            states, pooled, _ = self.pipe.encode_prompt(prompt, device=device, max_sequence_length=self._text_limit)
         return states, pooled
 
     def text_states(self, prompts: list[str]) -> Tensor:
@@ -151,6 +171,13 @@ def check_kind(base: Path) -> None:
     kind = read_json(base / "model_index.json", dict, instead, WeightsError).get("_class_name")
     if kind != "FluxPipeline":
         raise WeightsError(f"{base}: is a {kind}, not a FluxPipeline (FLUX.2, Kontext and others differ); {instead}")
-    settings = read_json(base / "transformer" / "config.json", dict, instead, WeightsError)
+    check_guided(read_json(base / "transformer" / "config.json", dict, instead, WeightsError), base)
+
+
+def check_guided(settings: Mapping, place: str | Path) -> None:
+    """Raises WeightsError for the configuration of a transformer without guidance embedding."""
     if not settings.get("guidance_embeds"):
-        raise WeightsError(f"{base}: has no guidance embedding, as FLUX.1-schnell has none; {instead}")
+        raise WeightsError(
+            f"{place}: has no guidance embedding, as FLUX.1-schnell has none; IMG's adapter and aligner are made for "
+            "black-forest-labs/FLUX.1-dev"
+        )

@@ -8,6 +8,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 from tqdm import tqdm
 
+from img_minimal.backbones import computes_on
 from img_minimal.backbones.flux.injection import ImageBranch, inject
 from img_minimal.runtime.devices import Precision
 from img_minimal.runtime.images import check_finite
@@ -95,7 +96,7 @@ def draw(
     picture). tokens (B, N, D) are injected in the positive half, `negative` (1, N, D) in the other, with `scale` in the
     first step and `scale * scale_end` in the last one. The VAE decodes in its own dtype: load it in fp32.
     """
-    device = pipe.transformer.device
+    device = computes_on(pipe.transformer)
     dtype = pipe.transformer.dtype
     starts = range(0, len(conditions), batch_size)
     scales = torch.linspace(scale, scale * scale_end, steps)

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from img_minimal.backbones import Backbone, Sampling, unread_end
+from img_minimal.backbones import Backbone, Sampling, computes_on, unread_end
 from img_minimal.backbones.sdxl.image_prompt import ImagePrompt, load_ip_adapter, own_projection
 from img_minimal.backbones.sdxl.injection import ImageBranch
 from img_minimal.backbones.sdxl.sampler import draw
@@ -77,6 +77,25 @@ class SDXLBackbone(Backbone):
         placement.add("image_prompt", image_prompt)
         return cls(pipe, branch.requires_grad_(False), image_prompt, sampling, precision, placement)
 
+    @classmethod
+    def around(cls, pipe: StableDiffusionXLPipeline, files: Preset, sampling: Sampling) -> Self:
+        """Beside a pipeline that the caller has loaded; scheduler, VAE, LoRAs, types and hooks stay as they are.
+
+        Raises UserError if a file is missing or wrong, or does not fit the pipeline's UNet.
+        """
+        sampling.check_size(8)
+        check_parts(pipe, "this pipeline")
+        device, dtype = computes_on(pipe.unet), pipe.unet.dtype
+        precision = Precision(weights=dtype, mllm=dtype, compute=dtype)
+        image_proj, ip_adapter = load_ip_adapter(files.ip_adapter, files.resampler)
+        negative_proj = own_projection(files.ip_adapter, files.resampler)
+        image_prompt = ImagePrompt.from_pretrained(files.image_encoder, image_proj, precision, device, negative_proj)
+        branch = ImageBranch.for_unet(pipe.unet, next(iter(ip_adapter.values())).shape[1], device)
+        fill(branch, {key: value.to(dtype) for key, value in ip_adapter.items()}, files.ip_adapter)
+        placement = Placement(device)
+        placement.add("image_prompt", image_prompt)
+        return cls(pipe, branch.requires_grad_(False), image_prompt, sampling, precision, placement)
+
     @staticmethod
     def open_tokenizer(files: Preset, precision: Precision, device: torch.device) -> ImagePrompt:
         """Vision encoder and Resampler alone. Raises UserError if a file is missing or wrong."""
@@ -125,6 +144,7 @@ class SDXLBackbone(Backbone):
             precision=self.precision,
             height=sampling.height,
             width=sampling.width,
+            negative_prompt=sampling.negative_prompt,
             batch_size=sampling.draw_batch,
             progress=progress,
         )

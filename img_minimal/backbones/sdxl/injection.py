@@ -43,7 +43,9 @@ class ImageBranch(nn.ModuleDict):
     """
 
     @classmethod
-    def for_unet(cls, unet: UNet2DConditionModel, token_width: int | None = None) -> Self:
+    def for_unet(
+        cls, unet: UNet2DConditionModel, token_width: int | None = None, device: torch.device | None = None
+    ) -> Self:
         """A new branch in the UNet's dtype, for image tokens of width `token_width` (default: as wide as the text's).
 
         Where the widths agree it starts as a copy of the text branch, so that image tokens near the text's
@@ -54,9 +56,9 @@ class ImageBranch(nn.ModuleDict):
             branch[key] = nn.ModuleDict()
             for name, text in (("to_k_ip", attn.to_k), ("to_v_ip", attn.to_v)):
                 width = token_width or text.in_features
-                like = {"dtype": text.weight.dtype, "device": text.weight.device}
+                like = {"dtype": text.weight.dtype, "device": device or text.weight.device}
                 branch[key][name] = nn.Linear(width, text.out_features, bias=False, **like)
-                if width == text.in_features:
+                if width == text.in_features and not text.weight.is_meta:
                     branch[key][name].load_state_dict({"weight": text.weight.detach()})
         return branch
 

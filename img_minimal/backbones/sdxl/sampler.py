@@ -7,6 +7,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from img_minimal.backbones import computes_on
 from img_minimal.backbones.sdxl.injection import ImageBranch, inject
 from img_minimal.runtime.devices import Precision
 from img_minimal.runtime.images import check_finite
@@ -28,10 +29,11 @@ def draw(
     precision: Precision | None = None,
     height: int | None = None,
     width: int | None = None,
+    negative_prompt: str | None = None,
     batch_size: int = 64,
     progress: str | None = None,
 ) -> Tensor:
-    """One image per prompt, (B, 3, H, W) in [0, 1] on the CPU. There is no negative prompt: its embedding is zeros.
+    """One image per prompt, (B, 3, H, W) in [0, 1] on the CPU. Without a negative prompt its embedding is zeros.
 
     Every image has its own CPU generator, so a seed gives the same start noise alone or in a batch, in the first pass
     or in the second, on every device. tokens (B, N, D) are injected beside the text, with `scale` in the first step
@@ -39,7 +41,8 @@ def draw(
     unconditional half of classifier-free guidance. Without a size images have the model's own, without a `precision`
     it is "mixed". SDXL's VAE overflows in fp16, so load it in fp32.
     """
-    precision = precision or Precision.named("mixed", pipe.device)
+    device = computes_on(pipe.unet)
+    precision = precision or Precision.named("mixed", device)
     starts = range(0, len(prompts), batch_size)
     bar = tqdm(total=len(starts) * steps, desc=progress, disable=progress is None, leave=False, delay=1)
     scales = torch.linspace(scale, scale * scale_end, steps)
@@ -61,12 +64,13 @@ def draw(
         current.copy_(scales[0])
         injected = nullcontext()
         if tokens is not None and scale != 0:
-            positive = tokens[part].to(pipe.device)
+            positive = tokens[part].to(device)
             both = torch.cat([negative.to(positive).expand_as(positive), positive])
             injected = inject(pipe.unet, branch, both if pipe.do_classifier_free_guidance else positive, current)
-        with injected, precision.sampling(pipe.device):
+        with injected, precision.sampling(device):
             decoded = pipe(
                 prompt=prompts[part],
+                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(prompts[part]),
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
                 height=height,
