@@ -1,7 +1,8 @@
 """Implicit Multimodal Guidance (arXiv 2509.26231): draw, look at it with an MLLM, draw it again better aligned.
 
 from img_minimal import load_img
-images, better = load_img("tiny-sdxl")(["a red circle above a blue square"], [1])
+out = load_img("tiny-sdxl")("a red circle above a blue square", seed=1)
+out.initial, out.said, out.images
 """
 
 import os

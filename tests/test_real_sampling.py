@@ -170,8 +170,8 @@ def test_a_prompt_beyond_77_tokens_is_drawn_with_a_warning_that_says_what_is_cut
 
 
 def test_pictures_saved_are_the_pictures_drawn(release, tmp_path, monkeypatch):
-    drawn, plain = [], IMG.__call__
-    monkeypatch.setattr(IMG, "__call__", lambda *a, **k: drawn.append(plain(*a, **k)) or drawn[0])
+    drawn, plain = [], IMG.stages
+    monkeypatch.setattr(IMG, "stages", lambda *a, **k: drawn.append(plain(*a, **k)) or drawn[0])
     command(monkeypatch, release, "--output", tmp_path, "--num-images", 1, "--no-explain")
     assert sample.main() == 0
     saved = from_pil([Image.open(tmp_path / "seed0-1-round1.png")])
