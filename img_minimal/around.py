@@ -10,7 +10,7 @@ from img_minimal.mllm import MLLM, Guide
 from img_minimal.places import TOKENIZER, check_guidance_width, check_token_width, fetch
 from img_minimal.presets import Preset, find_preset, with_overrides
 from img_minimal.questions import find_questions
-from img_minimal.runtime.devices import Precision
+from img_minimal.runtime.devices import Precision, known_device
 from img_minimal.runtime.errors import UserError
 
 KINDS = {"StableDiffusionXLPipeline": "sdxl", "FluxPipeline": "flux"}
@@ -28,6 +28,7 @@ def sampling_of(preset: Preset) -> Sampling:
         encode_batch=preset.encode_batch,
         height=preset.height,
         width=preset.width,
+        negative_prompt=preset.negative_prompt,
     )
 
 
@@ -58,7 +59,7 @@ def open_around(
     if "mllm" in wanted:
         check_guidance_width(f, announced_width(chosen.mllm), chosen.mllm)
     backbone = backbone_class(kind).around(pipe, chosen, sampling_of(chosen))
-    device = torch.device(mllm_device or backbone.placement.device)
+    device = known_device(str(mllm_device)) if mllm_device else backbone.placement.device
     if "mllm" in wanted:
         dtype = Precision.named(chosen.dtype, device).mllm
         mllm = MLLM.from_pretrained(chosen.mllm, dtype, device, find_questions(chosen.questions))

@@ -7,7 +7,7 @@ from img_minimal.presets import Preset, find_preset, with_overrides
 from img_minimal.runtime.cli import check, option
 
 LIMITS = (("steps", 1, 10_000), ("passes", 1, 100), ("height", 1, 8192), ("width", 1, 8192), ("scale", 0, 1000),
-          ("scale_end", 0, 1000))  # fmt: skip
+          ("scale_end", 0, 1000), ("guidance_scale", 0, 1000))  # fmt: skip
 
 
 @dataclass
@@ -37,6 +37,8 @@ class SamplingFlags(ModelFlags):
 
     aligner: str | None = option(None, "aligner file, e.g. outputs/train/aligner.safetensors, or on the hub")
     steps: int | None = option(None, "denoising steps; default: the preset's")
+    guidance_scale: float | None = option(None, "of classifier-free guidance; default: the preset's")
+    negative_prompt: str | None = option(None, "what not to draw; default: zeros for SDXL, the empty prompt for FLUX")
     passes: int | None = option(None, "applications of the aligner; default: the preset's")
     scale: float | None = option(None, "weight of the aligned image tokens; default: the preset's")
     scale_end: float | None = option(None, "share of it that is left at the last step; default: the preset's")
@@ -53,6 +55,8 @@ class SamplingFlags(ModelFlags):
             super().applied_to(preset),
             aligner=self.aligner,
             sampling_steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
             passes=self.passes,
             scale=self.scale,
             scale_end=self.scale_end,

@@ -26,7 +26,7 @@ from img_minimal.places import BACKBONE, TOKENIZER, check_guidance_width, check_
 from img_minimal.presets import Preset, find_preset, with_overrides
 from img_minimal.questions import find_questions
 from img_minimal.runtime.cli import writable_folder
-from img_minimal.runtime.devices import Placement, Precision, best_device
+from img_minimal.runtime.devices import Placement, Precision, best_device, known_device
 from img_minimal.runtime.ranks import ALONE, Ranks
 
 NEXT_RANK = 1_000_000_007  # between the seeds of two processes' questions
@@ -46,23 +46,24 @@ def _open_backbone(preset: Preset, placement: Placement | None, loaded: Callable
     return backbone_class(preset.backbone).open(preset, sampling_of(preset), precision, placement, loaded)
 
 
-def load_guide(preset: Preset, kind: str, backbone: Backbone | None = None) -> Guide:
+def load_guide(preset: Preset, kind: str, backbone: Backbone | None = None, device: str | None = None) -> Guide:
     """What guides: the finetuned MLLM ("mllm"), the "stock" one, or the prompt's embedding ("text").
 
-    An MLLM waits for its turn where the backbone's parts do. Raises UserError if its files are missing or wrong.
+    An MLLM waits for its turn where the backbone's parts do, unless it has a device of its own. Raises UserError if its
+    files are missing or wrong.
     """
     if kind == "text":
         backbone = backbone or load_backbone(preset)
         return TextGuidance(backbone.text_states, backbone.text_width)
-    device = backbone.placement.waiting if backbone else best_device()
+    device = known_device(device) if device else backbone.placement.waiting if backbone else best_device()
     path = preset.guide(kind)
     with opening(path, "multimodal LLM"):
         dtype = Precision.named(preset.dtype, best_device()).mllm
         return MLLM.from_pretrained(path, dtype, device, find_questions(preset.questions))
 
 
-def load_img(preset: Preset | str, aligner: str | None = None) -> IMG:
-    """The whole method, by a preset or its name; `aligner` names another aligner file.
+def load_img(preset: Preset | str, aligner: str | None = None, mllm_device: str | None = None) -> IMG:
+    """The whole method, by a preset or its name; `aligner` names another aligner file, `mllm_device` e.g. "cuda:1".
 
     Checks that aligner, image prompt and MLLM belong together before anything big is loaded. Raises UserError in one
     line.
@@ -74,9 +75,9 @@ def load_img(preset: Preset | str, aligner: str | None = None) -> IMG:
     check_guidance_width(f, announced_width(preset.mllm), preset.mllm)
     with tqdm(total=4, desc="loading models", leave=False, delay=2) as bar:
         backbone = _open_backbone(preset, None, bar.update)
-        mllm = load_guide(preset, "mllm", backbone)
+        mllm = load_guide(preset, "mllm", backbone, mllm_device)
     check_guidance_width(f, mllm.width, preset.mllm)
-    return IMG(backbone, mllm, f, preset.passes, preset.mllm_batch)
+    return IMG(backbone, mllm, f, preset.passes, preset.mllm_batch, mllm_device=mllm_device)
 
 
 def load_encoder(preset: Preset, guidance: str, seed: int) -> Encoder:

@@ -51,6 +51,7 @@ class Preset:
     sampling_steps: int
     guidance_scale: float
     true_cfg_scale: float = 1.0  # FLUX's classifier-free guidance, beside the embedding that guidance_scale is there
+    negative_prompt: str | None = None  # None: as the model was made, for SDXL zeros and for FLUX the empty prompt
     height: int | None = None  # of the images, in pixels; None: the model's own
     width: int | None = None
     scale: float  # of the image tokens in the second pass, at its first step

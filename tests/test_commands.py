@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,8 +39,48 @@ def test_sample_saves_both_images_and_the_picture_and_says_what_was_seen(call, t
     assert result.returncode == 0, result.stderr
     assert "initial: MLLM: " in result.stdout and "oracle: " in result.stdout
     names = {p.name for p in tmp_path.iterdir()}
-    assert names == {"seed1-0-initial.png", "seed1-1-round1.png", "side-by-side.png"}
-    assert Image.open(tmp_path / "seed1-0-initial.png").size == (64, 64)
+    assert names == {"seed1-0-initial.png", "seed1-1-round1.png", "side-by-side.png", "results.json"}
+    last = Image.open(tmp_path / "seed1-1-round1.png")
+    assert last.size == (64, 64)
+    assert (last.text["prompt"], last.text["seed"], last.text["stage"]) == (one[1], "1", "round 1")
+    [row] = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [image["file"] for image in row["images"]] == ["seed1-0-initial.png", "seed1-1-round1.png"]
+    assert all(image["MLLM"] and image["oracle"] for image in row["images"])
+    steps = re.search(r"in [\d.]+ s: draw \d+%, look \d+%, align \d+%, draw again \d+%, put in words", result.stdout)
+    assert steps and "GB of" in result.stdout
+
+
+def test_sample_begins_with_a_picture_that_one_has(call, tmp_path):
+    Image.new("RGB", (100, 80), "white").save(tmp_path / "mine.png")
+    out = tmp_path / "out"
+    done = call("sample.py", "--image", tmp_path / "mine.png", "--num-images", 2, "--steps", 2, "--output", out)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(out / "seed0-0-given.png").size == (100, 80)
+    first, second = (Image.open(out / f"seed{seed}-1-round1.png").tobytes() for seed in (0, 1))
+    assert first != second
+
+
+def test_sample_draws_the_prompts_of_a_file_and_a_sweep(call, tmp_path):
+    (tmp_path / "two.txt").write_text("a red circle\na blue square\n")
+    more = (
+        "--num-images",
+        1,
+        "--steps",
+        2,
+        "--no-explain",
+        "--negative-prompt",
+        "a green cross",
+        "--guidance-scale",
+        3,
+    )
+    for words in ("scale=0,1.5", "passes=1,2"):
+        done = call("sample.py", "--prompt-file", tmp_path / "two.txt", *more, "--sweep", words, "--output", tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert {"prompt0-seed0-1-round1.png", "prompt1-seed0-1-round1.png", "sweep.png"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    settings = json.loads((tmp_path / "results.json").read_text())["settings"]
+    assert (settings["negative_prompt"], settings["guidance_scale"]) == ("a green cross", 3.0)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +96,12 @@ def test_sample_saves_both_images_and_the_picture_and_says_what_was_seen(call, t
         (["--model", "nope"], ["nope", "tiny-sdxl"]),
         (["--output", "/proc/nowhere"], ["/proc/nowhere", "choose another folder"]),
         (["--colour", "red"], ["--colour"]),
+        (["--image", "nowhere.png"], ["nowhere.png", "No such file"]),
+        (["--image", __file__], ["test_commands.py", "no picture", "PNG"]),
+        (["--sweep", "colour=1"], ["--sweep", "scale"]),
+        (["--sweep", "scale=a"], ["--sweep", "scale=0,0.2"]),
+        (["--mllm-device", "cuda:77"], ["--mllm-device", "cpu"]),
+        (["--guidance-scale", "-1"], ["--guidance-scale"]),
     ],
 )
 def test_sample_refuses_bad_input_in_one_line(call, arguments, words):

@@ -13,7 +13,7 @@ from threading import Thread
 import pytest
 from release_folder import PROMPT, locations
 
-from img_minimal.files.hub import chosen, fetch_file, fetch_folder
+from img_minimal.files.hub import chosen, fetch_file, fetch_folder, on_hub
 from img_minimal.files.weights import WeightsError
 from img_minimal.places import fetch
 from img_minimal.presets import find_preset, with_overrides
@@ -153,6 +153,14 @@ def test_a_name_that_is_neither_path_nor_repository_is_refused_without_asking_th
             fetch_file(location, "--aligner")
     with pytest.raises(UserError, match="neither a local path nor owner/name on the hub; check --aligner"):
         fetch_file("a--b..c/d/e.pth", "--aligner")
+
+
+def test_a_folder_that_is_called_like_an_owner_hides_no_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shi-labs" / "notes").mkdir(parents=True)
+    assert on_hub("shi-labs/IMG/aligner_sdxl.pth", "--aligner") == ("shi-labs/IMG", "aligner_sdxl.pth")
+    with pytest.raises(WeightsError, match="no such file or folder"):
+        on_hub("shi-labs/notes/aligner_sdxl.pth", "--aligner")
 
 
 def test_a_mistyped_local_path_shows_before_anything_is_fetched(monkeypatch):

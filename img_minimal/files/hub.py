@@ -99,7 +99,9 @@ def on_hub(location: str, flag: str) -> tuple[str, str] | None:
     if Path(location).expanduser().exists():
         return None
     pieces = location.split("/")
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)+", location) or Path(pieces[0]).is_dir():
+    # A folder that happens to be called like an owner hides no repository; one that holds the next name is a path.
+    is_file = len(pieces) == 2 and location.endswith((".safetensors", ".bin", ".pth", ".pt"))
+    if is_file or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)+", location) or Path(*pieces[:2]).exists():
         raise WeightsError(f"{location}: no such file or folder; check {flag} (a path, or owner/name on the hub)")
     return "/".join(pieces[:2]), "/".join(pieces[2:])
 

@@ -29,7 +29,7 @@ def parse(config: type[Config], description: str, argv: list[str] | None = None)
     """Fill a flat dataclass from the command line; `some_field` becomes `--some-field`, bool fields get --no- forms.
 
     Unknown options, values of the wrong type and numbers that nothing can be done with end the program with a line and
-    exit code 2. Options are not guessed from their beginnings.
+    exit code 2. Options are not guessed from their beginnings. "~/" is the home folder, also after an "=".
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -48,7 +48,10 @@ def parse(config: type[Config], description: str, argv: list[str] | None = None)
             settings |= {"type": kinds[0], "choices": field.metadata.get("choices")}
             settings["metavar"] = None if settings["choices"] else kinds[0].__name__.upper()
         parser.add_argument("--" + field.name.replace("_", "-"), **settings)
-    chosen = config(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    chosen = config(
+        **{k: os.path.expanduser(v) if isinstance(v, str) and v[:2] == "~/" else v for k, v in values.items()}
+    )
     for field in dataclasses.fields(config):
         value, most = getattr(chosen, field.name), field.metadata.get("most", LARGEST)
         if isinstance(value, (int, float)) and not abs(value) <= most:  # so that NaN is caught, too

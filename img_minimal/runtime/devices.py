@@ -20,6 +20,17 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def known_device(name: str) -> torch.device:
+    """The device of that name. Raises UserError if this computer has none such."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        there = ["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+        raise UserError(f"--mllm-device is {name!r}, expected one of: {', '.join(there)}") from None
+    return device
+
+
 def bf16_is_fast(device: torch.device) -> bool:
     """Does this device multiply matrices in bf16 faster than in fp32?
 

@@ -1,10 +1,12 @@
 """Images as tensors and as PIL: (B, 3, H, W) in [0, 1] <-> list[Image]."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from img_minimal.runtime.errors import UserError
@@ -36,11 +38,22 @@ def from_pil(images: list[Image.Image]) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 
-def png(image: Image.Image) -> bytes:
-    """Encoded without loss, so that what is read is what was drawn."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+def png(image: Image.Image, text: dict[str, object] | None = None) -> bytes:
+    """Encoded without loss, so that what is read is what was drawn; `text` can be read back as `image.text`."""
+    buffer, notes = io.BytesIO(), PngInfo()
+    for key, value in (text or {}).items():
+        notes.add_itxt(key, str(value))
+    image.save(buffer, "PNG", pnginfo=notes)
     return buffer.getvalue()
+
+
+def open_image(path: str) -> Image.Image:
+    """A picture from a file, as `decode` reads it. Raises UserError if there is none."""
+    try:
+        return decode(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "no picture that can be read"
+        raise UserError(f"{path}: {why}; expected {', '.join(FORMATS)}") from None
 
 
 def decode(data: bytes) -> Image.Image:

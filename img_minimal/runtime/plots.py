@@ -42,6 +42,25 @@ def labelled_grid(
     plt.close(figure)
 
 
+def worded_rows(rows: list[tuple[list[Image.Image], str]], path: str | Path, title: str) -> None:
+    """Rows of images, each with its words to the right."""
+    columns = max(len(images) for images, _ in rows)
+    figure, axes = plt.subplots(
+        len(rows), columns + 1, figsize=(2.2 * columns + 4.6, 2.3 * len(rows) + 0.4), squeeze=False,
+        width_ratios=[*[2.2] * columns, 4.6], layout="constrained",
+    )  # fmt: skip
+    for (images, words), line in zip(rows, axes):
+        for axis in line:
+            axis.set_axis_off()
+        for image, axis in zip(images, line):
+            axis.imshow(image, interpolation="nearest" if image.width < 256 else None)
+        lines = [fill(line, 58) for line in printable(words).splitlines()]
+        line[-1].text(0, 0.5, "\n".join(lines), fontsize=9, va="center", transform=line[-1].transAxes)
+    figure.suptitle(printable(title), fontsize=10, color=GREY)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def pairs_grid(pairs: list[list[tuple[Image.Image, str]]], path: str | Path, caption: str) -> None:
     """Before and after, three pairs of labelled images to a row; nothing if there are none."""
     rows = [[cell for pair in pairs[k : k + 3] for cell in pair] for k in range(0, len(pairs), 3)]

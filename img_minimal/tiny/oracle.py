@@ -11,11 +11,13 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from img_minimal.runtime.images import from_pil
 from img_minimal.tiny.edits import instruction
 from img_minimal.tiny.grammar import FORMS, Prompt
-from img_minimal.tiny.world import BACKGROUND, PALETTE, Scene, Shape, satisfied, signed_distance
+from img_minimal.tiny.world import BACKGROUND, PALETTE, SIZE, Scene, Shape, satisfied, signed_distance
 
 FIGURE = 0.3  # distance from the ground in RGB; a third of a yellow pixel's coverage
 SPECK = 24  # pixels; smaller figures are overlooked
@@ -48,6 +50,11 @@ class Verdict:
 def judge(images: Tensor, prompts: list[Prompt]) -> list[Verdict]:
     """Scorer images (B, 3, 64, 64) in [0, 1] against their prompts."""
     return [compare(scene, prompt) for scene, prompt in zip(detect(images), prompts, strict=True)]
+
+
+def judge_pictures(pictures: list[Image.Image], prompts: list[Prompt]) -> list[Verdict]:
+    """The same of pictures of any size."""
+    return judge(from_pil([picture.convert("RGB").resize((SIZE, SIZE)) for picture in pictures]), prompts)
 
 
 def detect(images: Tensor) -> list[Scene]:
