@@ -62,17 +62,8 @@ def test_sample_begins_with_a_picture_that_one_has(call, tmp_path):
 
 def test_sample_draws_the_prompts_of_a_file_and_a_sweep(call, tmp_path):
     (tmp_path / "two.txt").write_text("a red circle\na blue square\n")
-    more = (
-        "--num-images",
-        1,
-        "--steps",
-        2,
-        "--no-explain",
-        "--negative-prompt",
-        "a green cross",
-        "--guidance-scale",
-        3,
-    )
+    more = ("--num-images", 1, "--steps", 2, "--no-explain", "--guidance-scale", 3)
+    more += ("--negative-prompt", "a green cross")
     for words in ("scale=0,1.5", "passes=1,2"):
         done = call("sample.py", "--prompt-file", tmp_path / "two.txt", *more, "--sweep", words, "--output", tmp_path)
         assert done.returncode == 0, done.stderr

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "training": {"data", "method", "runtime"},
     "load": {"data", "pipeline", "around", "backbones", "method", "files", "runtime"},
     "finetuning": {"training", "data", "method", "files", "runtime"},
+    "plots": {"runtime"},
     "evaluate": {"load", "data", "pipeline", "method", "files", "runtime", "tiny"},
     "rounds": {"evaluate", "training", "load", "data", "pipeline", "method", "files", "runtime", "tiny"},
     "bench": {"finetuning", "backbones", "method", "files", "runtime"},
@@ -92,6 +93,7 @@ def test_nothing_but_devices_names_a_dtype_to_compute_in():
 
 
 COMMANDS = ["sample.py", "train.py", "-m img_minimal.evaluate", "-m img_minimal.bench", "-m img_minimal.tiny.build"]
+COMMANDS += ["-m img_minimal.plots"]
 COMMANDS += [f"tutorials/{path.name}" for path in sorted((ROOT / "tutorials").glob("[0-9]*.py"))]
 
 
@@ -112,10 +114,12 @@ def test_the_package_gives_the_method_by_name_and_says_what_it_has_not():
         img_minimal.Painter  # noqa: B018
 
 
-def test_the_example_of_the_readme_runs():
-    readme = (ROOT / "README.md").read_text()
-    [example] = re.findall(r"```python\n(.*?)```", readme, re.S)
-    names: dict = {}
-    exec(example, names)
-    out = names["out"]
-    assert out.initial[0].size == out.images[0].size == (64, 64) and out.said[0]
+def test_the_examples_of_the_readme_run():
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(examples) == 2
+    for example in examples:
+        names: dict = {}
+        exec(example, names)
+        out = names["out"]
+        assert out.initial[0].size == out.images[0].size == (64, 64) and out.said[0]
+    assert names["tokens"].shape == (1, 16, 128)

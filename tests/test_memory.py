@@ -159,7 +159,7 @@ def test_offload_never_needs_more_and_more_memory_never_fits_less(rows):
 
 
 def test_the_readme_shows_the_tables_that_the_command_prints():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "tutorials" / "real_models.md").read_text()
     assert table("sdxl", "llava-13b") in readme
     [totals] = [part for part in table("sdxl", "llava-7b").split("\n\n") if part.startswith("| with")]
     assert totals in readme

@@ -1,4 +1,4 @@
-"""What the README says is true of the repository: lines, files, commands, and numbers."""
+"""What the README and its pages say is true of the repository: lines, files, commands, and numbers."""
 
 import importlib
 import json
@@ -13,14 +13,16 @@ from img_minimal.evaluate.arms import TITLES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "tutorials").glob("*.md"))}
+ALL = "\n".join([README, *PAGES.values()])
+BLOCKS = re.findall(r"```bash\n(.*?)```", ALL, re.S)
 COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 OURS = sorted({m.group() for c in COMMANDS for m in re.finditer(r"python (-m img_minimal\.[\w.]+|\w+\.py)", c)})
 
 
 def section(title: str) -> str:
     """The text under a heading, up to the next one of the same level."""
-    return README.split(f"## {title}\n")[1].split("\n## ")[0]
+    return ALL.split(f"## {title}\n")[1].split("\n## ")[0]
 
 
 def test_every_equation_is_found_by_what_its_line_says():
@@ -28,17 +30,27 @@ def test_every_equation_is_found_by_what_its_line_says():
     assert len(rows) > 15
     for path, target, reads in rows:
         found = [line for line in (ROOT / path).read_text().splitlines() if reads in line]
-        assert len(found) == 1 and target == path, f"{path}: {len(found)} lines say {reads!r}"
+        assert len(found) == 1 and target == f"../{path}", f"{path}: {len(found)} lines say {reads!r}"
 
 
-def test_no_section_of_the_readme_stands_twice():
-    titles = re.findall(r"^## .*$", README, re.MULTILINE)
+def test_the_readme_is_short_and_no_section_stands_twice():
+    assert len(README.encode()) <= 10_000
+    titles = re.findall(r"^## .*$", ALL, re.MULTILINE)
     assert len(titles) > 10 and sorted(titles) == sorted(set(titles))
 
 
+def test_every_page_is_linked_and_every_link_leads_somewhere():
+    assert [name for name in PAGES if f"](tutorials/{name}.md" not in README] == []
+    for place, text in [(ROOT, README), *((ROOT / "tutorials", page) for page in PAGES.values())]:
+        for target, heading in re.findall(r"\]\((?!http)([^)#]*)(#[^)]*)?\)", text):
+            assert (place / target).exists(), target
+            if heading:
+                words = re.sub(r"[^\w -]", "", heading[1:]).replace("-", " ")
+                assert f"## {words}\n" in (place / target).read_text().lower(), heading
+
+
 def test_every_path_that_the_readme_names_is_there():
-    paths = re.findall(r"`((?:img_minimal|tutorials|tests)/[\w/.-]*)`", README)
-    paths += re.findall(r"\]\(((?:img_minimal|tutorials)/[\w/.-]+)[#)]", README)
+    paths = re.findall(r"`((?:img_minimal|tutorials|tests)/[\w/.-]*)`", ALL)
     assert len(paths) > 30
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
@@ -68,7 +80,7 @@ def test_every_module_of_the_package_is_named_or_lies_in_a_folder_that_is():
     assert [name for name in folders if f"`img_minimal/{name}/`" not in README] == []
 
 
-@pytest.mark.parametrize("command", [c for c in OURS if "diagnose" not in c])  # which has no flags
+@pytest.mark.parametrize("command", OURS)
 def test_every_flag_of_a_command_in_the_readme_exists(command, monkeypatch, capsys):
     flags = {f for c in COMMANDS if command in c for f in re.findall(r"(--[\w-]+)", c.split(command)[1])}
     name = command.split()[-1].removesuffix(".py")
@@ -97,7 +109,7 @@ def result_row(arm: str, results: dict) -> str:
 @pytest.mark.parametrize("file", ["evaluation.json", "evaluation-flux.json"])
 def test_the_table_of_results_is_what_the_evaluation_wrote(file):
     results = json.loads((ROOT / "img_minimal/tiny/twins" / file).read_text())
-    missing = [arm for arm in results["arms"] if f"| {result_row(arm, results)} |" not in section("Results")]
+    missing = [arm for arm in results["arms"] if f"| {result_row(arm, results)} |" not in PAGES["results"]]
     assert missing == []
 
 

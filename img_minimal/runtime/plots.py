@@ -15,7 +15,7 @@ from img_minimal.runtime.cli import printable  # noqa: E402
 
 plt.rcParams["text.parse_math"] = False  # prompts and answers are no formulas, whatever dollars they hold
 # Okabe and Ito's palette, safe for colour-blind readers.
-BLUE, ORANGE, GREEN, GREY, PINK = "#0072B2", "#E69F00", "#009E73", "#7F7F7F", "#CC79A7"
+BLUE, ORANGE, GREEN, GREY, PINK = COLOURS = "#0072B2", "#E69F00", "#009E73", "#7F7F7F", "#CC79A7"
 
 
 def labelled_grid(
