@@ -47,8 +47,11 @@ def test_a_cut_last_row_is_left_out_and_said(runs, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["nowhere"], "nowhere/metrics.jsonl: not there"), (["--only", "colour"], "colour: no run has that; they have error")],
-)  # fmt: skip
+    [
+        (["nowhere"], "nowhere/metrics.jsonl: not there"),
+        (["--only", "colour"], "colour: no run has that; they have error"),
+    ],
+)
 def test_what_cannot_be_drawn_is_one_line(runs, tmp_path, monkeypatch, capsys, words, said):
     assert called(monkeypatch, *runs, *words, "--output", tmp_path / "a.png") == 2
     assert said in capsys.readouterr().err

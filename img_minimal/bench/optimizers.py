@@ -3,13 +3,13 @@
 import torch
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.bench.passes import seconds
+from img_minimal.bench.measure import in_turn, rows
 from img_minimal.presets import find_preset
 from img_minimal.runtime.optimizer import new_optimizer
 
 
 def optimizers(device: torch.device, rounds: int = 7) -> str:
-    """One step of the twin's aligner with Muon in either dtype and with AdamW, in turn: medians, as ratios to fp32."""
+    """One step of the twin's aligner with Muon in either dtype and with AdamW, in turn, as ratios to the first."""
     preset = find_preset("tiny-sdxl")
     torch.manual_seed(0)
     aligner = ImplicitAligner(128, 160, preset.depth, preset.heads, preset.head_dim).to(device)
@@ -20,10 +20,4 @@ def optimizers(device: torch.device, rounds: int = 7) -> str:
         title: new_optimizer(name, aligner.parameters(), lr=1e-4, weight_decay=0.0, dtype=dtype)
         for title, (name, dtype) in kinds.items()
     }
-    times: dict[str, list[float]] = {title: [] for title in made}
-    for _ in range(rounds + 1):  # the first one warms up
-        for title, optimizer in made.items():
-            times[title].append(seconds(optimizer.step))
-    medians = {title: sorted(values[1:])[rounds // 2] for title, values in times.items()}
-    base = medians["Muon, fp32"]
-    return "; ".join(f"{title}: {value * 1e3:.1f} ms ({value / base:.2f})" for title, value in medians.items())
+    return rows("a step of the twin's aligner", in_turn({t: o.step for t, o in made.items()}, rounds))
