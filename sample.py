@@ -32,6 +32,7 @@ class Config(SamplingFlags):
     sweep: str | None = option(None, "draw the last pass at several values, e.g. scale=0,0.2,0.5 or passes=1,3")
     explain: bool = option(True, "decode what the MLLM says (guidance itself needs no decoding)")
     mllm_device: str | None = option(None, "another device for the MLLM, e.g. cuda:1")
+    serve: bool = option(False, "open a page in the browser instead (needs: pip install gradio)")
     output: str = option("outputs/sample", "folder for the pictures")
 
 
@@ -52,6 +53,7 @@ from img_minimal.runtime.atomic import write_whole
 from img_minimal.runtime.clock import Clock
 from img_minimal.runtime.images import open_image, png, to_pil
 from img_minimal.runtime.plots import labelled_grid, worded_rows
+from img_minimal.serve import serve
 from img_minimal.tiny.grammar import parse as parse_prompt
 from img_minimal.tiny.oracle import judge_pictures
 
@@ -66,6 +68,9 @@ def main() -> int:
     name, values = swept(config.sweep) if config.sweep else ("", [])
     quiet_libraries()
     img = load_img(preset, mllm_device=config.mllm_device)
+    if config.serve:
+        serve(img, f"IMG: {preset.name}", prompts)
+        return 0
     for prompt in dict.fromkeys(prompts):
         cut, limit = img.backbone.truncated_part(prompt)
         if cut:

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "load": {"data", "pipeline", "around", "backbones", "method", "files", "runtime"},
     "finetuning": {"training", "data", "method", "files", "runtime"},
     "plots": {"runtime"},
+    "serve": {"pipeline", "runtime"},
     "evaluate": {"load", "data", "pipeline", "method", "files", "runtime", "tiny"},
     "rounds": {"evaluate", "training", "load", "data", "pipeline", "method", "files", "runtime", "tiny"},
     "bench": {"finetuning", "backbones", "method", "files", "runtime"},
