@@ -68,11 +68,12 @@ class IMG:
         self.mllm_batch = mllm_batch or 64
         self.placement = pipe.placement
         self.placement.add("aligner", aligner)
-        if hasattr(mllm, "model") and mllm_device is None:
+        self.takes_turns = hasattr(mllm, "model") and mllm_device is None  # guidance by text has no model of its own
+        if self.takes_turns:
             self.placement.add("mllm", mllm.model)
 
     def _bring_guide(self) -> None:
-        if "mllm" in self.placement.parts:  # guidance by text has no model of its own
+        if self.takes_turns:
             self.placement.bring("mllm", self.guide.model)
 
     def guidance(

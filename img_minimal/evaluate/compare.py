@@ -36,7 +36,7 @@ from img_minimal.tiny.grammar import parse
 DRAWN_BY = (
     "name", "backbone", "base", "unet", "image_encoder", "ip_adapter", "resampler", "mllm", "aligner",
     "sampling_steps", "guidance_scale", "true_cfg_scale", "height", "width", "scale", "scale_end", "passes", "dtype",
-    "draw_batch", "mllm_batch", "encode_batch", "questions",
+    "draw_batch", "mllm_batch", "encode_batch", "questions", "negative_prompt",
 )  # fmt: skip
 GROUP = 64  # prompts whose guidance features are held at once, 0.4 GB with LLaVA-13B
 
