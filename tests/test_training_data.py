@@ -140,11 +140,8 @@ def test_encoding_each_image_once_gives_the_numbers_of_encoding_every_one(monkey
     alone = torch.cat([encoder.tokenizer.tokens([p.loser]) for p in pairs])
     assert (features.loser[: len(pairs)] - alone).abs().max() < 1e-5
     kept = identity_samples(pairs, TWIN.identity_share)
-    assert (
-        0 < len(kept) <= 24 * TWIN.identity_share + 1
-        and len(features) == 24 + len(kept)
-        and features.is_identity.sum() == len(kept)
-    )
+    assert 0 < len(kept) <= 24 * TWIN.identity_share + 1
+    assert len(features) == 24 + len(kept) and features.is_identity.sum() == len(kept)
     assert torch.equal(features.loser[24:], features.winner[24:])
     assert all(any(p.winner is other.loser for other in pairs) for p in kept), "kept winners lose elsewhere"
     assert encoder.widths == (features.loser.shape[-1], features.guidance.shape[-1])
