@@ -46,12 +46,13 @@ def test_every_page_is_linked_and_every_link_leads_somewhere():
             assert (place / target).exists(), target
             if heading:
                 words = re.sub(r"[^\w -]", "", heading[1:]).replace("-", " ")
-                assert f"## {words}\n" in (place / target).read_text().lower(), heading
+                page = (place / target).read_text() if target else text
+                assert f"## {words}\n" in page.lower(), heading
 
 
 def test_every_path_that_the_readme_names_is_there():
     paths = re.findall(r"`((?:img_minimal|tutorials|tests)/[\w/.-]*)`", ALL)
-    assert len(paths) > 30
+    assert len(paths) > 25
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
