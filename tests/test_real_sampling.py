@@ -17,7 +17,6 @@ from img_minimal.backbones.sdxl import backbone as module
 from img_minimal.backbones.sdxl.image_prompt import Resampler, load_ip_adapter
 from img_minimal.files.weights import WeightsError, read_weights
 from img_minimal.load import load_backbone, load_img
-from img_minimal.pipeline import IMG
 from img_minimal.presets import find_preset
 from img_minimal.runtime.images import from_pil
 
@@ -170,9 +169,9 @@ def test_a_prompt_beyond_77_tokens_is_drawn_with_a_warning_that_says_what_is_cut
 
 
 def test_pictures_saved_are_the_pictures_drawn(release, tmp_path, monkeypatch):
-    drawn, plain = [], IMG.stages
-    monkeypatch.setattr(IMG, "stages", lambda *a, **k: drawn.append(plain(*a, **k)) or drawn[0])
+    drawn, plain = [], module.SDXLBackbone.draw
+    monkeypatch.setattr(module.SDXLBackbone, "draw", lambda *a, **k: drawn.append(plain(*a, **k)) or drawn[-1])
     command(monkeypatch, release, "--output", tmp_path, "--num-images", 1, "--no-explain")
     assert sample.main() == 0
     saved = from_pil([Image.open(tmp_path / "seed0-1-round1.png")])
-    assert (saved - drawn[0][1]).abs().max() <= 0.5 / 255 + 1e-6
+    assert (saved - drawn[1]).abs().max() <= 0.5 / 255 + 1e-6

@@ -54,7 +54,7 @@ def test_training_prints_its_plan_first_and_loads_neither_unet_nor_vae(tmp_path,
     run = ["--pairs", small_twin_pairs(tmp_path), "--steps", 3, "--eval-prompts", 0, "--cache-dir", kept]
     assert call(monkeypatch, *run, "--output-dir", tmp_path / "run") == 0
     [plan] = said
-    for words in ("plan: an aligner for tiny-sdxl, 3 steps of 64", "MLLM", "1.92 M parameters", "nothing that draws",
+    for words in ("plan: an aligner for tiny-sdxl, 3 steps of 64", "MLLM", "1.93 M parameters", "nothing that draws",
                   "a sample: 41.1 KB guidance", "checkpoint.pt 13.5 MB"):  # fmt: skip
         assert words in plan
     assert ("streamed" in plan) == (cache == "none")
