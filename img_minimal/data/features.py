@@ -100,8 +100,8 @@ def identity_samples(pairs: list[Pair], identity_share: float) -> list[Pair]:
     Without them (the paper has none) an aligner is only ever shown images that are wrong. They are those whose winner
     loses under another prompt: what wins everywhere may be of a kind that the aligner is never asked about.
     """
-    losers = {id(p.loser) for p in pairs}
-    return [p for p in pairs if id(p.winner) in losers][: round(identity_share * len(pairs))]
+    losers = {_name(p.loser) for p in pairs}
+    return [p for p in pairs if _name(p.winner) in losers][: round(identity_share * len(pairs))]
 
 
 def compute_tokens(
@@ -132,9 +132,14 @@ def compute_guidance(
     return {"guidance": guidance, "mask": mask}
 
 
+def _name(image: Image) -> object:
+    """The same for images of the same bytes."""
+    return getattr(image, "digest", id(image))
+
+
 def distinct(images: list[Image]) -> tuple[list[Image], list[int]]:
-    """Each image object once, and for every image the place of its object; equal bytes were read as one object."""
-    place: dict[int, int] = {}
-    number = [place.setdefault(id(image), len(place)) for image in images]
-    objects = {id(image): image for image in images}
+    """Each image once, and for every image its place among them; images of equal bytes are one."""
+    place: dict[object, int] = {}
+    number = [place.setdefault(_name(image), len(place)) for image in images]
+    objects = {_name(image): image for image in images}
     return list(objects.values()), number

@@ -174,7 +174,9 @@ class _DecodeOnce:
             raise OSError("no image")
         key, seen = hashlib.sha256(data).digest(), self.seen
         if key not in seen:
-            seen.setdefault(key, decode(data))  # two threads may decode it at once; both take the first
+            image = decode(data)
+            image.digest = key  # threads read ahead of a chunk, so the same bytes may still become two objects in it
+            seen.setdefault(key, image)  # two threads may decode it at once; both take the first
         return seen[key]
 
 
