@@ -51,7 +51,7 @@ def test_start_up_is_measured_with_processes_of_their_own():
     assert list(table(startup_costs(rounds=1, only=1))) == ["python, nothing imported"]
 
 
-@pytest.mark.parametrize("what", ["optimizers", "memory"])
+@pytest.mark.parametrize("what", ["memory"])
 def test_the_command_prints_a_table(what, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", what])
     assert bench.main() == 0
