@@ -11,8 +11,6 @@ from pathlib import Path
 
 from img_minimal.runtime.cli import PICTURES, check, run, warn, writable_file
 
-SMOOTH = 0.95  # of numbers that every step has; those of now and then are drawn as they are
-
 
 def read_metrics(folder: str) -> list[dict]:
     """The rows of a run; a cut or damaged one is left out with a warning. Raises UserError if there are none."""
@@ -37,18 +35,9 @@ def numbers(rows: list[dict]) -> list[str]:
     return [name for name in names if name != "step"]
 
 
-def smooth(values: list[float], every_step: bool) -> list[float]:
-    """Exponential mean over steps."""
-    shown, mean = [], None
-    for value in values:
-        mean = value if mean is None or not every_step else SMOOTH * mean + (1 - SMOOTH) * value
-        shown.append(mean)
-    return shown
-
-
 def draw(runs: dict[str, list[dict]], names: list[str], path: str) -> None:
     """One panel a number, one colour a run."""
-    from img_minimal.runtime.plots import COLOURS, plt
+    from img_minimal.runtime.plots import COLOURS, line, plt
 
     columns = min(3, len(names))
     lines = -(-len(names) // columns)
@@ -59,12 +48,10 @@ def draw(runs: dict[str, list[dict]], names: list[str], path: str) -> None:
         axis.set_axis_off()
     for name, axis in zip(names, axes.flat):
         for k, (label, rows) in enumerate(runs.items()):
-            points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float))]
-            if points:
-                steps, values = zip(*points)
-                dense = len(points) > len(rows) / 2
-                mark = None if dense else "o"
-                axis.plot(steps, smooth(values, dense), marker=mark, ms=3, label=label, color=COLOURS[k % len(COLOURS)])
+            there = [row for row in rows if isinstance(row.get(name), (int, float))]
+            mark = None if len(there) > len(rows) / 2 else "o"  # what only some steps have is drawn as it is
+            if there:
+                line(axis, there, name, label, COLOURS[k % len(COLOURS)], mark)
         axis.set_title(name.replace("_", " "), fontsize=10)
         axis.set_xlabel("step", fontsize=8)
     axes.flat[0].legend(fontsize=8)

@@ -9,7 +9,6 @@ import torch
 from img_minimal.tiny.grammar import CATEGORIES, COLOURS, FORMS, RELATIONS, Prompt, parse, sample_prompt
 from img_minimal.tiny.world import (
     BACKGROUND,
-    BOXES,
     PALETTE,
     SIZE,
     Scene,
@@ -23,6 +22,14 @@ from img_minimal.tiny.world import (
 )
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+
+# Left, top, right and bottom of each form's box, in units of its radius.
+BOXES = {
+    "circle": (-1.0, -1.0, 1.0, 1.0),
+    "square": (-0.88, -0.88, 0.88, 0.88),
+    "triangle": (-0.925, -1.1, 0.925, 0.75),
+    "cross": (-1.0, -1.0, 1.0, 1.0),
+}
 
 
 def scenes(count: int, category: str | None = None) -> list[tuple[Prompt, Scene]]:

@@ -157,8 +157,8 @@ class Stream(Generic[Item]):
 class _DecodeOnce:
     """Encoded bytes, {"bytes": ..., "path": ...} as image columns have it, or a path -> RGB.
 
-    The same bytes give the same object. Paths are relative to the table's folder `root`, or to one in it that is called
-    like what it holds.
+    The same bytes give one object, or two of the same `digest` where threads read ahead of a chunk. Paths are relative
+    to the table's folder `root`, or to one in it that is called like what it holds.
     """
 
     def __init__(self, root: Path | None = None):

@@ -74,20 +74,20 @@ def curves(metrics: Path, path: Path) -> None:
     if not rows:
         return
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
-    _line(axes[0, 0], rows, "error", "f, training", BLUE)
-    _line(axes[0, 0], rows, "reference_error", "f_ref, training", ORANGE)
+    line(axes[0, 0], rows, "error", "f, training", BLUE)
+    line(axes[0, 0], rows, "reference_error", "f_ref, training", ORANGE)
     axes[0, 0].set_ylabel("distance to c_w, as in the loss")
     unseen = axes[0, 0].twinx()  # always a mean over elements, whatever norm the loss has
-    _line(unseen, rows, "validation_error", "f, unseen prompts", GREEN, "o")
-    _line(unseen, rows, "identity_error", "doing nothing, unseen prompts", GREY, "x")
+    line(unseen, rows, "validation_error", "f, unseen prompts", GREEN, "o")
+    line(unseen, rows, "identity_error", "doing nothing, unseen prompts", GREY, "x")
     unseen.set_ylim(bottom=0)
     unseen.set_ylabel("mean over elements, unseen prompts")
     unseen.legend(fontsize=8, loc="lower left")
-    _line(axes[0, 1], rows, "implicit_accuracy", "implicit accuracy", BLUE)
-    _line(axes[0, 1], rows, "nearer", "losers moved nearer to c_w, unseen prompts", GREEN, "o")
+    line(axes[0, 1], rows, "implicit_accuracy", "implicit accuracy", BLUE)
+    line(axes[0, 1], rows, "nearer", "losers moved nearer to c_w, unseen prompts", GREEN, "o")
     axes[0, 1].set_ylabel("share")
-    _line(axes[1, 0], rows, "gradient_norm", "gradient norm", BLUE)
-    _line(axes[1, 1], rows, "correction", "||f(c) - c_l||^2", BLUE)
+    line(axes[1, 0], rows, "gradient_norm", "gradient norm", BLUE)
+    line(axes[1, 1], rows, "correction", "||f(c) - c_l||^2", BLUE)
     refreshes = axes[1, 1].twinx()
     refreshes.plot([r["step"] for r in rows], [r["refreshes"] for r in rows], color=PINK)
     refreshes.set_ylabel("refreshes of the reference", color=PINK)
@@ -131,15 +131,15 @@ def detector_curves(metrics: Path, path: Path) -> None:
     if not rows:
         return
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), squeeze=False, layout="constrained")
-    _line(axes[0, 0], rows, "loss", "cross-entropy of the instruction, training", BLUE)
-    _line(axes[0, 1], rows, "exact", "instruction worded exactly", GREEN, "o")
-    _line(axes[0, 1], rows, "decided", "edit or nothing, decided rightly", BLUE, "o")
-    _line(axes[0, 1], rows, "always_edit", "always an edit", GREY, "x")
+    line(axes[0, 0], rows, "loss", "cross-entropy of the instruction, training", BLUE)
+    line(axes[0, 1], rows, "exact", "instruction worded exactly", GREEN, "o")
+    line(axes[0, 1], rows, "decided", "edit or nothing, decided rightly", BLUE, "o")
+    line(axes[0, 1], rows, "always_edit", "always an edit", GREY, "x")
     axes[0, 1].set_ylabel("share of held-out triplets")
     _save(figure, axes, path)
 
 
-def _line(axis: plt.Axes, rows: list[dict], name: str, label: str, colour: str, marker: str | None = None) -> None:
+def line(axis: plt.Axes, rows: list[dict], name: str, label: str, colour: str, marker: str | None = None) -> None:
     """One metric over the steps; smoothed, unless it has markers."""
     smooth = 0.95 if marker is None else 0.0
     steps, values, mean = [], [], None

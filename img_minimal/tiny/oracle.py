@@ -98,7 +98,7 @@ def _name(picture: np.ndarray, figure: np.ndarray) -> Shape:
     towards = colour - BACKGROUND
     coverage = ((picture - BACKGROUND) @ towards / (towards @ towards)).clip(0, 1) * _grow(figure)
     area = coverage.sum()
-    y, x = ((np.arange(n) + 0.5) @ c / area for n, c in ((64, coverage.sum(1)), (64, coverage.sum(0))))
+    y, x = ((np.arange(n) + 0.5) @ c / area for n, c in ((SIZE, coverage.sum(1)), (SIZE, coverage.sum(0))))
     overlaps = {form: _overlap(form, x, y, area, coverage) for form in FORMS}
     form = max(overlaps, key=overlaps.get)
     unit, low = _moments(form)
@@ -120,7 +120,7 @@ def _overlap(form: str, x: float, y: float, area: float, coverage: np.ndarray) -
     return float(both / (ideal.sum() + area - both))
 
 
-GRID = np.mgrid[0:64, 0:64] + 0.5
+GRID = np.mgrid[0:SIZE, 0:SIZE] + 0.5
 
 
 @lru_cache

@@ -96,15 +96,6 @@ def place(prompt: Prompt, rng: random.Random) -> Scene:
             return scene
 
 
-# Left, top, right and bottom of each form's box, in units of its radius.
-BOXES = {
-    "circle": (-1.0, -1.0, 1.0, 1.0),
-    "square": (-0.88, -0.88, 0.88, 0.88),
-    "triangle": (-0.925, -1.1, 0.925, 0.75),
-    "cross": (-1.0, -1.0, 1.0, 1.0),
-}
-
-
 def signed_distance(form: str, x: torch.Tensor, y: torch.Tensor, r: float | torch.Tensor) -> torch.Tensor:
     """Distance in pixels to the edge of a form of radius r at the origin, negative inside; y points down."""
     if form == "circle":
