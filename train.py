@@ -15,7 +15,6 @@ MLLM: the folder mllm/). No UNet and no VAE is loaded for training.
 """
 
 import json
-import resource
 import sys
 import time
 from contextlib import nullcontext
@@ -82,6 +81,7 @@ from img_minimal.pipeline import IMG
 from img_minimal.preference import preference_loss, squared_distance
 from img_minimal.rounds import RoundLog, Rounds, last_row
 from img_minimal.runtime.checkpoint import RunFolder, save_checkpoint
+from img_minimal.runtime.clock import peak_memory
 from img_minimal.runtime.devices import Precision, best_device
 from img_minimal.runtime.plots import curves
 from img_minimal.runtime.ranks import ALONE, Ranks
@@ -258,9 +258,7 @@ def main() -> int:
         again = " ".join(a for a in sys.argv if a != "--resume")
         print(f"stopped and saved in {run_folder.path}; go on with: python {again} --resume")
         return 130
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    on_gpu = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if torch.cuda.is_available() else ""
-    print(f"{time.monotonic() - began:.0f} s, peak memory {peak:.1f} GiB{on_gpu}")
+    print(f"{time.monotonic() - began:.0f} s; {peak_memory()}")
     return 0
 
 

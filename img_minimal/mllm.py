@@ -25,6 +25,7 @@ from img_minimal.runtime.cli import printable
 from img_minimal.runtime.errors import UserError
 
 MARKER = re.compile(r"<\|?\s*/?\s*(image|img|im_|video|vision)[^<>]*>", re.IGNORECASE)  # as MLLMs spell an image
+TAUTOLOGY = re.compile(r"(?:^|, )change (?:the|an?) ([^,]+?) to (?:the|an?) \1(?=,|$)")
 NOTHING = "nothing"  # the answer about an image that matches its prompt
 
 
@@ -142,19 +143,33 @@ class MLLM:
 
     @torch.no_grad()
     def explain(
-        self, images: list[Image], prompts: list[str], seeds: Sequence[int], max_new_tokens: int = 60
-    ) -> list[str]:
-        """The MLLM's answers in words, decoded greedily, one image at a time."""
-        answers, tokenizer, stop = [], self.processor.tokenizer, self.family.stop
-        for image, prompt, seed in zip(images, prompts, seeds, strict=True):
-            inputs = self.inputs([image], [self.question(prompt, seed)])
-            out = self.model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id, stop_strings=stop, tokenizer=tokenizer,
-            )  # fmt: skip
-            answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            answers.append((answer.split(stop)[0] if stop else answer).replace(" ,", ",").strip())
+        self, images: list[Image], prompts: list[str], seeds: Sequence[int], max_new_tokens: int = 60,
+        batch_size: int = 32,
+    ) -> list[str]:  # fmt: skip
+        """The MLLM's answers in words, decoded greedily; those whose input is equally long are decoded together."""
+        asked = [self.question(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        alike: dict[tuple, list[int]] = {}  # a padded input would give another answer
+        for k, (image, question) in enumerate(zip(images, asked, strict=True)):
+            length = len(self.processor.tokenizer(without_markers(question)).input_ids)
+            alike.setdefault((length, image.size), []).append(k)
+        answers = [""] * len(images)
+        for numbers in alike.values():
+            for start in range(0, len(numbers), batch_size):
+                chosen = numbers[start : start + batch_size]
+                inputs = self.inputs([images[k] for k in chosen], [asked[k] for k in chosen])
+                for k, answer in zip(chosen, self._decode(inputs, max_new_tokens)):
+                    answers[k] = answer
         return answers
+
+    def _decode(self, inputs: BatchFeature, max_new_tokens: int) -> list[str]:
+        tokenizer, stop = self.processor.tokenizer, self.family.stop
+        out = self.model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id, stop_strings=stop, tokenizer=tokenizer,
+        )  # fmt: skip
+        replies = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers = [(reply.split(stop)[0] if stop else reply).replace(" ,", ",").strip() for reply in replies]
+        return [without_tautologies(answer) for answer in answers]
 
 
 def guidance_features(
@@ -176,6 +191,14 @@ def guidance_features(
         features.append(h.to("cpu", torch.bfloat16))
         masks.append(mask.cpu())
     return cat_padded(features), cat_padded(masks)
+
+
+def without_tautologies(answer: str) -> str:
+    """An answer less what it asks to change to itself ("change the red circle to a red circle"), or "nothing".
+
+    Such a clause comes of decoding word by word: something is wrong, but what it is now is read from the prompt.
+    """
+    return answer if not TAUTOLOGY.search(answer) else TAUTOLOGY.sub("", answer).lstrip(", ") or NOTHING
 
 
 def without_markers(text: str) -> str:

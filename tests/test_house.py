@@ -29,8 +29,8 @@ MAY_IMPORT = {
     "serve": {"pipeline", "runtime"},
     "evaluate": {"load", "data", "pipeline", "method", "files", "runtime", "tiny"},
     "rounds": {"evaluate", "training", "load", "data", "pipeline", "method", "files", "runtime", "tiny"},
-    "bench": {"finetuning", "backbones", "method", "files", "runtime"},
-    "tiny/build": {"load", "training", "backbones", "data", "method", "files", "runtime", "tiny"},
+    "bench": {"load", "finetuning", "training", "data", "pipeline", "backbones", "method", "files", "runtime"},
+    "tiny/build": {"load", "finetuning", "training", "backbones", "data", "method", "files", "runtime", "tiny"},
 }
 METHOD = {"aligner", "attention", "flags", "mllm", "places", "preference", "presets", "questions"}
 # Of the twin, for whoever measures it: it opens the models that it diagnoses.

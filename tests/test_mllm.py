@@ -5,6 +5,7 @@ import random
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mllm_folders import LLAMA, square, write_llava_hf, write_original_llava, write_qwen
@@ -12,12 +13,13 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2_5_VLForConditionalGeneration
 
 from img_minimal.files.mllm_layouts import CONVERSATION, FAMILIES, find_family
-from img_minimal.mllm import MLLM, without_markers
+from img_minimal.mllm import MLLM, without_markers, without_tautologies
 from img_minimal.presets import find_preset
 from img_minimal.questions import QUESTIONS, ask
 from img_minimal.runtime.errors import UserError
 
 PROMPTS = ["a red circle", "two blue squares and a red circle over {a} line", "a dog"]
+TWIN = find_preset("tiny-sdxl")
 KINDS = ["original", "hf", "qwen", "twin"]
 
 
@@ -34,7 +36,7 @@ def folders(tmp_path_factory) -> dict:
     state = write_original_llava(folder / "original")
     write_llava_hf(folder / "hf", state, folder / "original")
     write_qwen(folder / "qwen")
-    return {kind: folder / kind for kind in KINDS} | {"twin": find_preset("tiny-sdxl").mllm}
+    return {kind: folder / kind for kind in KINDS} | {"twin": TWIN.mllm}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -141,6 +143,36 @@ def test_an_answer_ends_with_the_models_own_end_token(folders, images, kind):
     end = MLLM.from_pretrained(folders[kind]).processor.tokenizer.eos_token_id
     answer, script, until = explained(folders[kind], images, "add a red circle", end)
     assert answer == "add a red circle" and script.said == until
+
+
+@pytest.mark.parametrize(
+    ("answer", "left"),
+    [
+        ("change the red circle to a red circle", "nothing"),
+        ("add a red cross, change the orange square to an orange square", "add a red cross"),
+        ("change the red circle to a red circle, add a red cross", "add a red cross"),
+        ("remove the cross, change the red circle to a red circle, add a cross", "remove the cross, add a cross"),
+        ("change the red circle to a red cross", None),
+        ("change the red circle to an orange circle, add a red circle", None),
+        ("change the red circle to a red circle with a hat", None),
+        ("nothing", None),
+    ],
+)
+def test_a_change_of_something_to_itself_never_leaves_the_model(answer, left):
+    assert without_tautologies(answer) == (left or answer)
+
+
+def test_no_instruction_that_the_twin_learns_from_is_a_tautology():
+    words = pq.read_table(TWIN.triplets, columns=["edit_prompt"])["edit_prompt"].to_pylist()
+    assert [w for w in words if without_tautologies(w) != w] == []
+
+
+def test_answers_decoded_together_are_those_of_each_alone(images):
+    mllm = MLLM.from_pretrained(TWIN.mllm)
+    pictures, prompts = images * 2, [*PROMPTS, *PROMPTS[::-1]]
+    together = mllm.explain(pictures, prompts, range(len(prompts)))
+    alone = [mllm.explain([p], [q], [k])[0] for k, (p, q) in enumerate(zip(pictures, prompts))]
+    assert together == alone and len(set(together)) > 1
 
 
 def test_satisfaction_is_the_log_probability_of_nothing_as_the_next_word(mllm, images):

@@ -1,6 +1,8 @@
 """Every tutorial runs to its end in quick mode and leaves a picture that says it was quick."""
 
-import importlib.util
+import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from PIL import Image
 from img_minimal.runtime import cli
 
 ROOT = Path(__file__).parent.parent
+PATHS = {**os.environ, "PYTHONPATH": str(ROOT)}
 TUTORIALS = sorted(path.stem for path in (ROOT / "tutorials").glob("[0-9]*.py"))
 
 
@@ -23,12 +26,9 @@ def tutorial(monkeypatch, capsys):
 
     def run(name: str, *flags: str) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", [name, *flags])
-        spec = importlib.util.spec_from_file_location(f"tutorial_{name}", ROOT / "tutorials" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the tutorial replaces
         with pytest.raises(SystemExit) as ended:
-            cli.run(module.main)
+            cli.run(lambda: runpy.run_path(str(ROOT / "tutorials" / f"{name}.py"), run_name="__main__") and None)
         said = capsys.readouterr()
         return SimpleNamespace(returncode=ended.value.code, stdout=said.out, stderr=said.err)
 
@@ -40,6 +40,7 @@ def test_a_tutorial_runs_quickly_and_says_that_it_did(tutorial, name, tmp_path):
     done = tutorial(name, "--quick", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "quick mode" in done.stdout
+    assert re.search(r"^\d+ s: .+ \d+\.\d s", done.stdout, re.M), "what its steps have cost"
     with Image.open(tmp_path / f"{name}.png") as picture:
         assert picture.width >= 900
 
@@ -68,6 +69,29 @@ def test_a_tutorial_is_a_script_that_runs_from_anywhere(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "05_preference_objective.png").exists()
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_a_tutorial_is_read_from_top_to_bottom_in_cells_and_its_picture_is_drawn_elsewhere(name):
+    text = (ROOT / "tutorials" / f"{name}.py").read_text()
+    assert text.startswith('# %% [markdown]\n"""')
+    assert len(re.findall(r"^# %% \d\. ", text, re.M)) >= 3
+    assert "def main" not in text and "plt." not in text
+
+
+def test_a_script_says_in_one_line_what_its_user_can_put_right_and_shows_bugs_whole(tmp_path):
+    script = tmp_path / "script.py"
+    start = "from img_minimal.runtime import cli, errors\ncli.end_scripts_in_one_line()\n"
+    for error, code, words in (
+        ("errors.UserError('too few')", 2, "error: too few"),
+        ("FileNotFoundError(2, 'not there', 'x')", 2, "error: [Errno 2] not there: 'x'"),
+        ("KeyboardInterrupt()", 130, ""),
+        ("ValueError('a bug')", 1, "ValueError: a bug"),
+    ):
+        script.write_text(f"{start}raise {error}\n")
+        done = subprocess.run([sys.executable, str(script)], cwd=ROOT, env=PATHS, capture_output=True, text=True)
+        assert done.returncode == code and done.stderr.strip().splitlines()[-1:] == ([words] if words else [])
+        assert ("Traceback" in done.stderr) == (code == 1)
 
 
 def test_a_tutorial_that_cannot_show_a_model_says_so_in_one_line(tutorial):

@@ -66,7 +66,7 @@ def _pictures(count: int) -> list:
 def test_paired_shares_count_both_ways():
     ours, theirs = np.array([1, 1, 0, 1, 0]), np.array([1, 0, 1, 0, 0])
     found = paired_shares(ours, theirs, list("abcde"))
-    assert (found["mended"], found["spoilt"]) == (2, 1)
+    assert (found["fixed"], found["broken"]) == (2, 1)
     assert found["difference"]["value"] == pytest.approx(0.2)
     assert found["share"]["value"] == pytest.approx(0.6)
 

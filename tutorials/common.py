@@ -1,18 +1,28 @@
-"""What every tutorial begins and ends with: its flags, the models, and a picture that says what it was made of."""
+"""What every tutorial begins and ends with: its flags, its clock, and a picture that says what it was made of.
+
+A tutorial is a script to be read from top to bottom. Its `# %%` marks are the cells of a notebook:
+`jupytext --to notebook tutorials/01_misalignment.py` makes one, and so do editors that know the marks. How its picture
+is drawn is beside it, in tutorials/figures/.
+"""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `python tutorials/01_misalignment.py` just works
+NOTEBOOK = "ipykernel" in sys.modules
+sys.path.insert(0, str(Path.cwd().parent if NOTEBOOK else Path(__file__).parent.parent))  # so that it just works
 
 from img_minimal.flags import ModelFlags  # noqa: E402
 from img_minimal.presets import PRESETS, Preset, find_preset  # noqa: E402
-from img_minimal.runtime.cli import check, option, parse, quiet_libraries, run, writable_folder  # noqa: E402
+from img_minimal.runtime import cli  # noqa: E402
+from img_minimal.runtime.cli import check, option  # noqa: E402
 from img_minimal.runtime.errors import UserError  # noqa: E402
 
-__all__ = ["Options", "begin", "chosen_preset", "oracle_preset", "option", "parse", "run", "save"]
+__all__ = ["Options", "begin", "check", "chosen_preset", "option", "oracle_preset", "save", "step"]
+_seconds: dict[str, float] = {}
 
 
 @dataclass
@@ -29,13 +39,30 @@ Chosen = TypeVar("Chosen", bound=Options)
 
 
 def begin(kind: type[Chosen], doc: str) -> Chosen:
-    """Read the command line, print the question the tutorial answers, prove that its picture can be written."""
-    options = parse(kind, doc)
+    """Read the command line, print the question the tutorial answers, prove that its picture can be written.
+
+    In a notebook all options have their defaults; change them in the cell that calls this.
+    """
+    if not NOTEBOOK:
+        cli.end_scripts_in_one_line()
+    options = cli.parse(kind, doc, [] if NOTEBOOK else None)
     check(options.seed >= 0, f"--seed is {options.seed}, expected 0 or more")
-    writable_folder(options.output)
-    quiet_libraries()
+    cli.writable_folder(options.output)
+    cli.quiet_libraries()
+    _seconds.clear()
     print(doc.strip().splitlines()[0] + (" (quick mode: too few samples to mean anything)" if options.quick else ""))
     return options
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """The time within this context counts for a step; `save` prints the seconds of all."""
+    from img_minimal.runtime.clock import Clock
+
+    clock = Clock()
+    clock.seconds = _seconds
+    with clock(name):
+        yield
 
 
 def chosen_preset(options: Options) -> Preset:
@@ -55,7 +82,10 @@ def oracle_preset(options: Options) -> Preset:
 
 
 def save(figure: Any, options: Options, name: str, caption: str) -> Path:
-    """Save a matplotlib figure as a PNG under `caption`, which states sample size and seed, and quick mode."""
+    """Save a matplotlib figure as a PNG under `caption`, which states sample size and seed, and quick mode.
+
+    Also prints what the steps of the tutorial have cost.
+    """
     import matplotlib.pyplot as plt
 
     note = "QUICK MODE, too few samples to mean anything. " if options.quick else ""
@@ -63,5 +93,11 @@ def save(figure: Any, options: Options, name: str, caption: str) -> Path:
     path = Path(options.output) / f"{name}.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
+    total = sum(_seconds.values())
+    print(f"{total:.0f} s: " + ", ".join(f"{step} {seconds:.1f} s" for step, seconds in _seconds.items()))
     print(f"saved to {path}")
+    if NOTEBOOK:
+        from IPython.display import Image, display
+
+        display(Image(path))
     return path

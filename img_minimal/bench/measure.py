@@ -44,7 +44,7 @@ def rows(title: str, timings: dict[str, Timing]) -> str:
     return "\n".join(lines)
 
 
-def matmul_rate(device: torch.device, size: int = 2048, rounds: int = 7) -> float:
-    """FLOP per second of a square product in fp32: what this machine can do at best, measured in the same run."""
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+def matmul_rate(device: torch.device, size: int = 2048, rounds: int = 7, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP per second of a square product: what this machine can do at best, measured in the same run."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / in_turn({"product": lambda: a @ b}, rounds)["product"].seconds

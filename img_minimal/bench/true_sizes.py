@@ -28,7 +28,7 @@ MLLMS = {"llava-13b": VICUNA_13B, "llava-7b": VICUNA_7B, "qwen2.5-vl-7b": QWEN_7
 
 
 def build_mllm(name: str) -> nn.Module:
-    """A multimodal LLM of `MLLMS`, to be called on the meta device."""
+    """A multimodal LLM of `MLLMS`, to be called within `torch.device("meta")` or, with random weights, another."""
     if name.startswith("qwen"):
         config = Qwen2_5_VLConfig(text_config=QWEN_7B, vision_config=QWEN_VISION, tie_word_embeddings=False)
         return Qwen2_5_VLForConditionalGeneration(config)

@@ -106,7 +106,7 @@ class Stream(Generic[Item]):
             except (OSError, ValueError, TypeError, NotImplementedError, EOFError, tarfile.TarError) as error:
                 raise UserError(
                     f"{self.table.name(self.files[file])}: reading stopped, in file {file} of {len(self.files)} of "
-                    f"{self.source} ({first_line(error)}); mend or remove it and go on with --resume"
+                    f"{self.source} ({first_line(error)}); repair or remove it and go on with --resume"
                 ) from None
 
     def chunks(self, place: Place = START) -> Iterator[Chunk[Item]]:

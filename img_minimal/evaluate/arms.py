@@ -19,7 +19,7 @@ from img_minimal.pipeline import IMG
 from img_minimal.presets import Preset
 from img_minimal.runtime.images import to_pil
 from img_minimal.runtime.plots import pairs_grid
-from img_minimal.tiny.edits import changes_nothing, correct
+from img_minimal.tiny.edits import correct
 from img_minimal.tiny.grammar import CATEGORIES, Prompt, benchmark
 from img_minimal.tiny.oracle import Verdict, judge
 from img_minimal.tiny.world import render
@@ -98,7 +98,6 @@ class Arms:
             "nothing_when_wrong": sum(said == NOTHING for said, _ in wrong) / max(1, len(wrong)),
             "complaint_when_right": sum(said != NOTHING for said, _ in right) / max(1, len(right)),
             "exact_when_wrong": sum(said == true for said, true in wrong) / max(1, len(wrong)),
-            "changes_nothing": sum(changes_nothing(said) for said in self.said),
             "n_wrong": len(wrong),
             "n_right": len(right),
             "nothing_by_category": self._nothing_by_category(),
@@ -165,7 +164,7 @@ def print_results(results: dict) -> None:
         print(
             "\nThe MLLM says nothing about {nothing_when_wrong:.0%} of the base's {n_wrong} wrong images, and exactly "
             "what is wrong\nabout {exact_when_wrong:.0%}; it complains about {complaint_when_right:.0%} of "
-            "{n_right} right ones, and asks {changes_nothing} times for what is there.".format(**words)
+            "{n_right} right ones.".format(**words)
         )
         silent = ", ".join(f"{kind} {share:.0%}" for kind, share in words["nothing_by_category"].items())
         print(f"Nothing about wrong ones: {silent}")

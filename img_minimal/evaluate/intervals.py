@@ -30,15 +30,15 @@ def mean_interval(values: np.ndarray, clusters: list[str]) -> dict[str, float]:
 def paired_shares(ours: np.ndarray, theirs: np.ndarray, clusters: list[str]) -> dict:
     """Two arms, right or wrong (n,) on the same prompts and seeds.
 
-    {"share", "difference"}: that of ours, and ours minus theirs, with intervals; {"mended", "spoilt"}: how many are
+    {"share", "difference"}: that of ours, and ours minus theirs, with intervals; {"fixed", "broken"}: how many are
     right in ours only, and in theirs only. Their difference over n is "difference", so it hides nothing to give both.
     """
     ours, theirs = np.asarray(ours, bool), np.asarray(theirs, bool)
     return {
         "share": mean_interval(ours, clusters),
         "difference": mean_interval(1.0 * ours - theirs, clusters),
-        "mended": int((ours & ~theirs).sum()),
-        "spoilt": int((theirs & ~ours).sum()),
+        "fixed": int((ours & ~theirs).sum()),
+        "broken": int((theirs & ~ours).sum()),
     }
 
 

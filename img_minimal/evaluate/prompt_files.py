@@ -68,7 +68,7 @@ def _rows(path: Path, kind: str, text: str) -> Iterator[tuple[str, object]]:
         yield from lines
     elif kind == ".jsonl":
         for where, line in lines:
-            yield where, _json(line, f"{path}, {where}", "mend or remove the line")
+            yield where, _json(line, f"{path}, {where}", "correct or remove the line")
     elif kind == ".json":
         rows = _json(text, str(path), "if every line is JSON of its own, name it .jsonl")
         check(isinstance(rows, list), f"{path}, line 1: expected a list of prompts, found {type(rows).__name__}")

@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from types import NoneType
-from typing import Any, TypeVar
+from types import NoneType, TracebackType
+from typing import Any, NoReturn, TypeVar
 
 from img_minimal.runtime.errors import UserError
 
@@ -74,25 +74,45 @@ def quiet_libraries() -> None:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call `main` and exit; what the user can mend becomes one line on stderr and exit code 2."""
+    """Call `main` and exit; what the user can put right becomes one line on stderr and exit code 2."""
     try:
         sys.exit(main() or 0)
-    except UserError as error:
-        message = str(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except RuntimeError as error:  # torch's, named without importing torch
-        if type(error).__name__ == "OutOfMemoryError":
-            message = "the GPU's memory is full; try --offload, --dtype fp16 or bf16, or close what else uses the GPU"
-        elif "can't allocate memory" in str(error) or "not enough memory" in str(error):
-            message = "the computer's memory is full; try --dtype bf16, which halves the models"
-        else:
+    except (Exception, KeyboardInterrupt) as error:
+        if not isinstance(error, KeyboardInterrupt) and one_line(error) is None:
             raise
-    except OSError as error:
-        # Missing, unreadable or read-only files, a full disk, a model hub that cannot be reached.
-        message = " ".join(str(error).split())
-    print(f"error: {message}", file=sys.stderr)
+        end_with(error)
+
+
+def end_with(error: BaseException) -> NoReturn:
+    """Exit with the one line that an error is worth."""
+    if isinstance(error, KeyboardInterrupt):
+        sys.exit(130)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     sys.exit(2)
+
+
+def end_scripts_in_one_line() -> None:
+    """For scripts that have no `main`: what `run` does for those that have."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, KeyboardInterrupt) and one_line(error) is None:
+            sys.__excepthook__(kind, error, trace)
+        else:
+            end_with(error)
+
+    sys.excepthook = hook
+
+
+def one_line(error: BaseException) -> str | None:
+    """What to tell the user, or None for a bug, whose traceback is needed."""
+    if isinstance(error, UserError):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, named without importing torch
+        return "the GPU's memory is full; try --offload, --dtype fp16 or bf16, or close what else uses the GPU"
+    if isinstance(error, RuntimeError) and re.search("can't allocate memory|not enough memory", str(error)):
+        return "the computer's memory is full; try --dtype bf16, which halves the models"
+    # Missing, unreadable or read-only files, a full disk, a model hub that cannot be reached.
+    return " ".join(str(error).split()) if isinstance(error, OSError) else None
 
 
 def printable(text: str) -> str:

@@ -36,5 +36,9 @@ def peak_memory() -> str:
     """The most that this process has held until now, on the GPU if there is one."""
     if torch.cuda.is_available():
         return f"at most {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of GPU memory"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of memory"
+    return f"at most {peak_bytes() / 1e9:.2f} GB of memory"
+
+
+def peak_bytes() -> int:
+    """The most of the computer's memory that this process has held until now."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -6,7 +6,6 @@ prompt, without rng: a shape that must be added goes to the free cell nearest th
 to learn is an answer and not an average of answers.
 """
 
-import re
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations, permutations
@@ -37,11 +36,6 @@ def correct(found: Scene, prompt: Prompt) -> tuple[list[str], Scene]:
 def instruction(found: Scene, prompt: Prompt) -> str:
     """The edits as one line, or "nothing"."""
     return ", ".join(correct(found, prompt)[0]) or NOTHING
-
-
-def changes_nothing(words: str) -> bool:
-    """Does an instruction ask to change something to what it is, as in "change the red circle to a red circle"?"""
-    return bool(re.search(r"change the (\w+ \w+) to an? \1\b", words))
 
 
 def _the(group: Group) -> str:

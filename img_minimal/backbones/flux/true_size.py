@@ -4,22 +4,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import nn
 from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     T5Config,
     T5EncoderModel,
 )
 
-from img_minimal.backbones.flux.image_prompt import TokenProjection, load_ip_adapter
+from img_minimal.backbones import Sampling
+from img_minimal.backbones.flux.backbone import FluxBackbone
+from img_minimal.backbones.flux.image_prompt import ImagePrompt, TokenProjection, load_ip_adapter
 from img_minimal.backbones.flux.injection import ImageBranch
 from img_minimal.files.pretrained import read_settings
 from img_minimal.presets import Preset
-from img_minimal.runtime.devices import parameters
+from img_minimal.runtime.devices import Placement, Precision, parameters
 
 T5_XXL = {
     "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
@@ -30,12 +35,15 @@ CLIP_L_VISION = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "projection_dim": 768, "image_size": 224, "patch_size": 14,
 }  # fmt: skip
+FLUX_TRANSFORMER = {"guidance_embeds": True}  # diffusers' own defaults else
 FLUX_VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 2,
     "latent_channels": 16,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
@@ -46,10 +54,10 @@ DRAWS = ("transformer", "branch", "vae")  # the parts that are used together; th
 ENCODES_TEXT = ("text_encoder", "text_encoder_2")
 
 
-def parts() -> dict[str, nn.Module]:
-    """Everything that `--model flux` draws and tokenizes with, on the meta device."""
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel(guidance_embeds=True)
+def parts(device: torch.device | str = "meta") -> dict[str, nn.Module]:
+    """Everything that `--model flux` draws and tokenizes with; on another device than meta with random weights."""
+    with torch.device(device):
+        transformer = FluxTransformer2DModel(**FLUX_TRANSFORMER)
         return {
             "transformer": transformer,
             "branch": ImageBranch.for_transformer(transformer),
@@ -59,6 +67,29 @@ def parts() -> dict[str, nn.Module]:
             "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP_L_VISION)),
             "projection": TokenProjection(),
         }
+
+
+def backbone(
+    parts: dict[str, nn.Module], tokenizers: Path, sampling: Sampling, precision: Precision, placement: Placement
+) -> FluxBackbone:
+    """A backbone of such parts, which draws noise; tokenizers are those of any FLUX folder, the twin's will do."""
+    pipe = FluxPipeline(
+        **{name: parts[name] for name in ("vae", "text_encoder", "text_encoder_2", "transformer")},
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizers / "tokenizer", model_max_length=77),
+        tokenizer_2=AutoTokenizer.from_pretrained(tokenizers / "tokenizer_2", model_max_length=TEXT_LENGTH),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    encoder = parts["image_encoder"]
+    side = encoder.config.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    image_prompt = ImagePrompt(encoder, processor, parts["projection"], precision)
+    for part in parts.values():
+        part.eval().requires_grad_(False)
+    placement.add("text", *(parts[name] for name in ENCODES_TEXT))
+    placement.add("diffusion", *(parts[name] for name in DRAWS))
+    placement.add("image_prompt", image_prompt)
+    return FluxBackbone(pipe, parts["branch"], image_prompt, sampling, precision, placement)
 
 
 def activations(parts: dict[str, nn.Module], encode_batch: int) -> dict[str, Callable[[], object]]:

@@ -8,21 +8,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
 
-from img_minimal.backbones.sdxl.image_prompt import Resampler, load_ip_adapter
+from img_minimal.backbones import Sampling
+from img_minimal.backbones.sdxl.backbone import SDXLBackbone
+from img_minimal.backbones.sdxl.image_prompt import ImagePrompt, Resampler, load_ip_adapter
 from img_minimal.backbones.sdxl.injection import ImageBranch
 from img_minimal.files.pretrained import read_settings
 from img_minimal.presets import Preset
-from img_minimal.runtime.devices import parameters
+from img_minimal.runtime.devices import Placement, Precision, parameters
 
 SDXL_UNET = {
     "sample_size": 128,
@@ -60,9 +64,9 @@ ALWAYS_FP32 = ("vae", "resampler")  # in every run
 DRAWS = ("unet", "branch", "text_encoder", "text_encoder_2", "vae")  # the parts that are used together
 
 
-def parts() -> dict[str, nn.Module]:
-    """Everything that `--model sdxl` draws and tokenizes with, on the meta device."""
-    with torch.device("meta"):
+def parts(device: torch.device | str = "meta") -> dict[str, nn.Module]:
+    """Everything that `--model sdxl` draws and tokenizes with; on another device than meta with random weights."""
+    with torch.device(device):
         unet = UNet2DConditionModel(**SDXL_UNET)
         return {
             "unet": unet,
@@ -71,8 +75,32 @@ def parts() -> dict[str, nn.Module]:
             "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G_TEXT)),
             "vae": AutoencoderKL(**SDXL_VAE),
             "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**VIT_H)),
-            "resampler": Resampler(1280, TOKEN_SHAPE[1]),
+            "resampler": Resampler(VIT_H["hidden_size"], TOKEN_SHAPE[1]),
         }
+
+
+def backbone(
+    parts: dict[str, nn.Module], tokenizers: Path, sampling: Sampling, precision: Precision, placement: Placement
+) -> SDXLBackbone:
+    """A backbone of such parts, which draws noise; tokenizers are those of any SDXL folder, the twin's will do."""
+    sizes = {"model_max_length": TEXT_LENGTH}
+    pipe = StableDiffusionXLPipeline(
+        **{name: parts[name] for name in ("vae", "text_encoder", "text_encoder_2", "unet")},
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizers / "tokenizer", **sizes),
+        tokenizer_2=CLIPTokenizer.from_pretrained(tokenizers / "tokenizer_2", **sizes),
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1),
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    encoder = parts["image_encoder"]
+    side = encoder.config.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    image_prompt = ImagePrompt(encoder, processor, parts["resampler"], precision)
+    for part in parts.values():
+        part.eval().requires_grad_(False)
+    placement.add("diffusion", *(parts[name] for name in DRAWS))
+    placement.add("image_prompt", image_prompt)
+    return SDXLBackbone(pipe, parts["branch"], image_prompt, sampling, precision, placement)
 
 
 def activations(parts: dict[str, nn.Module], encode_batch: int) -> dict[str, Callable[[], object]]:

@@ -30,14 +30,13 @@ from img_minimal.tiny.build.clip import TEXT_WIDTH, WIDTH
 from img_minimal.tiny.build.flux_encoder import latents_of
 from img_minimal.tiny.build.loop import CPU, autocast, fit, save_pipeline
 from img_minimal.tiny.build.tokenizers import TEXT_LENGTH, t5_tokenizer
+from img_minimal.tiny.build.unet import SHARES
 from img_minimal.tiny.build.vae import random_pictures
 from img_minimal.tiny.grammar import CATEGORIES, sample_prompt
 from img_minimal.tiny.oracle import judge
 from img_minimal.tiny.world import place, render
 
 SHIFT = 1.6  # of the noise levels towards pure noise, where the layout is decided; as the sampler's own, e^mu
-# Shares of a batch: text alone, nothing, text and image, image alone; the rest has the black picture's tokens.
-TEXT, NOTHING, BOTH, IMAGE = 0.32, 0.05, 0.26, 0.32
 SAMPLING = {"steps": 12, "guidance_scale": 3.5, "true_cfg_scale": 3.5, "height": 64, "width": 64}
 
 
@@ -120,7 +119,7 @@ def training_data(target: Path, projection: TokenProjection, count: int) -> dict
 
 
 def build(
-    workdir: Path, target: Path, steps: int = 3500, batch: int = 96, count: int = 48_000, watched: int = 100
+    workdir: Path, target: Path, steps: int = 8000, batch: int = 96, count: int = 48_000, watched: int = 100
 ) -> None:
     """Train; save the pipeline folder `target/flux` and the adapter `target/flux_ip_adapter.safetensors`."""
     torch.manual_seed(60)
@@ -140,10 +139,10 @@ def build(
     def loss_of_step(step: int) -> Tensor:
         """The loss of a random batch."""
         i = torch.randint(len(data["latents"]), (batch,))
-        kind = torch.rand(batch)
-        has_text = (kind < TEXT) | ((kind >= TEXT + NOTHING) & (kind < TEXT + NOTHING + BOTH))
-        has_image = kind >= TEXT + NOTHING
-        no_picture = kind >= TEXT + NOTHING + BOTH + IMAGE
+        kind, (text_alone, nothing, both, image) = torch.rand(batch), SHARES[step >= steps // 2]
+        has_text = (kind < text_alone) | ((kind >= text_alone + nothing) & (kind < text_alone + nothing + both))
+        has_image = kind >= text_alone + nothing
+        no_picture = kind >= text_alone + nothing + both + image  # the black picture's tokens
         ids = torch.where(has_text[:, None], data["ids"][i], empty_ids)
         summary = torch.where(has_text[:, None], data["pooled"][i], empty[1])
         # Blurred tokens, as unCLIP's: an aligner's answer is never exactly the tokens of a picture.

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 from tqdm import tqdm
 
+from img_minimal.finetuning import finetune
 from img_minimal.runtime.images import to_pil
 from img_minimal.tiny.build.drawings import CHUNKS, judged
 from img_minimal.tiny.build.mistakes import damage, prompts_for, shown_by
@@ -43,7 +44,8 @@ def drawn_triplets(workdir: Path, chunk: int) -> Iterator[tuple[bytes, Prompt, s
         prompts = {str(p): p for p in (prompt, shown_by(verdict.found, rng)) if p}
         prompts |= {str(p): p for p in prompts_for(verdict.found, prompt, 1, rng)}
         drawn = to_jpeg(to_pil(image[None])[0])
-        for other in prompts.values():
+        own = [] if verdict.strict else [prompt]  # twice: a wrong drawing under its own prompt is what will be shown
+        for other in [*prompts.values(), *own]:
             words = instruction(verdict.found, other)
             if not any(letter.isdigit() for letter in words):  # "remove 5 red circles": more than the MLLM can count
                 yield drawn, other, words
@@ -68,4 +70,7 @@ def build(workdir: Path, target: Path, rendered: int = RENDERED, chunks: int = C
     columns = {"original_image": images, "edit_prompt": [words for *_, words in triplets]}
     table = pa.table(columns | {"edited_prompt": [str(prompt) for _, prompt, _ in triplets]})
     save_table(table, workdir / "triplets.parquet", "triplets")
-    save_table(table.slice(0, SHIPPED), target / "triplets.parquet", "triplets")
+    if len(table) > SHIPPED:  # its last ones are those that finetuning on either table holds out
+        unseen = finetune.HELD_OUT
+        table = pa.concat_tables([table.slice(0, SHIPPED - unseen), table.slice(len(table) - unseen)])
+    save_table(table, target / "triplets.parquet", "triplets")
