@@ -91,7 +91,7 @@ def draw(curves: dict[str, Curve], memory: Curve, path: str | Path) -> None:
     """Cost against amount, both on logarithmic axes, with what proportion would be; memory below its own axis."""
     import matplotlib.pyplot as plt
 
-    from img_minimal.runtime.plots import BLUE, GREY, ORANGE
+    from img_minimal.runtime.plots import BLUE, GREY, ORANGE, plain
 
     figure, axes = plt.subplots(1, 5, figsize=(17, 3.6), layout="constrained")
     for axis, (title, curve) in zip(axes, curves.items()):
@@ -99,9 +99,13 @@ def draw(curves: dict[str, Curve], memory: Curve, path: str | Path) -> None:
         axis.loglog(x, y, "o-", color=BLUE, label="measured")
         axis.loglog(x, [y[0] * n / x[0] for n in x], ":", color=GREY, label="in proportion")
         axis.set(title=title, ylabel="seconds")
+        for line in (axis.xaxis, axis.yaxis):
+            line.set_major_formatter(plain)
+            line.set_minor_formatter("")
         axis.legend(fontsize=8)
     axes[-1].semilogx(list(memory), [size / 1e6 for size in memory.values()], "o-", color=ORANGE)
     axes[-1].set(title="memory of the stream", xlabel="pairs", ylabel="MB at the most")
+    axes[-1].xaxis.set_major_formatter(plain)
     axes[-1].set_ylim(bottom=0)
     figure.savefig(path, dpi=110)
     plt.close(figure)

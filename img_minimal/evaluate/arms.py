@@ -100,14 +100,15 @@ class Arms:
             "exact_when_wrong": sum(said == true for said, true in wrong) / max(1, len(wrong)),
             "n_wrong": len(wrong),
             "n_right": len(right),
-            "nothing_by_category": self._nothing_by_category(),
+            "nothing_by_category": self._nothing_by_category(False),
+            "complaint_by_category": {kind: 1 - share for kind, share in self._nothing_by_category(True).items()},
         }
 
-    def _nothing_by_category(self) -> dict[str, float]:
-        """Of the base's wrong images of each category, the share about which the MLLM says nothing."""
+    def _nothing_by_category(self, right: bool) -> dict[str, float]:
+        """Of the base's right or wrong images of each category, the share about which the MLLM says nothing."""
         kinds: dict[str, list[bool]] = {category: [] for category in CATEGORIES}
         for prompt, said, verdict in zip(self.prompts, self.said, self.verdicts["base"]):
-            if not verdict.strict:
+            if verdict.strict == right:
                 kinds[prompt.category].append(said == NOTHING)
         return {kind: sum(silent) / len(silent) for kind, silent in kinds.items() if silent}
 
@@ -166,8 +167,9 @@ def print_results(results: dict) -> None:
             "what is wrong\nabout {exact_when_wrong:.0%}; it complains about {complaint_when_right:.0%} of "
             "{n_right} right ones.".format(**words)
         )
-        silent = ", ".join(f"{kind} {share:.0%}" for kind, share in words["nothing_by_category"].items())
-        print(f"Nothing about wrong ones: {silent}")
+        for title, name in (("Nothing about wrong ones", "nothing"), ("Complaints about right ones", "complaint")):
+            shares = words[f"{name}_by_category"]
+            print(f"{title}: " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
 
 
 def print_comparison(img: IMG, name: str, count: int, picture: Path) -> None:

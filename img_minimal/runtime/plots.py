@@ -18,6 +18,11 @@ plt.rcParams["text.parse_math"] = False  # prompts and answers are no formulas, 
 BLUE, ORANGE, GREEN, GREY, PINK = COLOURS = "#0072B2", "#E69F00", "#009E73", "#7F7F7F", "#CC79A7"
 
 
+def plain(value: float, _: int | None = None) -> str:
+    """A number on a logarithmic axis, as it is: matplotlib would write a formula, and formulas are off."""
+    return f"{value:g}"
+
+
 def labelled_grid(
     rows: list[list[tuple[Image.Image, str]]], path: str | Path, title: str = "", caption: str = ""
 ) -> None:

@@ -17,11 +17,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from img_minimal.mllm import MLLM
 from img_minimal.presets import find_preset
 from img_minimal.runtime.cli import PICTURES, option, parse, quiet_libraries, run, writable_file
 from img_minimal.runtime.images import to_pil
 from img_minimal.tiny.grammar import COLOURS, FORMS, Prompt, benchmark, sample_prompt
-from img_minimal.tiny.oracle import judge
+from img_minimal.tiny.oracle import FIGURE, judge
 from img_minimal.tiny.readings import agreement, readings
 from img_minimal.tiny.world import place, render
 
@@ -145,6 +146,36 @@ def pooled_probe(encoder: str, count: int = 3000, seed: int = 0) -> dict[str, fl
     return shares
 
 
+@torch.no_grad()
+def sight(mllm: MLLM, count: int = 300, seed: int = 0) -> dict[str, float]:
+    """Does an MLLM know where things are?
+
+    "seen" and "projected": of a patch's row and column, the share of variance that a linear map reads at patches with
+    a shape, from the vision encoder's features and from what the projector makes of them. "told": how often a picture
+    that is right for a relation satisfies the MLLM more than the same one with its two shapes exchanged; .5 is chance.
+    """
+    rng = random.Random(seed)
+    prompts = [sample_prompt(rng, "position") for _ in range(count)]
+    right = [place(p, rng) for p in prompts]
+    wrong = [(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)) for a, b in right]
+    images, captions = render(right), [str(p) for p in prompts]
+    scores = [mllm.satisfaction(to_pil(x), captions, range(count)) for x in (images, render(wrong))]
+    inner = mllm.model.model
+    states = inner.vision_tower(images * 2 - 1, output_hidden_states=True).hidden_states[-2][:, 1:]
+    side = int(states.shape[1] ** 0.5)
+    drawn = (images - images[..., :1, :1]).abs().sum(1, keepdim=True) > FIGURE
+    covered = F.avg_pool2d(drawn.float(), images.shape[-1] // side).flatten(1) > 0.3
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).double().expand(count, -1, -1)
+    found = {"told": sum(a > b for a, b in zip(*scores)) / count}
+    for name, features in (("seen", states), ("projected", inner.multi_modal_projector(states))):
+        x, y = F.pad(features, (0, 1), value=1.0).double(), places
+        cut = 2 * count // 3
+        weights = torch.linalg.lstsq(x[:cut].flatten(0, 1), y[:cut].flatten(0, 1)).solution
+        said, true = (x[cut:] @ weights)[covered[cut:]], y[cut:][covered[cut:]]
+        found[name] = 1 - ((said - true).square().mean() / (true - true.mean(0)).square().mean()).item()
+    return found
+
+
 def sheet(path: str, count: int = 60) -> None:
     """A picture of what the base draws for validation prompts, with the oracle's verdicts; none is chosen."""
     from img_minimal.load import load_backbone
@@ -182,6 +213,14 @@ def main() -> None:
         found = pooled_probe(find_preset(name).image_encoder)
         said = ", ".join(f"{kind} {share:.3f}" for kind, share in found.items())
         print(f"a linear map reads from the one pooled vector of {name}'s encoder: {said} (place: share of variance)")
+    for name, folder in (("stock", find_preset("tiny-sdxl").stock_mllm), ("finetuned", find_preset("tiny-sdxl").mllm)):
+        found = sight(MLLM.from_pretrained(folder))
+        print(
+            "the {} MLLM: a patch's place is in its vision features to {seen:.2f} of the variance, after its projector "
+            "to {projected:.2f};\n  it prefers the right picture of a relation in {told:.2f} (chance 0.5)".format(
+                name, **found
+            )
+        )
 
 
 if __name__ == "__main__":

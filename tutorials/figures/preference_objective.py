@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK
+from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK, plain
 
 Field = Callable[..., tuple[Tensor, Tensor]]  # points, reference, objective -> -grad L, and what is the preference's
 
@@ -94,8 +94,9 @@ def draw_winds(axis: plt.Axes, way: Tensor, winds: dict[str, Tensor]) -> None:
     for (name, strength), colour in zip(winds.items(), (GREEN, BLUE, PINK, ORANGE)):
         axis.semilogx(way[1:], strength[1:], color=colour, linewidth=2, label=name)
     axis.set(xlabel="share of the way from $f_{ref}$ to $c_w$ (logarithmic)", ylabel="σ(-x)", ylim=(0, 0.72))
+    axis.xaxis.set_major_formatter(plain)
     axis.set_title("Sum or mean: when does the wind die?")
-    axis.legend(fontsize=11, loc="upper center", ncols=2)
+    axis.legend(fontsize=9, loc="upper center", ncols=2)
 
 
 def draw_ends(axis: plt.Axes, lambdas: tuple, resting: dict[str, Tensor]) -> None:

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK
+from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK, plain
 
 
 class Curves:
@@ -143,6 +143,8 @@ def draw_gradient(axis: plt.Axes, curves: Curves) -> str:
     axis.axhline(1, color="black", linestyle="--", linewidth=1)
     norms = curves("gradient_norm")
     axis.set(yscale="log", ylabel="norm (logarithmic)", ylim=(min(0.5, norms.min() / 2), 2 * norms.max()))
+    axis.yaxis.set_major_formatter(plain)
+    axis.yaxis.set_minor_formatter("")
     found = [f"clipped in {(norms > 1).mean():.0%} of steps", f"largest / median: {norms.max() / np.median(norms):.1f}"]
     how = "no lonely spikes; what is above the dashed line is clipped to 1"
     return finish(axis, "Gradient norm", how, found, 0.5, 0.3)

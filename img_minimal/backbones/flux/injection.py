@@ -67,11 +67,15 @@ class DecoupledAttention:
                 f"the transformer sees a batch of {batch}, but there are image tokens for {len(self.keys)}: with true "
                 "classifier-free guidance the batch is doubled, so pass torch.cat([negative, positive])"
             )
-        image, text = self.own(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        # Projected a second time, 3 % of a block's work, so that the block's own processor stays as it is.
+        queries: list[Tensor] = []  # overheard, so that the block's own processor stays as it is
+        overhear = attn.to_q.register_forward_hook(lambda module, args, output: queries.append(output))
+        try:
+            image, text = self.own(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        finally:
+            overhear.remove()
+        query = queries[0] if queries else attn.to_q(hidden_states)  # a processor of fused projections asks another
         query, key, value = (
-            rearrange(x, "b n (h d) -> b h n d", h=attn.heads)
-            for x in (attn.to_q(hidden_states), self.keys, self.values)
+            rearrange(x, "b n (h d) -> b h n d", h=attn.heads) for x in (query, self.keys, self.values)
         )
         heard = F.scaled_dot_product_attention(attn.norm_q(query), key.to(query.dtype), value.to(query.dtype))
         scale = self.scale

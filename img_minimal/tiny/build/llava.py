@@ -183,7 +183,7 @@ def build_stock(workdir: Path, target: Path, steps: int = 1000, count: int = 16_
     save(model, vocabulary, target / "llava-stock")
 
 
-def build_detector(workdir: Path, target: Path, steps: int = 4400) -> None:
+def build_detector(workdir: Path, target: Path, steps: int = 9900) -> None:
     """Finetune the stock model on the triplets, with the command that finetunes any MLLM; saves `llava-detector`."""
     folder = workdir / "detector"
     places = ("--mllm", target / "llava-stock", "--triplets", workdir / "triplets.parquet")
