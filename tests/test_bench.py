@@ -114,10 +114,10 @@ SMALL = {
     "flux": {
         "FLUX_TRANSFORMER": dict(
             guidance_embeds=True, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-            joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
+            joint_attention_dim=4096, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
         ),
         "FLUX_VAE": SMALL_VAE, "CLIP_L_TEXT": SMALL_TEXT, "CLIP_L_VISION": SMALL_VISION | {"projection_dim": 768},
-        "T5_XXL": dict(vocab_size=200, d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2,
+        "T5_XXL": dict(vocab_size=200, d_model=4096, d_kv=16, d_ff=32, num_layers=1, num_heads=2,
                        feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     },
 }  # fmt: skip

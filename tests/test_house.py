@@ -29,7 +29,18 @@ MAY_IMPORT = {
     "serve": {"pipeline", "runtime"},
     "evaluate": {"load", "data", "pipeline", "method", "files", "runtime", "tiny"},
     "rounds": {"evaluate", "training", "load", "data", "pipeline", "method", "files", "runtime", "tiny"},
-    "bench": {"load", "finetuning", "training", "data", "pipeline", "backbones", "method", "files", "runtime"},
+    "bench": {
+        "load",
+        "finetuning",
+        "training",
+        "data",
+        "pipeline",
+        "around",
+        "backbones",
+        "method",
+        "files",
+        "runtime",
+    },
     "tiny/build": {"load", "finetuning", "training", "backbones", "data", "method", "files", "runtime", "tiny"},
 }
 METHOD = {"aligner", "attention", "flags", "mllm", "places", "preference", "presets", "questions"}

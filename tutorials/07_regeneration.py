@@ -18,7 +18,7 @@ With G the base model, T the prompt, z the start noise, q a question about T, f 
 
 h and c_0 are frozen: computed once, they serve every number of passes and scale. Look at both colours of the bars: a
 setting that fixes more often breaks more, too, and its worth is the difference. With --model sdxl there is no oracle,
-and the pictures alone are shown. What SDXL and FLUX cost is computed: `python -m img_minimal.bench sampling`.
+and the pictures alone are shown. What the steps cost at SDXL's and FLUX's size is computed, and printed at the end.
 """
 
 # %% Options
@@ -41,6 +41,7 @@ import numpy as np
 from figures import regeneration
 from torch import Tensor
 
+from img_minimal.bench.sampling import true_size_table
 from img_minimal.evaluate.arms import TITLES, Arms
 from img_minimal.evaluate.image_folder import FIRST_SEED
 from img_minimal.evaluate.intervals import paired_shares, win_rate
@@ -161,3 +162,8 @@ titles = [
 ]
 figure = regeneration.draw(dict(zip(rows, titles)), initial, c[1] - c_0, images, table, preset)
 save(figure, options, "07_regeneration", f"{preset.name}, n {len(captions)}")
+
+# %% 9. What the steps cost at true size: operations of one image, counted without a download or a weight
+if not options.quick:
+    for model in ("sdxl", "flux"):
+        print(f"\n{true_size_table(model, 'llava-13b')}")

@@ -50,7 +50,9 @@ def begin(kind: type[Chosen], doc: str) -> Chosen:
     cli.writable_folder(options.output)
     cli.quiet_libraries()
     _seconds.clear()
-    print(doc.strip().splitlines()[0] + (" (quick mode: too few samples to mean anything)" if options.quick else ""))
+    if not NOTEBOOK:  # which shows it above
+        note = " (quick mode: too few samples to mean anything)" if options.quick else ""
+        print(doc.strip().splitlines()[0] + note)
     return options
 
 
@@ -93,8 +95,9 @@ def save(figure: Any, options: Options, name: str, caption: str) -> Path:
     path = Path(options.output) / f"{name}.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    total = sum(_seconds.values())
-    print(f"{total:.0f} s: " + ", ".join(f"{step} {seconds:.1f} s" for step, seconds in _seconds.items()))
+    total = sum(_seconds.values()) or 1.0
+    steps = (f"{name} {seconds:.1f} s ({seconds / total:.0%})" for name, seconds in _seconds.items())
+    print(f"{total:.0f} s: " + ", ".join(steps))
     print(f"saved to {path}")
     if NOTEBOOK:
         from IPython.display import Image, display

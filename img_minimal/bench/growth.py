@@ -106,6 +106,6 @@ def draw(curves: dict[str, Curve], memory: Curve, path: str | Path) -> None:
     axes[-1].semilogx(list(memory), [size / 1e6 for size in memory.values()], "o-", color=ORANGE)
     axes[-1].set(title="memory of the stream", xlabel="pairs", ylabel="MB at the most")
     axes[-1].xaxis.set_major_formatter(plain)
-    axes[-1].set_ylim(bottom=0)
+    axes[-1].set_ylim(0, 1.3e-6 * max(memory.values()))
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -77,30 +77,34 @@ def run(main: Callable[[], int | None]) -> None:
     """Call `main` and exit; what the user can put right becomes one line on stderr and exit code 2."""
     try:
         sys.exit(main() or 0)
-    except (Exception, KeyboardInterrupt) as error:
-        if not isinstance(error, KeyboardInterrupt) and one_line(error) is None:
-            raise
-        end_with(error)
-
-
-def end_with(error: BaseException) -> NoReturn:
-    """Exit with the one line that an error is worth."""
-    if isinstance(error, KeyboardInterrupt):
+    except KeyboardInterrupt:
         sys.exit(130)
-    print(f"error: {one_line(error)}", file=sys.stderr)
-    sys.exit(2)
+    except Exception as error:
+        message = one_line(error)
+        if message is None:
+            raise
+    end_with(message)  # not above, where the error would be kept, and with it what it holds: a locked run folder
 
 
 def end_scripts_in_one_line() -> None:
     """For scripts that have no `main`: what `run` does for those that have."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not isinstance(error, KeyboardInterrupt) and one_line(error) is None:
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(130)
+        message = one_line(error)
+        if message is None:
             sys.__excepthook__(kind, error, trace)
         else:
-            end_with(error)
+            end_with(message)
 
     sys.excepthook = hook
+
+
+def end_with(message: str) -> NoReturn:
+    """Exit with one line."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def one_line(error: BaseException) -> str | None:
