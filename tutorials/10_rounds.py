@@ -10,7 +10,7 @@ there: x0 is the base's image, x1 IMG's from the same seed (img_minimal/rounds.p
     the round counts if held-back prompts are drawn no worse and no more right images are broken (gate)
 
 Three ways, the same prompts and seeds: with both, without the gate, without gate and replay. Look at three things: how
-short the step |c_w - c_l| of its own pairs is beside that of the original ones; in which categories it wins, by a score
+long the step |c_w - c_l| of its own pairs is beside that of the original ones; in which categories it wins, by a score
 that moves although neither image is right; and what the error on original pairs does where none are replayed.
 """
 

@@ -19,6 +19,8 @@ def draw(logs: dict[str, list[dict]], shares: dict[str, dict]) -> Figure:
         axis.set_title(title, fontsize=10)
         axis.legend(fontsize=8)
     steps, wins, end = axes.flat[3:]
+    for axis in axes.flat[:4]:
+        axis.xaxis.get_major_locator().set_params(integer=True)
     for way, rows in logs.items():
         later = [row for row in rows if row["round"]]
         steps.plot([r["round"] for r in later], [r["step_new"] for r in later], "o-", color=colours[way], label=way)
