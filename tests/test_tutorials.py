@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from img_minimal import rounds
 from img_minimal.runtime import cli
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,9 @@ def tutorial(monkeypatch, capsys):
 
     def run(name: str, *flags: str) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", [name, *flags])
-        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the tutorial replaces
+        # What a tutorial replaces for its own process.
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+        monkeypatch.setattr(rounds, "GATE_PROMPTS", rounds.GATE_PROMPTS)
         with pytest.raises(SystemExit) as ended:
             cli.run(lambda: runpy.run_path(str(ROOT / "tutorials" / f"{name}.py"), run_name="__main__") and None)
         said = capsys.readouterr()

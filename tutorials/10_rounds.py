@@ -33,7 +33,7 @@ class Config(Options):
 
 options = begin(Config, __doc__)
 if options.quick:
-    options.rounds, options.prompts, options.steps, options.max_pairs, options.judged = 1, 24, 4, 60, 10
+    options.rounds, options.prompts, options.steps, options.max_pairs, options.judged = 1, 12, 4, 60, 10
 
 from dataclasses import asdict
 from pathlib import Path
@@ -42,6 +42,7 @@ import numpy as np
 from figures import rounds
 
 import train as script
+from img_minimal import rounds as method
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.evaluate.arms import Arms
 from img_minimal.evaluate.intervals import mean_interval, paired_shares
@@ -51,6 +52,8 @@ from img_minimal.runtime.checkpoint import RunFolder
 from img_minimal.tiny.grammar import benchmark
 
 preset = oracle_preset(options)
+if options.quick:
+    method.GATE_PROMPTS = 8
 
 # %% 1. Three ways to go on from the shipped aligner
 WAYS = {
