@@ -6,8 +6,7 @@ is drawn is beside it, in tutorials/figures/.
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +21,7 @@ from img_minimal.runtime.cli import check, option  # noqa: E402
 from img_minimal.runtime.errors import UserError  # noqa: E402
 
 __all__ = ["Options", "begin", "check", "chosen_preset", "option", "oracle_preset", "save", "step"]
-_seconds: dict[str, float] = {}
+_clock: Any = None  # that of `begin`; what it imports takes seconds
 
 
 @dataclass
@@ -49,22 +48,19 @@ def begin(kind: type[Chosen], doc: str) -> Chosen:
     check(options.seed >= 0, f"--seed is {options.seed}, expected 0 or more")
     cli.writable_folder(options.output)
     cli.quiet_libraries()
-    _seconds.clear()
+    from img_minimal.runtime.clock import Clock
+
+    global _clock
+    _clock = Clock()
     if not NOTEBOOK:  # which shows it above
         note = " (quick mode: too few samples to mean anything)" if options.quick else ""
         print(doc.strip().splitlines()[0] + note)
     return options
 
 
-@contextmanager
-def step(name: str) -> Iterator[None]:
+def step(name: str) -> AbstractContextManager[None]:
     """The time within this context counts for a step; `save` prints the seconds of all."""
-    from img_minimal.runtime.clock import Clock
-
-    clock = Clock()
-    clock.seconds = _seconds
-    with clock(name):
-        yield
+    return _clock(name)
 
 
 def chosen_preset(options: Options) -> Preset:
@@ -95,8 +91,8 @@ def save(figure: Any, options: Options, name: str, caption: str) -> Path:
     path = Path(options.output) / f"{name}.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
-    total = sum(_seconds.values()) or 1.0
-    steps = (f"{name} {seconds:.1f} s ({seconds / total:.0%})" for name, seconds in _seconds.items())
+    total = sum(_clock.seconds.values()) or 1.0
+    steps = (f"{name} {seconds:.1f} s ({seconds / total:.0%})" for name, seconds in _clock.seconds.items())
     print(f"{total:.0f} s: " + ", ".join(steps))
     print(f"saved to {path}")
     if NOTEBOOK:

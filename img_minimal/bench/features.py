@@ -1,9 +1,7 @@
 """Where the time goes while pairs become features: read, decode, image tokens, MLLM; and what padding costs."""
 
-from img_minimal.backbones import true_size
 from img_minimal.bench.measure import seconds
-from img_minimal.bench.sampling import operations, true_size_operations
-from img_minimal.bench.true_sizes import models
+from img_minimal.bench.sampling import true_size_operations
 from img_minimal.data.features import Features, compute_guidance, compute_tokens
 from img_minimal.data.pairs import pair_stream
 from img_minimal.load import load_encoder
@@ -51,9 +49,8 @@ def feature_costs(model: str, mllm: str, pairs: int = 2048) -> str:
     for name, time in (found | {"all": total}).items():
         lines.append(f"| {name} | {time:.2f} | {pairs / time:,.0f} | {time / total:.1%} |")
     padding = 1 - features.mask.float().mean().item()
-    preset = find_preset(model)
-    calls = true_size(preset.backbone).activations(models(mllm, preset.backbone), 1)
-    see, think = 2 * operations(calls["encode"]), true_size_operations(model, mllm)["look"]  # an image of each side
+    computed = true_size_operations(model, mllm)
+    see, think = 2 * computed["image tokens"], computed["look"]  # an image of each side
     lines += [
         f"\nPadding is {padding:.1%} of the guidance features.",
         f"{model} with {mllm}, computed: {think / 1e12:.1f} TFLOP a pair in the MLLM, {see / 1e12:.2f} in the image "

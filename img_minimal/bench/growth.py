@@ -99,9 +99,9 @@ def draw(curves: dict[str, Curve], memory: Curve, path: str | Path) -> None:
         axis.loglog(x, y, "o-", color=BLUE, label="measured")
         axis.loglog(x, [y[0] * n / x[0] for n in x], ":", color=GREY, label="in proportion")
         axis.set(title=title, ylabel="seconds")
-        for line in (axis.xaxis, axis.yaxis):
-            line.set_major_formatter(plain)
-            line.set_minor_formatter("")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter(plain)
+            scale.set_minor_formatter("")
         axis.legend(fontsize=8)
     axes[-1].semilogx(list(memory), [size / 1e6 for size in memory.values()], "o-", color=ORANGE)
     axes[-1].set(title="memory of the stream", xlabel="pairs", ylabel="MB at the most")

@@ -56,6 +56,7 @@ from img_minimal.finetuning.finetune import DetectorState, Examples, train_detec
 from img_minimal.mllm import MLLM
 from img_minimal.pipeline import IMG
 from img_minimal.presets import TINY, Preset, find_preset
+from img_minimal.runtime.atomic import write_whole
 from img_minimal.runtime.clock import peak_bytes
 from img_minimal.runtime.devices import Placement, Precision, best_device
 from img_minimal.training import Trainer
@@ -93,8 +94,10 @@ def random_img(preset: Preset, mllm: str, offload: bool) -> IMG:
     torch.manual_seed(0)
     with built_in(precision.weights):
         parts = shapes.parts(placement.waiting)
-    for name in shapes.ALWAYS_FP32:
-        parts[name].float()
+    for name, part in parts.items():
+        part.eval().requires_grad_(False)
+        if name in shapes.ALWAYS_FP32:
+            part.float()
     # The twin's tokenizers stand for the public ones.
     backbone = shapes.backbone(parts, TINY / preset.backbone, sampling_of(preset), precision, placement)
     guide = random_mllm(mllm, precision.mllm, placement.waiting)
@@ -204,7 +207,7 @@ def main() -> int:
     print(f"\n{found['card']}: {found['tokens_per_second']:,.0f} tokens per second through the MLLM, "
           f"{found['share_of_matmul_rate']:.0%} of the card's own matmul rate; computed, to compare:")  # fmt: skip
     print("\n".join(f"  {size:5.1f} GiB  {name}" for name, size in found["computed_gib"].items()))
-    Path(path).write_text(json.dumps(found, indent=1) + "\n")
+    write_whole(Path(path), json.dumps(found, indent=1) + "\n")
     print(f"saved to {path}")
     return 0
 

@@ -89,7 +89,7 @@ def run(main: Callable[[], int | None]) -> None:
 def end_scripts_in_one_line() -> None:
     """For scripts that have no `main`: what `run` does for those that have."""
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, KeyboardInterrupt):
             sys.exit(130)
         message = one_line(error)
@@ -98,7 +98,7 @@ def end_scripts_in_one_line() -> None:
         else:
             end_with(message)
 
-    sys.excepthook = hook
+    sys.excepthook = _hook
 
 
 def end_with(message: str) -> NoReturn:

@@ -22,6 +22,7 @@ from img_minimal.backbones import Sampling
 from img_minimal.backbones.flux.backbone import FluxBackbone
 from img_minimal.backbones.flux.image_prompt import ImagePrompt, TokenProjection, load_ip_adapter
 from img_minimal.backbones.flux.injection import ImageBranch
+from img_minimal.files.mllm_layouts import square
 from img_minimal.files.pretrained import read_settings
 from img_minimal.presets import Preset
 from img_minimal.runtime.devices import Placement, Precision, parameters
@@ -81,11 +82,8 @@ def backbone(
     )
     pipe.set_progress_bar_config(disable=True)
     encoder = parts["image_encoder"]
-    side = encoder.config.image_size
-    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor = CLIPImageProcessorPil(**square(encoder.config.image_size))
     image_prompt = ImagePrompt(encoder, processor, parts["projection"], precision)
-    for part in parts.values():
-        part.eval().requires_grad_(False)
     placement.add("text", *(parts[name] for name in ENCODES_TEXT))
     placement.add("diffusion", *(parts[name] for name in DRAWS))
     placement.add("image_prompt", image_prompt)

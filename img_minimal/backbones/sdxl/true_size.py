@@ -24,6 +24,7 @@ from img_minimal.backbones import Sampling
 from img_minimal.backbones.sdxl.backbone import SDXLBackbone
 from img_minimal.backbones.sdxl.image_prompt import ImagePrompt, Resampler, load_ip_adapter
 from img_minimal.backbones.sdxl.injection import ImageBranch
+from img_minimal.files.mllm_layouts import square
 from img_minimal.files.pretrained import read_settings
 from img_minimal.presets import Preset
 from img_minimal.runtime.devices import Placement, Precision, parameters
@@ -93,11 +94,8 @@ def backbone(
     )
     pipe.set_progress_bar_config(disable=True)
     encoder = parts["image_encoder"]
-    side = encoder.config.image_size
-    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor = CLIPImageProcessorPil(**square(encoder.config.image_size))
     image_prompt = ImagePrompt(encoder, processor, parts["resampler"], precision)
-    for part in parts.values():
-        part.eval().requires_grad_(False)
     placement.add("diffusion", *(parts[name] for name in DRAWS))
     placement.add("image_prompt", image_prompt)
     return SDXLBackbone(pipe, parts["branch"], image_prompt, sampling, precision, placement)

@@ -30,7 +30,7 @@ from img_minimal.tiny.build.clip import TEXT_WIDTH, WIDTH
 from img_minimal.tiny.build.flux_encoder import latents_of
 from img_minimal.tiny.build.loop import CPU, autocast, fit, save_pipeline
 from img_minimal.tiny.build.tokenizers import TEXT_LENGTH, t5_tokenizer
-from img_minimal.tiny.build.unet import SHARES
+from img_minimal.tiny.build.unet import random_conditions
 from img_minimal.tiny.build.vae import random_pictures
 from img_minimal.tiny.grammar import CATEGORIES, sample_prompt
 from img_minimal.tiny.oracle import judge
@@ -139,10 +139,7 @@ def build(
     def loss_of_step(step: int) -> Tensor:
         """The loss of a random batch."""
         i = torch.randint(len(data["latents"]), (batch,))
-        kind, (text_alone, nothing, both, image) = torch.rand(batch), SHARES[step >= steps // 2]
-        has_text = (kind < text_alone) | ((kind >= text_alone + nothing) & (kind < text_alone + nothing + both))
-        has_image = kind >= text_alone + nothing
-        no_picture = kind >= text_alone + nothing + both + image  # the black picture's tokens
+        has_text, has_image, no_picture = random_conditions(batch, step >= steps // 2)
         ids = torch.where(has_text[:, None], data["ids"][i], empty_ids)
         summary = torch.where(has_text[:, None], data["pooled"][i], empty[1])
         # Blurred tokens, as unCLIP's: an aligner's answer is never exactly the tokens of a picture.

@@ -88,6 +88,13 @@ def four_layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state | fourth
 
 
+def random_conditions(batch: int, late: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Which samples have text, image tokens, and among these the negative image's: (B,) each, in the drawn shares."""
+    kind, (text_alone, nothing, both, image) = torch.rand(batch), SHARES[late]
+    has_text = (kind < text_alone) | ((kind >= text_alone + nothing) & (kind < text_alone + nothing + both))
+    return has_text, kind >= text_alone + nothing, kind >= text_alone + nothing + both + image
+
+
 def build(workdir: Path, target: Path, steps: int = 13_000, batch: int = 96, watched: int = 100) -> None:
     """Train; save the pipeline folder and the IP-Adapter below `target`."""
     torch.manual_seed(40)
@@ -108,10 +115,7 @@ def build(workdir: Path, target: Path, steps: int = 13_000, batch: int = 96, wat
         """The loss of a random batch."""
         late = step >= steps // 2
         i = torch.randint(len(latents), (batch,))
-        kind, (text_alone, nothing, both, image) = torch.rand(batch), SHARES[late]
-        has_text = (kind < text_alone) | ((kind >= text_alone + nothing) & (kind < text_alone + nothing + both))
-        has_image = kind >= text_alone + nothing
-        no_picture = kind >= text_alone + nothing + both + image
+        has_text, has_image, no_picture = random_conditions(batch, late)
         words = text[caption[i]].float() * has_text[:, None, None]  # SDXL's "no text" is zeros
         summary = pooled[caption[i]].float() * has_text[:, None]
         # Blurred tokens, as unCLIP's: an aligner's answer is never exactly the tokens of a picture.
