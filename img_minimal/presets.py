@@ -20,6 +20,7 @@ class Finetuning:
     constant_share: float  # of the steps at full rate, then linear to zero
     weight_decay: float
     lora_rank: int  # 0: all weights but the vision encoder's are trained
+    optimizer: str = "adamw"  # or "muon", see img_minimal/runtime/optimizer.py
     chunk: int  # triplets of a stream that are at hand at once; 0 = all
     save_every: int  # steps between checkpoints
 
@@ -133,7 +134,8 @@ PRESETS = {
             steps=2000,
             batch_size=64,
             micro_batch=64,
-            lr=1.5e-3,
+            lr=2e-3,
+            optimizer="muon",
             warmup=100,
             constant_share=0.3,
             weight_decay=0.02,

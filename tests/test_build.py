@@ -1,5 +1,6 @@
 """The build of the twins, end to end in miniature: every part runs, and a stopped part goes on to the same weights."""
 
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from img_minimal.tiny.build import (
 )
 from img_minimal.tiny.build.loop import fit
 from img_minimal.tiny.grammar import parse
+from img_minimal.tiny.world import Shape
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def built(tmp_path_factory) -> Path:
     shutil.copy(find_preset("tiny-sdxl").pairs, target / "pairs.parquet")
     dpo.build(work, target, steps=2, batch=4, limit=40, watched=5)
     llava.build_stock(work, target, steps=2, count=100)
-    triplets.build(work, target, rendered=60, chunks=0)
+    triplets.build(work, target, rendered=60, related=4, chunks=0)
     llava.build_detector(work, target, steps=2)
     flux_encoder.build(work, target, steps=2, batch=8, count=40)
     flux.build(work, target, steps=2, batch=8, count=40, watched=5)
@@ -61,6 +63,27 @@ def test_every_part_of_the_twin_can_be_built_from_nothing(built):
         assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}, name
 
 
+def test_what_the_stock_mllm_is_told_about_a_picture_is_true():
+    prompt = parse("two red circles left of a blue square")
+    scene = (Shape("red", "circle", 10, 12, 8), Shape("red", "circle", 11, 52, 8), Shape("blue", "square", 50, 30, 8))
+    alone = parse("a red circle and a blue square")
+    diagonal = (Shape("red", "circle", 10, 12, 8), Shape("blue", "square", 50, 50, 8))
+    rng = random.Random(0)
+    said = {llava.small_talk(rng, prompt, scene, topic) for topic in llava.TOPICS for _ in range(200)}
+    assert ("where is the blue square?", "right") in said
+    assert not any(question.startswith("where is the red circle") for question, _ in filter(None, said))  # which one?
+    assert ("how many red circles are in the image?", "two") in said
+    lists = {answer for question, answer in filter(None, said) if question == "where is everything?"}
+    assert "a red circle bottom left, a red circle top left, a blue square right" in lists and len(lists) == 6
+    said = {llava.small_talk(rng, alone, diagonal, topic) for topic in llava.TOPICS for _ in range(200)}
+    assert ("where is the red circle relative to the blue square?", "left of and above") in said
+    assert {
+        ("is the red circle above the blue square?", "yes"),
+        ("is the red circle below the blue square?", "no"),
+    } <= said
+    assert ("is the blue square above the red circle?", "no") in said
+
+
 def test_the_preference_loss_of_the_unet_is_minus_log_sigmoid_of_what_winners_gain_over_losers():
     torch.manual_seed(0)
     ours, reference, target = (torch.randn(6, 4, 8, 8, dtype=torch.float64) for _ in range(3))
@@ -77,14 +100,19 @@ def test_preference_pairs_are_drawn_by_the_base_and_labelled_by_the_oracle(tmp_p
         monkeypatch.setattr(module, "CHUNK", 24)
     drawings.draw(tmp_path, preset, range(2))
     pairs.build(tmp_path, tmp_path, chunks=2)
-    triplets.build(tmp_path, tmp_path, rendered=20, chunks=2)
+    (tmp_path / "shipped").mkdir()
+    triplets.build(tmp_path, tmp_path / "shipped", rendered=20, related=10, chunks=2)
     table = pq.read_table(tmp_path / "pairs.parquet").to_pylist()
     assert table
     for row in table:
         assert {row["label_0"], row["label_1"]} == {0.0, 1.0}
         assert {row["model_0"], row["model_1"]} == {"tiny-sdxl", "edited scene"}
         assert parse(row["caption"]).split == "train"
-    table = pq.read_table(tmp_path / "triplets.parquet").to_pylist()
+    whole, table = (pq.read_table(p / "triplets.parquet").to_pylist() for p in (tmp_path, tmp_path / "shipped"))
+    assert whole[10:] == table
+    about_relations = [row["edit_prompt"] for row in whole[:10]]
+    assert about_relations.count("nothing") >= 5
+    assert all(words == "nothing" or words.startswith("move the") for words in about_relations)
     assert 60 < len(table) < 20 + 2 * 24 * 3
     assert 0.2 < sum(row["edit_prompt"] == "nothing" for row in table) / len(table) < 0.6
     assert all(parse(row["edited_prompt"]).split == "train" for row in table)

@@ -110,7 +110,7 @@ def mllm_plan(preset: Preset, folder: Path) -> str:
     added = learned if settings.lora_rank else 0
     costs = [
         Cost("MLLM", number, number * precision.mllm.itemsize, preset.stock_mllm),
-        Cost("learned", learned, learned * 12 + added * 4, f"{how}: fp32 gradients and two moments of AdamW"),
+        Cost("learned", learned, learned * 12 + added * 4, f"{how}: fp32 gradients and two moments (Muon has one)"),
     ]
     disk = {"checkpoint.pt": learned * 12, "mllm/": number * 2}
     check_disk(folder, 2 * sum(disk.values()))

@@ -22,7 +22,7 @@ from img_minimal.presets import Finetuning, Preset
 from img_minimal.questions import find_questions
 from img_minimal.runtime.checkpoint import RunFolder, save_checkpoint
 from img_minimal.runtime.devices import Precision, best_device
-from img_minimal.runtime.optimizer import warmup_constant_decay
+from img_minimal.runtime.optimizer import new_optimizer, warmup_constant_decay
 from img_minimal.runtime.plots import detector_curves
 from img_minimal.training import Stop, check_loss
 
@@ -65,9 +65,8 @@ class DetectorState:
 
     def __init__(self, detector: Detector, settings: Finetuning):
         self.detector, self.step = detector, 0
-        self.optimizer = torch.optim.AdamW(
-            detector.trained.values(), settings.lr, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-        )
+        trained = detector.trained.values()
+        self.optimizer = new_optimizer(settings.optimizer, trained, settings.lr, settings.weight_decay)
         factor = warmup_constant_decay(settings.steps, max(1, settings.warmup), settings.constant_share, floor=0.03)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.before: dict[str, float] = {}  # accuracy of the stock model

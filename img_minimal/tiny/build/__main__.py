@@ -87,6 +87,7 @@ def main() -> None:
         unet,
         vae,
     )  # fmt: skip
+    from img_minimal.tiny.build.loop import forget_paths
 
     workdir, target = Path(options.workdir), Path(options.target)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -116,6 +117,7 @@ def main() -> None:
     for part in options.parts or PARTS:
         print(f"== {part}: {PARTS[part]}", flush=True)
         build[part]()
+        forget_paths(target)
 
 
 if __name__ == "__main__":

@@ -25,19 +25,43 @@ from img_minimal.files.mllm_layouts import CONVERSATION
 from img_minimal.questions import QUESTIONS
 from img_minimal.tiny.build.loop import autocast, fit, run_train
 from img_minimal.tiny.build.tokenizers import WORDS, llava_tokenizer
-from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, NUMBERS, PLURALS, Group, sample_prompt
-from img_minimal.tiny.world import place, render
+from img_minimal.tiny.grammar import (
+    COLOURS,
+    FORMS,
+    HELD_OUT,
+    NUMBERS,
+    PLURALS,
+    RELATIONS,
+    Group,
+    Prompt,
+    sample_prompt,
+)  # fmt: skip
+from img_minimal.tiny.world import SIZE, Scene, Shape, place, related, render
 
 WIDTH, LAYERS, PATCHES = 160, 4, 64
+TURNS = 4  # questions about one picture, in one conversation
 DESCRIBE = ("describe the image", "what is in the picture?", "give a caption of the image")
 EDIT_WORDS = "change add remove move to the nothing one unclear shape shapes".split()
-TALK = "is there in how many are yes no none user assistant : ? <image>".split()
+TALK = "is there in how many are yes no none where everything relative top middle bottom".split()
+MARKS = "user assistant : ? <image>".split()
+THIRD = SIZE / 3
+ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
+# Shares of the questions. The lists teach it which shape is where: without them a shape's name never found its place.
+TOPICS = {
+    "caption": 0.15,
+    "list": 0.25,
+    "presence": 0.1,
+    "number": 0.1,
+    "place": 0.15,
+    "relation": 0.15,
+    "compare": 0.1,
+}
 
 
 def processor() -> LlavaProcessor:
     """Tokenizer over every word that the tiny world says or asks, and LLaVA's image processor at 64 pixels."""
     asked = " ".join(QUESTIONS).lower().replace("{}", "").replace(":", " ").split()
-    words = {*WORDS, *asked, *" ".join(DESCRIBE).replace("?", "").split(), *EDIT_WORDS, *TALK} - {"<image>"}
+    words = {*WORDS, *asked, *" ".join(DESCRIBE).replace("?", "").split(), *EDIT_WORDS, *TALK, *MARKS} - {"<image>"}
     images = LlavaImageProcessorPil(
         size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3,
         do_pad=True,
@@ -54,8 +78,9 @@ def new_model(target: Path, vocabulary: LlavaProcessor) -> LlavaForConditionalGe
     tokenizer = vocabulary.tokenizer
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=LAYERS,
-        num_attention_heads=4, max_position_embeddings=256, rms_norm_eps=1e-5, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        num_attention_heads=4, max_position_embeddings=256, rms_norm_eps=1e-5,
+        initializer_range=0.08,  # the usual .02 is for wide models; here attention would begin as a plain mean
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision.config, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
@@ -71,22 +96,52 @@ def new_model(target: Path, vocabulary: LlavaProcessor) -> LlavaForConditionalGe
     return model
 
 
-def small_talk(rng: random.Random, prompt) -> tuple[str, str]:
-    """A question about a picture drawn for `prompt`, and its answer: a caption, a presence or a number."""
-    if rng.random() < 0.5:
+def where(shape: Shape) -> str:
+    """The third of the picture that a shape is in, in words."""
+    return f"{ROWS[int(shape.y / THIRD)]} {COLUMNS[int(shape.x / THIRD)]}".strip() or "middle"
+
+
+def small_talk(rng: random.Random, prompt: Prompt, scene: Scene, topic: str) -> tuple[str, str] | None:
+    """A question on one of TOPICS about a scene laid out for `prompt`, and its answer; None if it cannot be asked."""
+    if topic == "caption":
         return rng.choice(DESCRIBE), str(prompt)
-    kind = rng.choice(prompt.kinds)
-    while rng.random() < 0.5 or kind in HELD_OUT:
-        kind = rng.choice(COLOURS), rng.choice(FORMS)
-    count = prompt.kinds.count(kind)
-    if rng.random() < 0.5:
-        return f"is there {Group(1, *kind)} in the image?", "yes" if count else "no"
-    numbers = {0: "none", 1: "one", **{n: NUMBERS[n] for n in (2, 3, 4)}}
-    return f"how many {kind[0]} {PLURALS[kind[1]]} are in the image?", numbers[count]
+    if topic in ("presence", "number"):
+        kind = rng.choice(prompt.kinds)
+        while rng.random() < 0.5 or kind in HELD_OUT:
+            kind = rng.choice(COLOURS), rng.choice(FORMS)
+        count = prompt.kinds.count(kind)
+        if topic == "presence":
+            return f"is there {Group(1, *kind)} in the image?", "yes" if count else "no"
+        numbers = {0: "none", 1: "one", **{n: NUMBERS[n] for n in (2, 3, 4)}}
+        return f"how many {kind[0]} {PLURALS[kind[1]]} are in the image?", numbers[count]
+    if topic == "list":
+        parts = [f"{Group(1, *shape.kind)} {where(shape)}" for shape in rng.sample(scene, len(scene))]
+        return "where is everything?", ", ".join(parts)
+    single = [s for s in scene if prompt.kinds.count(s.kind) == 1]
+    if len(single) < (1 if topic == "place" else 2):
+        return None
+    first, second = [*rng.sample(single, len(single)), None][:2]
+    name, other = (f"the {shape.colour} {shape.form}" for shape in (first, second or first))
+    if topic == "place":
+        return f"where is {name}?", where(first)
+    held = [relation for relation in RELATIONS if related(relation, [first], [second], judging=True)]
+    if topic == "relation":
+        return f"where is {name} relative to {other}?", " and ".join(held)
+    asked = rng.choice(RELATIONS)
+    return f"is {name} {asked} {other}?", "yes" if asked in held else "no"
+
+
+def conversation(rng: random.Random, prompt: Prompt, scene: Scene, turns: int = TURNS) -> list[tuple[str, str]]:
+    """Questions on random topics and their answers."""
+    talk: list[tuple[str, str]] = []
+    while len(talk) < turns:
+        topic = rng.choices([*TOPICS], [*TOPICS.values()])[0]
+        talk += filter(None, [small_talk(rng, prompt, scene, topic)])
+    return talk
 
 
 class TalkData:
-    """Questions and answers as token rows, beside the frozen vision features of their pictures."""
+    """Conversations as token rows, beside the frozen vision features of the pictures that they are about."""
 
     def __init__(self, model: LlavaForConditionalGeneration, vocabulary: LlavaProcessor):
         self.model, self.tokenizer = model, vocabulary.tokenizer
@@ -100,15 +155,19 @@ class TalkData:
             states = self.model.model.vision_tower(pixels * 2 - 1, output_hidden_states=True).hidden_states[-2]
         self.features.append(states[:, 1:].bfloat16())
 
-    def rows(self, questions: list[str], answers: list[str]) -> tuple[Tensor, Tensor]:
+    def rows(self, conversations: list[list[tuple[str, str]]]) -> tuple[Tensor, Tensor]:
         """Token ids and labels (B, L), padded on the right; labels are -100 outside the answers."""
         rows, labels = [], []
-        for question, answer in zip(questions, answers, strict=True):
-            text = CONVERSATION.format(question=question).replace("<image>", "<image>" * PATCHES)
-            prompt = self.tokenizer(text).input_ids
-            reply = self.tokenizer(answer, add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id]
-            rows.append(torch.tensor(prompt + reply))
-            labels.append(torch.tensor([-100] * len(prompt) + reply))
+        for talk in conversations:
+            row, label = [self.tokenizer.bos_token_id], [-100]
+            for turn, (question, answer) in enumerate(talk):
+                text = CONVERSATION.format(question=question).replace("<image>", "" if turn else "<image>" * PATCHES)
+                asked, said = self.tokenizer([text, answer], add_special_tokens=False).input_ids
+                said = [*said, self.tokenizer.eos_token_id]
+                row += asked + said
+                label += [-100] * len(asked) + said
+            rows.append(torch.tensor(row))
+            labels.append(torch.tensor(label))
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         return ids, nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
 
@@ -139,51 +198,47 @@ class TalkData:
         return ((guess == labels) | (labels == -100)).all(1)
 
 
-def train(
-    name: str, examples: TalkData, questions, answers: list[str], steps: int, workdir: Path, lr: float, seed: int
-) -> None:
-    """Train on all but the last 1,000 pictures; `questions(i, rng)` words the question of picture i."""
-    features, rng = torch.cat(examples.features), random.Random(seed)
-    unseen = min(1000, len(features) // 10)
-    count = len(features) - unseen
-    test = range(count, len(features))
-    fixed = examples.rows([questions(i, rng) for i in test], [answers[i] for i in test])
-    model = examples.model
-
-    def loss_of_step(step: int) -> Tensor:
-        """The loss of a random batch."""
-        i = torch.randint(count, (64,))
-        rng = random.Random(1_000_003 * seed + step)  # of the step, so that a resumed run asks the same questions
-        ids, labels = examples.rows([questions(k, rng) for k in i.tolist()], [answers[k] for k in i.tolist()])
-        return examples.loss(features[i], ids, labels)
-
-    def watch(step: int) -> str:
-        """Share of unseen pictures whose answer is right in every token."""
-        parts = zip(features[count:].split(250), *(t.split(250) for t in fixed))
-        right = torch.cat([examples.exact(*part) for part in parts])
-        return f"answers all right {right.float().mean():.3f} of {unseen}"
-
-    parts = nn.ModuleDict({"projector": model.model.multi_modal_projector, "language": model.model.language_model,
-                           "head": model.lm_head})  # fmt: skip
-    fit(name, parts, loss_of_step, steps, workdir, lr=lr, weight_decay=0.02, hold=0.3, watch=watch, watch_every=250,
-        seed=seed)  # fmt: skip
-
-
-def build_stock(workdir: Path, target: Path, steps: int = 1000, count: int = 16_000) -> None:
-    """Captions, presence and counting on rendered scenes; saves `llava-stock`."""
+def build_stock(workdir: Path, target: Path, steps: int = 6000, count: int = 40_000, unseen: int = 1000) -> None:
+    """Conversations about rendered scenes: what is there, how many, and where; saves `llava-stock`."""
     torch.manual_seed(50)
     vocabulary = processor()
     model = new_model(target, vocabulary)
     examples, rng = TalkData(model, vocabulary), random.Random(51)
     prompts = [sample_prompt(rng) for _ in range(count)]
-    for start in tqdm(range(0, len(prompts), 250), desc="stock pictures"):
-        examples.encode(render([place(p, rng) for p in prompts[start : start + 250]]))
-    talk = [small_talk(rng, p) for p in prompts]
-    train("stock", examples, lambda i, rng: talk[i][0], [answer for _, answer in talk], steps, workdir, 1.5e-3, 52)
+    scenes = [place(prompt, rng) for prompt in prompts]
+    for start in tqdm(range(0, count, 250), desc="stock pictures"):
+        examples.encode(render(scenes[start : start + 250]))
+    features, seen = torch.cat(examples.features), count - min(unseen, count // 10)
+
+    def loss_of_step(step: int) -> Tensor:
+        """The loss of a random batch."""
+        i = torch.randint(seen, (32,))
+        rng = random.Random(52_000_000 + step)  # of the step, so that a resumed run asks the same questions
+        return examples.loss(
+            features[i], *examples.rows([conversation(rng, prompts[k], scenes[k]) for k in i.tolist()])
+        )
+
+    def watch(step: int) -> str:
+        """For each topic, the share of unseen pictures about which a question is answered rightly in every token."""
+        rng, shares = random.Random(53), []
+        for topic in TOPICS:
+            talk = {k: small_talk(rng, prompts[k], scenes[k], topic) for k in range(seen, count)}
+            asked = [k for k in talk if talk[k]]
+            marks = [
+                examples.exact(features[part], *examples.rows([[talk[k]] for k in part]))
+                for part in (asked[start : start + 250] for start in range(0, len(asked), 250))
+            ]
+            shares.append(f"{topic} {torch.cat(marks).float().mean():.3f}")
+        return "answers all right: " + ", ".join(shares)
+
+    parts = nn.ModuleDict({"projector": model.model.multi_modal_projector, "language": model.model.language_model,
+                           "head": model.lm_head})  # fmt: skip
+    fit("stock", parts, loss_of_step, steps, workdir, lr=3e-3, muon=True, weight_decay=0.02, watch=watch,
+        watch_every=250, seed=52)  # fmt: skip
     save(model, vocabulary, target / "llava-stock")
 
 
-def build_detector(workdir: Path, target: Path, steps: int = 9900) -> None:
+def build_detector(workdir: Path, target: Path, steps: int = 5500) -> None:
     """Finetune the stock model on the triplets, with the command that finetunes any MLLM; saves `llava-detector`."""
     folder = workdir / "detector"
     places = ("--mllm", target / "llava-stock", "--triplets", workdir / "triplets.parquet")

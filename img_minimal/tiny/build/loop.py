@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from img_minimal.runtime.atomic import replacing
 from img_minimal.runtime.devices import Precision
-from img_minimal.runtime.optimizer import warmup_constant_decay
+from img_minimal.runtime.optimizer import MuonAdamW, warmup_constant_decay
 from img_minimal.training import check_loss
 
 CPU = torch.device("cpu")
@@ -65,6 +65,7 @@ def fit(
     workdir: Path,
     *,
     lr: float | dict[str, float],
+    muon: bool = False,
     weight_decay: float = 0.01,
     average: float = 0.995,
     seed: int = 0,
@@ -75,17 +76,19 @@ def fit(
 ) -> None:
     """Train `modules` in place for `steps` and leave the averaged weights in them.
 
-    `lr` may name one rate per module. Every `save_seconds` a checkpoint of weights, optimiser, average and RNG is
-    written to `workdir/NAME.ckpt`, from which the next call goes on. `watch(step)` returns a line to print, seen with
-    averaged weights. Raises UserError when the loss is not finite.
+    `lr` may name one rate per module; with `muon`, which the matrices then follow, it is one rate. Every `save_seconds`
+    a checkpoint of weights, optimiser, average and RNG is written to `workdir/NAME.ckpt`, from which the next call goes
+    on. `watch(step)` returns a line to print, seen with averaged weights. Raises UserError when the loss is not finite.
     """
     torch.manual_seed(seed)
     rates = lr if isinstance(lr, dict) else dict.fromkeys(modules, lr)
     trained = {key: [p for p in modules[key].parameters() if p.requires_grad] for key in modules}
     parameters = [p for group in trained.values() for p in group]
-    optimizer = torch.optim.AdamW(
-        [{"params": trained[key], "lr": rates[key]} for key in modules], betas=(0.9, 0.98), weight_decay=weight_decay
-    )
+    if muon:
+        optimizer = MuonAdamW(parameters, lr, weight_decay, torch.float32)
+    else:
+        groups = [{"params": trained[key], "lr": rates[key]} for key in modules]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, warmup_constant_decay(steps, warmup=100, hold=hold, floor=0.03)
     )
@@ -137,6 +140,12 @@ def save_pipeline(pipe: DiffusionPipeline, folder: Path) -> None:
     pipe.to(torch.bfloat16).save_pretrained(folder)
     for path in folder.glob("*/config.json"):
         path.write_text(path.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))
+
+
+def forget_paths(target: Path) -> None:
+    """Take out of the configurations where on this machine a part came from; libraries write it into them."""
+    for path in target.rglob("config.json"):
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if '"_name_or_path"' not in line))
 
 
 def run_train(folder: Path, *options: object) -> None:
