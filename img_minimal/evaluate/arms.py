@@ -5,6 +5,7 @@ The base model; the same compute spent on a new seed; the better of two seeds as
 the image's own tokens (no guidance), or aligned with text, stock MLLM, or the finetuned MLLM (IMG).
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ TITLES = {
     "img_kept": "IMG, or the first where the MLLM prefers it",
     "img_asked": "IMG where the MLLM has something to say",
 }
+ORDER = ("no_guidance", "base", "text", "stock_mllm", "img")  # from worst to best in the paper's Table 5
 
 
 class Arms:
@@ -134,6 +136,7 @@ class Arms:
             if name in self.verdicts
         }
         others = [name for name in arms if name != "img"]
+        order = [name for name in ORDER if name in arms]
         return {
             "arms": arms,
             "win_rate": {f"img_vs_{name}": win_rate(soft["img"], soft[name], self.captions) for name in others},
@@ -142,6 +145,10 @@ class Arms:
             },
             "difference": {
                 f"img_minus_{name}": mean_interval(1.0 * strict["img"] - strict[name], self.captions) for name in others
+            },
+            "order": {
+                f"{better}_minus_{worse}": mean_interval(1.0 * strict[better] - strict[worse], self.captions)
+                for worse, better in pairwise(order)
             },
         }
 
@@ -161,6 +168,10 @@ def print_results(results: dict) -> None:
             rates = [results[kind][f"img_vs_{name}"] for kind in ("win_rate", "graded_win_rate")]
             said = [f"{w['value']:.3f} [{w['low']:.3f}, {w['high']:.3f}] of {w['decided']:<5}" for w in rates]
             print(f"{TITLES[name]:48} {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]   " + "   ".join(said))
+    print("\nThe paper's order, each beside the one before it, strict:")
+    for name, d in results["order"].items():
+        better, worse = (TITLES[arm] for arm in name.split("_minus_"))
+        print(f"{better:48} {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]   minus {worse}")
     if words := results.get("mllm"):
         print(
             "\nThe MLLM says nothing about {nothing_when_wrong:.0%} of the base's {n_wrong} wrong images, and exactly "
