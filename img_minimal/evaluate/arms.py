@@ -38,6 +38,7 @@ TITLES = {
     "img_kept": "IMG, or the first where the MLLM prefers it",
     "img_asked": "IMG where the MLLM has something to say",
 }
+CHOICES = ("img_kept", "img_asked")
 ORDER = ("no_guidance", "base", "text", "stock_mllm", "img")  # from worst to best in the paper's Table 5
 
 
@@ -139,7 +140,8 @@ class Arms:
         order = [name for name in ORDER if name in arms]
         return {
             "arms": arms,
-            "win_rate": {f"img_vs_{name}": win_rate(soft["img"], soft[name], self.captions) for name in others},
+            "win_rate": {f"img_vs_{name}": win_rate(soft["img"], soft[name], self.captions) for name in others}
+            | {f"{n}_vs_base": win_rate(soft[n], soft["base"], self.captions) for n in CHOICES if n in arms},
             "graded_win_rate": {
                 f"img_vs_{name}": win_rate(graded["img"], graded[name], self.captions) for name in others
             },
@@ -168,6 +170,12 @@ def print_results(results: dict) -> None:
             rates = [results[kind][f"img_vs_{name}"] for kind in ("win_rate", "graded_win_rate")]
             said = [f"{w['value']:.3f} [{w['low']:.3f}, {w['high']:.3f}] of {w['decided']:<5}" for w in rates]
             print(f"{TITLES[name]:48} {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]   " + "   ".join(said))
+    for name in filter(results["arms"].get, CHOICES):
+        rate = results["win_rate"][f"{name}_vs_base"]
+        print(
+            f"{TITLES[name]} wins {rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] of {rate['decided']} "
+            "comparisons with the base model, soft score"
+        )
     print("\nThe paper's order, each beside the one before it, strict:")
     for name, d in results["order"].items():
         better, worse = (TITLES[arm] for arm in name.split("_minus_"))
