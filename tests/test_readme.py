@@ -46,9 +46,9 @@ def test_every_page_is_linked_and_every_link_leads_somewhere():
         for target, heading in re.findall(r"\]\((?!http)([^)#]*)(#[^)]*)?\)", text):
             assert (place / target).exists(), target
             if heading:
-                words = re.sub(r"[^\w -]", "", heading[1:]).replace("-", " ")
                 page = (place / target).read_text() if target else text
-                assert f"## {words}\n" in page.lower(), heading
+                titles = re.findall(r"^##+ (.+)$", page, re.MULTILINE)
+                assert heading[1:] in [re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles], heading
 
 
 def test_every_path_that_the_readme_names_is_there():
@@ -113,6 +113,16 @@ def test_the_table_of_results_is_what_the_evaluation_wrote(file):
     results = json.loads((ROOT / "img_minimal/tiny/twins" / file).read_text())
     missing = [arm for arm in results["arms"] if f"| {result_row(arm, results)} |" not in PAGES["results"]]
     assert missing == []
+
+
+@pytest.mark.parametrize("file", ["evaluation.json", "evaluation-flux.json"])
+def test_the_steps_of_the_papers_order_lead_from_no_guidance_to_img(file):
+    results = json.loads((ROOT / "img_minimal/tiny/twins" / file).read_text())
+    steps = [(name.split("_minus_"), step["value"]) for name, step in results["order"].items()]
+    assert [worse for (_, worse), _ in steps] == ["no_guidance", "base", "text", "stock_mllm"]
+    for (better, worse), value in steps:
+        assert value == pytest.approx(results["arms"][better]["strict"] - results["arms"][worse]["strict"])
+    assert steps[-1][0][0] == "img"
 
 
 def test_every_tutorial_is_in_the_readme_with_the_question_it_opens_with():
