@@ -38,7 +38,7 @@ TITLES = {
     "img_kept": "IMG, or the first where the MLLM prefers it",
     "img_asked": "IMG where the MLLM has something to say",
 }
-CHOICES = ("img_kept", "img_asked")
+CHOICES = ("img_kept", "img_asked")  # of a first and a second image, by the MLLM
 ORDER = ("no_guidance", "base", "text", "stock_mllm", "img")  # from worst to best in the paper's Table 5
 
 
@@ -171,11 +171,8 @@ def print_results(results: dict) -> None:
             said = [f"{w['value']:.3f} [{w['low']:.3f}, {w['high']:.3f}] of {w['decided']:<5}" for w in rates]
             print(f"{TITLES[name]:48} {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]   " + "   ".join(said))
     for name in filter(results["arms"].get, CHOICES):
-        rate = results["win_rate"][f"{name}_vs_base"]
-        print(
-            f"{TITLES[name]} wins {rate['value']:.3f} [{rate['low']:.3f}, {rate['high']:.3f}] of {rate['decided']} "
-            "comparisons with the base model, soft score"
-        )
+        wins = "wins {value:.3f} [{low:.3f}, {high:.3f}] of {decided}".format(**results["win_rate"][f"{name}_vs_base"])
+        print(f"{TITLES[name]} {wins} comparisons with the base model, soft score")
     print("\nThe paper's order, each beside the one before it, strict:")
     for name, d in results["order"].items():
         better, worse = (TITLES[arm] for arm in name.split("_minus_"))

@@ -35,7 +35,7 @@ from img_minimal.tiny.grammar import (
     Group,
     Prompt,
     sample_prompt,
-)  # fmt: skip
+)
 from img_minimal.tiny.world import SIZE, Scene, Shape, place, related, render
 
 WIDTH, LAYERS, PATCHES = 160, 4, 64
@@ -120,21 +120,21 @@ def small_talk(rng: random.Random, prompt: Prompt, scene: Scene, topic: str) -> 
     single = [s for s in scene if prompt.kinds.count(s.kind) == 1]
     if len(single) < (1 if topic == "place" else 2):
         return None
-    first, second = [*rng.sample(single, len(single)), None][:2]
-    name, other = (f"the {shape.colour} {shape.form}" for shape in (first, second or first))
+    single = rng.sample(single, len(single))
+    names = [f"the {shape.colour} {shape.form}" for shape in single]
     if topic == "place":
-        return f"where is {name}?", where(first)
-    held = [relation for relation in RELATIONS if related(relation, [first], [second], judging=True)]
+        return f"where is {names[0]}?", where(single[0])
+    held = [relation for relation in RELATIONS if related(relation, single[:1], single[1:2], judging=True)]
     if topic == "relation":
-        return f"where is {name} relative to {other}?", " and ".join(held)
+        return f"where is {names[0]} relative to {names[1]}?", " and ".join(held)
     asked = rng.choice(RELATIONS)
-    return f"is {name} {asked} {other}?", "yes" if asked in held else "no"
+    return f"is {names[0]} {asked} {names[1]}?", "yes" if asked in held else "no"
 
 
-def conversation(rng: random.Random, prompt: Prompt, scene: Scene, turns: int = TURNS) -> list[tuple[str, str]]:
-    """Questions on random topics and their answers."""
+def conversation(rng: random.Random, prompt: Prompt, scene: Scene) -> list[tuple[str, str]]:
+    """TURNS questions on random topics and their answers."""
     talk: list[tuple[str, str]] = []
-    while len(talk) < turns:
+    while len(talk) < TURNS:
         topic = rng.choices([*TOPICS], [*TOPICS.values()])[0]
         talk += filter(None, [small_talk(rng, prompt, scene, topic)])
     return talk
@@ -198,7 +198,7 @@ class TalkData:
         return ((guess == labels) | (labels == -100)).all(1)
 
 
-def build_stock(workdir: Path, target: Path, steps: int = 6000, count: int = 40_000, unseen: int = 1000) -> None:
+def build_stock(workdir: Path, target: Path, steps: int = 6000, count: int = 40_000) -> None:
     """Conversations about rendered scenes: what is there, how many, and where; saves `llava-stock`."""
     torch.manual_seed(50)
     vocabulary = processor()
@@ -208,27 +208,23 @@ def build_stock(workdir: Path, target: Path, steps: int = 6000, count: int = 40_
     scenes = [place(prompt, rng) for prompt in prompts]
     for start in tqdm(range(0, count, 250), desc="stock pictures"):
         examples.encode(render(scenes[start : start + 250]))
-    features, seen = torch.cat(examples.features), count - min(unseen, count // 10)
+    features, seen = torch.cat(examples.features), count - min(1000, count // 10)
 
     def loss_of_step(step: int) -> Tensor:
         """The loss of a random batch."""
         i = torch.randint(seen, (32,))
         rng = random.Random(52_000_000 + step)  # of the step, so that a resumed run asks the same questions
-        return examples.loss(
-            features[i], *examples.rows([conversation(rng, prompts[k], scenes[k]) for k in i.tolist()])
-        )
+        talk = [conversation(rng, prompts[k], scenes[k]) for k in i.tolist()]
+        return examples.loss(features[i], *examples.rows(talk))
 
     def watch(step: int) -> str:
         """For each topic, the share of unseen pictures about which a question is answered rightly in every token."""
         rng, shares = random.Random(53), []
         for topic in TOPICS:
-            talk = {k: small_talk(rng, prompts[k], scenes[k], topic) for k in range(seen, count)}
-            asked = [k for k in talk if talk[k]]
-            marks = [
-                examples.exact(features[part], *examples.rows([[talk[k]] for k in part]))
-                for part in (asked[start : start + 250] for start in range(0, len(asked), 250))
-            ]
-            shares.append(f"{topic} {torch.cat(marks).float().mean():.3f}")
+            talk = {k: [small_talk(rng, prompts[k], scenes[k], topic)] for k in range(seen, count)}
+            asked = [k for k in talk if talk[k] != [None]]
+            right = examples.exact(features[asked], *examples.rows([talk[k] for k in asked]))
+            shares.append(f"{topic} {right.float().mean():.3f}")
         return "answers all right: " + ", ".join(shares)
 
     parts = nn.ModuleDict({"projector": model.model.multi_modal_projector, "language": model.model.language_model,

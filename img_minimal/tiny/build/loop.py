@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from img_minimal.runtime.atomic import replacing
 from img_minimal.runtime.devices import Precision
-from img_minimal.runtime.optimizer import MuonAdamW, warmup_constant_decay
+from img_minimal.runtime.optimizer import new_optimizer, warmup_constant_decay
 from img_minimal.training import check_loss
 
 CPU = torch.device("cpu")
@@ -81,12 +81,12 @@ def fit(
     on. `watch(step)` returns a line to print, seen with averaged weights. Raises UserError when the loss is not finite.
     """
     torch.manual_seed(seed)
-    rates = lr if isinstance(lr, dict) else dict.fromkeys(modules, lr)
     trained = {key: [p for p in modules[key].parameters() if p.requires_grad] for key in modules}
     parameters = [p for group in trained.values() for p in group]
     if muon:
-        optimizer = MuonAdamW(parameters, lr, weight_decay, torch.float32)
+        optimizer = new_optimizer("muon", parameters, lr, weight_decay)
     else:
+        rates = lr if isinstance(lr, dict) else dict.fromkeys(modules, lr)
         groups = [{"params": trained[key], "lr": rates[key]} for key in modules]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
