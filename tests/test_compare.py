@@ -14,11 +14,9 @@ import img_minimal.evaluate.compare as comparison
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.backbones.sdxl.backbone import SDXLBackbone
 from img_minimal.evaluate.compare import DRAWN_BY, compare
-from img_minimal.evaluate.image_folder import ARMS, ImageFolder
+from img_minimal.evaluate.image_folder import ARMS
 from img_minimal.evaluate.options import CompareOptions
-from img_minimal.evaluate.prompt_files import FilePrompt
 from img_minimal.evaluate.scorers import Scorer, ScorerFiles
-from img_minimal.evaluate.scores import Scores
 from img_minimal.load import load_img
 from img_minimal.mllm import MLLM
 from img_minimal.presets import Preset, find_preset, with_overrides
@@ -300,40 +298,6 @@ def test_every_field_of_a_preset_is_known_to_change_its_images_or_not_to():
     """.split()
     unknown = {field.name for field in fields(Preset)} - set(DRAWN_BY) - set(not_drawing)
     assert not unknown, "new: if it changes images, name it in DRAWN_BY, so that no folder mixes two runs; else here"
-
-
-def fake_scores(folder: Path, texts: list[str], differences: list[float]) -> dict:
-    """Results of a judge who gave 1 to every arm but IMG's."""
-    prompts = [FilePrompt(k, text) for k, text in enumerate(texts)]
-    scores = Scores(ImageFolder(folder, prompts, 0, 4), ScorerFiles("clipscore", "some/model", "some/processor"))
-    for prompt, d in zip(prompts, differences):
-        scores.rows[prompt.index] = {"cut": 0, "scores": {arm: 1 + d * (arm == "img") for arm in ARMS}}
-    return scores.results()
-
-
-def test_intervals_are_over_prompts_and_images_of_one_prompt_count_once(tmp_path):
-    differences = np.random.default_rng(0).normal(0.2, 1, 40)
-    once = fake_scores(tmp_path, [f"prompt {k}" for k in range(40)], differences)
-    often = fake_scores(tmp_path, [f"prompt {k % 40}" for k in range(160)], np.tile(differences, 4))
-    naive = fake_scores(tmp_path, [f"prompt {k}" for k in range(160)], np.tile(differences, 4))
-    for kind, key in (("difference", "img_minus_base"), ("win_rate", "img_vs_new_seed")):
-        a, b, c = (result[kind][key] for result in (once, often, naive))
-        assert a["value"] == pytest.approx(b["value"])
-        widths = [x["high"] - x["low"] for x in (a, b, c)]
-        assert widths[1] == pytest.approx(widths[0]), "four images of a prompt are no four prompts"
-        assert widths[2] < 0.6 * widths[0]
-
-
-def test_ties_are_left_out_of_the_win_rate_and_stay_in_the_difference(tmp_path):
-    result = fake_scores(tmp_path, list("abcde"), [1, 1, -1, 0, 0])
-    assert result["win_rate"]["img_vs_base"]["value"] == pytest.approx(2 / 3)
-    assert result["win_rate"]["img_vs_base"]["decided"] == 3
-    assert result["difference"]["img_minus_base"]["value"] == pytest.approx(0.2)
-
-
-def test_a_win_rate_of_nothing_but_ties_is_null_in_json(tmp_path):
-    rate = fake_scores(tmp_path, list("abc"), [0, 0, 0])["win_rate"]["img_vs_base"]
-    assert json.loads(json.dumps(rate, allow_nan=False)) == {"value": None, "low": None, "high": None, "decided": 0}
 
 
 def test_prompts_that_are_too_long_are_counted_and_said(whole, prompt_file, clip, capsys):

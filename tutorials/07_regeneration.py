@@ -2,8 +2,9 @@
 """What happens between the first image and the second, and how often, how strongly and how many times should it?
 
 Sampling step by step: initial image -> MLLM -> tokens -> aligned tokens -> second image, from the same prompt and seed,
-with the seconds that each step takes. Then one setting at a time: passes of the aligner (1 to 5), scale of the image
-tokens, the share of it that is left at the last step, rounds (the second image is looked at again, up to four times).
+with the seconds that each step takes. Then one setting at a time: passes of the aligner (1 to 5), length of its
+correction, scale of the image tokens, the share of it that is left at the last step, rounds (the second image is looked
+at again, up to four times).
 For each, what became right and what became wrong, by the exact oracle, against controls: another seed, the better of
 two seeds, and a second drawing with the image's own tokens.
 
@@ -12,13 +13,16 @@ With G the base model, T the prompt, z the start noise, q a question about T, f 
     x_0 = G(T, z)                                        1  initial image
     h = MLLM(x_0, q),  c_0 = Resampler(CLIP(x_0))        2  what is seen to be wrong; what the image is
     c_k = f(h, c_(k-1))                                  3  k passes of the aligner, with the same h
+                                                            (length: c_0 + a (c_1 - c_0) in its place, a times as far)
     x_1 = G(T, z; c_k, s)                                4  the same prompt and noise, and the tokens beside the text;
                                                             over the steps s goes linearly to its end, a share of it
     x_r from x_(r-1) as x_1 from x_0                        rounds: h and c_0 are computed anew, of the latest image
 
 h and c_0 are frozen: computed once, they serve every number of passes and scale. Look at both colours of the bars: a
-setting that fixes more often breaks more, too, and its worth is the difference. With --model sdxl there is no oracle,
-and the pictures alone are shown. What the steps cost at SDXL's and FLUX's size is computed, and printed at the end.
+setting that fixes more often breaks more, too, and its worth is the difference. The length also says what the push of
+the preference terms could be worth: they carry f beyond the winner (tutorial 05), and that is a longer correction. With
+--model sdxl there is no oracle, and the pictures alone are shown. What the steps cost at SDXL's and FLUX's size is
+computed, and printed at the end.
 """
 
 # %% Options
@@ -97,6 +101,7 @@ print(f"  3  aligned tokens c_1 = f(h, c_0): ||c_1 - c_0|| / ||c_0|| = {moved:.2
 print(f"  4  second image x_1, whose pixels differ by {(second[0] - initial[0]).abs().mean():.3f} of their range")
 
 # %% 6. Other settings, one at a time, from the same h and c_0; rounds look at the latest image anew
+LENGTHS = (0.5, 1.0, 1.5, 2.0)
 SCALES = [preset.scale * factor for factor in (0.5, 1.0, 1.5, 2.0)]
 ENDS = sorted({preset.scale_end, 0.25, 0.5, 1.0})
 ROUNDS = range(1, 3 if options.quick else 5)
@@ -104,6 +109,9 @@ with step("other settings"):
     for k in PASSES:
         if k != img.passes:
             images["passes", k] = img.backbone.draw(captions, seeds, c[k], progress=f"passes {k}")
+    for a in LENGTHS:
+        longer = c_0 + a * (c[img.passes] - c_0)
+        images["length", a] = second if a == 1 else img.backbone.draw(captions, seeds, longer, progress=f"length {a:g}")
     for field, values in (("scale", SCALES), ("scale_end", ENDS)):
         for value in values:
             own = value == getattr(preset, field)

@@ -21,6 +21,7 @@ CONTROLS = {
 }
 AXES = {
     "passes": "passes of the aligner",
+    "length": "length of its correction",
     "scale": "scale of the tokens",
     "scale_end": "share of it at the last step",
     "rounds": "rounds of looking, drawing",
@@ -79,8 +80,8 @@ def draw_row(figure: SubFigure, title: str, k: int, columns: dict[str, tuple], h
 
 def draw_settings(figure: SubFigure, table: dict, preset: Preset) -> None:
     """Upper row: strict share minus the base's, with intervals. Lower row: what was fixed and what was broken."""
-    axes = figure.subplots(2, 5, sharey="row", sharex="col", width_ratios=(5, 4, 4, 4, 4.6), height_ratios=(3, 2))
-    marks = (preset.passes, preset.scale, preset.scale_end, 1)
+    axes = figure.subplots(2, 6, sharey="row", sharex="col", width_ratios=(5, 4, 4, 4, 4, 4.6), height_ratios=(3, 2))
+    marks = (preset.passes, 1, preset.scale, preset.scale_end, 1)
     for (upper, lower), (kind, label), mark in zip(axes.T, AXES.items(), marks):
         x = sorted(value for name, value in (key for key in table if not isinstance(key, str)) if name == kind)
         draw_pair(upper, lower, x, [table[kind, value] for value in x], 0.6 * (x[1] - x[0]), "o-", BLUE)
