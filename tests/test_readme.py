@@ -145,7 +145,8 @@ def ablation_rows(monkeypatch, tmp_path) -> list[str]:
         cells = ["{value:.3f} [{low:.3f}, {high:.3f}]".format(**share), " ".join(f"{s:.3f}" for s in row["seeds"])]
         cells.append("{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference))
         lines.append(f"| {title} | " + " | ".join(cells) + f" | {tutorial['ROWS'][title].paper or '–'} |")
-    return lines
+    ended = tutorial["trainings"](tutorial["results"], tutorial["shown"])
+    return lines + [f"| {title} | " + " | ".join(ranges) + " |" for title, ranges in ended.items()]
 
 
 def test_the_table_of_ablations_is_what_the_tutorial_made(monkeypatch, tmp_path):

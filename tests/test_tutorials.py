@@ -1,5 +1,6 @@
 """Every tutorial runs to its end in quick mode and leaves a picture that says it was quick."""
 
+import json
 import os
 import re
 import runpy
@@ -95,6 +96,20 @@ def test_a_script_says_in_one_line_what_its_user_can_put_right_and_shows_bugs_wh
         done = subprocess.run([sys.executable, str(script)], cwd=ROOT, env=PATHS, capture_output=True, text=True)
         assert done.returncode == code and done.stderr.strip().splitlines()[-1:] == ([words] if words else [])
         assert ("Traceback" in done.stderr) == (code == 1)
+
+
+def test_the_ablations_show_the_results_of_a_file_and_name_the_rows_that_it_lacks(tutorial, tmp_path):
+    results = json.loads((ROOT / "tutorials" / "08_ablations.json").read_text())
+    results["right"] = {name: row for name, row in results["right"].items() if not name.startswith("text")}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    flags = "--results", str(tmp_path / "results.json"), "--output", str(tmp_path)
+    done = tutorial("08_ablations", *flags, "--only", "guidance")
+    assert done.returncode == 0 and "not among these results: text embedding\n" in done.stdout
+    assert "stock MLLM minus base model: " in done.stdout and "finetuned MLLM minus stock MLLM: " in done.stdout
+    for broken in ({}, {"settings": {}, "right": {}}, results | {"right": {}}):
+        (tmp_path / "results.json").write_text(json.dumps(broken))
+        done = tutorial("08_ablations", *flags)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
 def test_a_tutorial_that_cannot_show_a_model_says_so_in_one_line(tutorial):

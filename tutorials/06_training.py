@@ -31,7 +31,7 @@ class Config(Options):
 
     steps: int = option(600, "training steps of a run")
     pairs: str | None = option(None, "preference pairs in Pick-a-Pic's columns; default: the preset's")
-    max_pairs: int | None = option(None, "use only so many pairs, 0 for all; default: the preset's")
+    max_pairs: int = option(10_000, "use only so many pairs, 0 for all")
 
 
 options = begin(Config, __doc__)

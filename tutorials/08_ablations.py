@@ -1,14 +1,13 @@
 # %% [markdown]
 """Which part of IMG earns its place: the guidance, the two preference terms, lambda, the refresh, the passes?
 
-In one line: at this length every trained aligner beats none, the finetuned MLLM guides better than the stock one but
-not better than text, and rows of loss, lambda, refresh and passes do not differ. With more pairs and steps the
-finetuned MLLM is ahead of text, too (tutorials/results.md).
+In one line: the guidance does, in the paper's order; the preference terms do not here, because they carry f beyond the
+winner, and a longer correction draws nothing better (tutorials/results.md says more).
 
-The paper's Table 5 on the twin. Every row changes one thing of the same short training and is trained from several
-seeds; every aligner draws the same prompts again from the same seeds, and the exact oracle judges. The results of the
-whole table come with the repository (tutorials/08_ablations.json), so the chart takes seconds; `--fresh` makes them
-anew, and goes on where it was stopped.
+The paper's Table 5 on the twin. Every row changes one thing of the same training and is trained from several seeds;
+every aligner draws the same prompts again from the same seeds, and the exact oracle judges. Results of the shipped
+recipe (110 K pairs, 6,000 steps, lambda 0) come with the repository (tutorials/08_ablations.json), so the chart takes
+seconds; `--fresh` makes a shorter table anew, and goes on where it was stopped.
 
 With L_base = ||c_w - f||^2 and the preference term l(-[a DPO + b SPIN]) of img_minimal/preference.py the rows are
 
@@ -41,7 +40,7 @@ class Config(Options):
     steps: int = option(1000, "with --fresh: training steps of every aligner")
     pairs: str | None = option(None, "with --fresh: preference pairs; default: the preset's")
     max_pairs: int = option(0, "with --fresh: use only so many pairs, 0 for all")
-    preference_weight: float = option(1.0, "with --fresh: lambda of the rows that do not vary it", most=1000)
+    preference_weight: float = option(0.0, "with --fresh: lambda of rows whose title does not say it", most=1000)
     only: str | None = option(None, "a group of rows: guidance, loss, lambda, refresh or passes")
     results: str = option(str(Path(common.__file__).with_name("08_ablations.json")), "without --fresh: results to show")
 
@@ -50,17 +49,25 @@ options = begin(Config, __doc__)
 for name, least in (("prompts", 5), ("seeds", 1), ("steps", 1)):
     check(getattr(options, name) >= least, f"--{name} is {getattr(options, name)}, expected {least} or more")
 
-import json
 from dataclasses import replace
+from itertools import pairwise
 
 from figures import ablations
-from laboratory import Laboratory, Row, table
+from laboratory import MEASURED, Laboratory, Row, read_results, table, trainings
 
 preset = oracle_preset(options)
 preset = replace(preset, pairs=options.pairs or preset.pairs)
 
 # %% 1. The rows: what each changes, and the paper's PickScore on SDXL where it has one
-FULL, weight = "finetuned MLLM", options.preference_weight
+fresh = options.fresh or options.quick
+settings = {name: getattr(options, name) for name in ("seed", "prompts", "seeds", "steps")}
+settings |= {"pairs": Path(preset.pairs).name, "max_pairs": options.max_pairs}
+settings |= {"preference_weight": options.preference_weight}
+if options.quick:
+    settings |= dict(prompts=5, seeds=1, steps=2, max_pairs=400)
+results = {"settings": settings} if fresh else read_results(options.results)
+settings = results["settings"]
+FULL, weight = "finetuned MLLM", settings["preference_weight"]
 ROWS = {
     "none": Row("guidance", guidance="none", paper=22.22),
     "base model": Row("guidance", guidance="base", paper=22.34),
@@ -74,8 +81,8 @@ ROWS = {
     "λ 0.5": Row("lambda", weight=0.5, paper=22.56),
     "λ 1": Row("lambda", paper=22.74),
     "λ 2": Row("lambda", weight=2.0, paper=22.50),
-    "k 10": Row("refresh", weight),
-    "never": Row("refresh", weight, refresh_after=1_000_000),
+    "λ 1, k 10": Row("refresh"),
+    "λ 1, never": Row("refresh", refresh_after=1_000_000),
     "one pass": Row("passes", weight),
     "two passes": Row("passes", weight, passes=2),
     "three passes": Row("passes", weight, passes=3),
@@ -83,25 +90,19 @@ ROWS = {
 ROWS = {title: row for title, row in ROWS.items() if options.only in (None, row.group) or title == FULL}
 check(len(ROWS) > 1, f"--only is {options.only!r}, expected one of: {', '.join(ablations.COLOURS)}")
 
-# %% 2. Train, draw and judge them, or read what the repository has
-settings = {name: getattr(options, name) for name in ("seed", "prompts", "seeds", "steps")}
-settings |= {"pairs": Path(preset.pairs).name, "max_pairs": options.max_pairs}
-if options.quick:
-    settings |= dict(prompts=5, seeds=1, steps=2, max_pairs=400)
-if options.fresh or options.quick:
+# %% 2. Train, draw and judge them, or take those that the repository has
+if fresh:
     folder = Path(options.output) / ("08_ablations-" + "-".join(str(value) for value in settings.values()))
     with step("train and draw"):
         results = Laboratory(preset, settings, folder).results(ROWS)
 else:
-    results = json.loads(Path(options.results).read_text())
     print(f"results from {options.results}; --fresh makes them anew")
 
 # %% 3. The table: shares with intervals, each seed, and the paired difference to the full method
 with step("intervals"):
     summary = table(results, ROWS, FULL)
-described = "{prompts} test prompts, seed {seed}, {seeds} training seeds of {steps} steps on {pairs}".format(
-    **results["settings"]
-) + (f", of which {n:,}" if (n := results["settings"].get("max_pairs")) else "")
+described = "{prompts} test prompts, seed {seed}, {seeds} training seeds of {steps} steps on {pairs}".format(**settings)
+described += (f", of which {n:,}" if (n := settings["max_pairs"]) else "") + f", λ {weight:g} unless said"
 print(described)
 print(f"{'':22} strict [95 %]          by seed             minus '{FULL}', paired      paper (PickScore)")
 for title, row in summary.items():
@@ -109,7 +110,20 @@ for title, row in summary.items():
     difference = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row["difference"])
     seeds = " ".join(f"{s:.3f}" for s in row["seeds"])
     print(f"{title:22} {share}   {seeds:18}  {difference:31} {ROWS[title].paper or ''}")
+ORDER = ("none", "base model", "text embedding", "stock MLLM", FULL)
+for worse, better in pairwise(title for title in ORDER if title in summary):
+    step_up = table(results, {title: ROWS[title] for title in (worse, better)}, worse)[better]["difference"]
+    print(f"{better} minus {worse}: " + "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**step_up))
+if lacking := [title for title in ROWS if title not in summary]:
+    print(f"not among these results: {', '.join(lacking)}")
 
-# %% 4. The picture
+# %% 4. What the preference terms did: ranges over the seeds, of the last thousand steps
+shown = {title: ROWS[title] for title in summary if ROWS[title].group in ("loss", "refresh")}
+if shown:
+    print(f"\n{'':22} " + "".join(f"{name:18}" for name in MEASURED))
+for title, ranges in trainings(results, shown).items():
+    print(f"{title:22} " + "".join(f"{words:18}" for words in ranges))
+
+# %% 5. The picture
 figure = ablations.draw(summary, ROWS, "base model")
 save(figure, options, "08_ablations", f"{preset.name}, {described}; one change at a time")

@@ -22,8 +22,12 @@ from img_minimal.load import load_guide, load_img, load_training_data
 from img_minimal.mllm import guidance_features
 from img_minimal.presets import Preset
 from img_minimal.runtime.atomic import write_whole
+from img_minimal.runtime.cli import check
+from img_minimal.runtime.json_files import read_json
 from img_minimal.tiny.grammar import benchmark
 from img_minimal.training import Trainer
+
+MEASURED = ("gradient_norm", "margin", "correction", "refreshes", "validation_error")
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,14 @@ class Row:
         parts = "".join(name for name in ("dpo", "spin") if getattr(self, name) and self.weight)
         return f"{self.guidance}-{self.weight}-{parts or 'base'}-{self.refresh_after}"
 
+    @property
+    def trained(self) -> bool:
+        """Is there an aligner?"""
+        return self.guidance not in ("none", "base")
+
     def key(self, seed: int) -> str:
         """A result's name: rows that are the same by another title share it; what is not trained has one seed."""
-        untrained = self.guidance in ("none", "base")
-        return self.guidance if untrained else f"{self.aligner}-passes{self.passes}-seed{seed}"
+        return f"{self.aligner}-passes{self.passes}-seed{seed}" if self.trained else self.guidance
 
 
 class Laboratory:
@@ -64,15 +72,22 @@ class Laboratory:
         self.looks: dict[str, tuple[Tensor, Tensor]] = {}
 
     def results(self, rows: dict[str, Row]) -> dict:
-        """Of every row and seed a string of 0 and 1, one for each prompt; those of an earlier call included."""
+        """Of every row and seed a string of 0 and 1, one for each prompt, and how the training ended.
+
+        Those of an earlier call are included.
+        """
         file = self.folder / "results.json"
-        results = json.loads(file.read_text()) if file.exists() else {"settings": self.settings, "right": {}}
+        results = {"settings": self.settings, "right": {}, "training": {}}
+        results |= json.loads(file.read_text()) if file.exists() else {}
         work = {row.key(seed): (row, seed) for seed in range(self.settings["seeds"]) for row in rows.values()}
         for name, (row, seed) in tqdm(sorted(work.items(), key=lambda item: item[1][0].guidance), desc="rows"):
             if name not in results["right"]:
                 results["right"][name] = "".join(map(str, self.right(row, seed)))
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_whole(file, json.dumps(results, indent=1) + "\n")
+            aligner = f"{row.aligner}-seed{seed}"
+            if row.trained and aligner not in results["training"]:
+                results["training"][aligner] = self.training(aligner)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps(results, indent=1) + "\n")
         return results
 
     @cached_property
@@ -94,6 +109,7 @@ class Laboratory:
         folder = self.folder / f"{row.aligner}-seed{seed}"
         if not (folder / "aligner.safetensors").exists():
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a call that was stopped
             preset, data = replace(self.preset, preference_weight=row.weight), self.features(row.guidance)
             trainer = Trainer.new(preset, data.widths, row.refresh_after, seed)
             batches = Batches(data.parts, preset.batch_size, seed)
@@ -101,6 +117,14 @@ class Laboratory:
                   spin=row.spin, save_every=preset.train_steps)  # fmt: skip
             trainer.aligner.save(folder / "aligner.safetensors")
         return ImplicitAligner.from_file(folder / "aligner.safetensors").eval()
+
+    def training(self, aligner: str) -> dict[str, float]:
+        """Of the last thousand steps: means of what is measured in each, and the last of what is not."""
+        lines = (self.folder / aligner / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line) for line in lines[-1000:]]
+        each = {name: np.mean([step[name] for step in steps]) for name in MEASURED[:3] if name in steps[-1]}
+        each |= {name: steps[-1][name] for name in MEASURED[3:] if name in steps[-1]}
+        return {name: round(float(value), 5) for name, value in each.items()}
 
     def guidance(self, kind: str) -> tuple[Tensor, Tensor]:
         """h and mask of the base's images, by this kind of guidance."""
@@ -120,9 +144,36 @@ class Laboratory:
         return [int(v.strict) for v in self.arms.verdicts["base" if row.guidance == "base" else "row"]]
 
 
+def read_results(path: str | Path) -> dict:
+    """What `Laboratory.results` wrote once. Raises UserError for another file."""
+
+    def look(file: dict) -> None:
+        """Raises KeyError or AttributeError if a part is missing."""
+        names = ("seed", "prompts", "seeds", "steps", "pairs", "max_pairs", "preference_weight")
+        file["right"].keys(), file["training"].keys(), [file["settings"][name] for name in names]
+
+    return read_json(path, dict, "expected a results.json of this tutorial's --fresh", check=look)
+
+
+def trainings(results: dict, rows: dict[str, Row]) -> dict[str, list[str]]:
+    """For every row, how its trainings ended: each of MEASURED as a range over the seeds, in words."""
+    found = {}
+    for title, row in rows.items():
+        names = [f"{row.aligner}-seed{seed}" for seed in range(results["settings"]["seeds"])]
+        runs = [results["training"].get(name, {}) for name in names]
+        values = [sorted(run[name] for run in runs if name in run) for name in MEASURED]
+        found[title] = [" to ".join(dict.fromkeys(f"{v:.4g}" for v in (*each[:1], *each[-1:]))) for each in values]
+    return found
+
+
 def table(results: dict, rows: dict[str, Row], reference: str) -> dict[str, dict]:
-    """For every row: the share right with its interval, of each seed, and the paired difference to `reference`."""
-    settings, summary = results["settings"], {}
+    """For every row: the share right with its interval, of each seed, and the paired difference to `reference`.
+
+    Rows that the results lack are left out. Raises UserError if `reference` is one of them.
+    """
+    settings, summary, there = results["settings"], {}, results["right"].keys()
+    rows = {title: row for title, row in rows.items() if {row.key(s) for s in range(settings["seeds"])} <= there}
+    check(reference in rows, f"the results lack the row {reference!r}, which others are compared with")
     captions = [str(p) for p in benchmark(settings["prompts"], "test", settings["seed"])]
 
     def right(row: Row) -> np.ndarray:

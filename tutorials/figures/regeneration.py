@@ -86,7 +86,9 @@ def draw_settings(figure: SubFigure, table: dict, preset: Preset) -> None:
         x = sorted(value for name, value in (key for key in table if not isinstance(key, str)) if name == kind)
         draw_pair(upper, lower, x, [table[kind, value] for value in x], 0.6 * (x[1] - x[0]), "o-", BLUE)
         upper.axvline(mark, color=PINK, linestyle=":", label="IMG's setting")
-        lower.set(xlabel=label, xticks=x if x[0] < 0.1 else [0, *x])
+        ticks = x if x[0] < 0.1 else [0, *x]
+        lower.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=9)
+        lower.set_xlabel(label)
     upper, lower = axes[:, -1]
     draw_pair(upper, lower, range(len(CONTROLS)), [table[name] for name in CONTROLS], 0.6, "s", "black")
     lower.set_xticks(range(len(CONTROLS)), CONTROLS.values(), rotation=60, ha="right", rotation_mode="anchor",
