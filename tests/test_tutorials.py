@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from img_minimal import rounds
+from img_minimal.presets import find_preset
 from img_minimal.runtime import cli
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +112,15 @@ def test_the_ablations_show_the_results_of_a_file_and_name_the_rows_that_it_lack
         (tmp_path / "results.json").write_text(json.dumps(broken))
         done = tutorial("08_ablations", *flags)
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_ablations_of_other_pairs_are_not_mixed_into_a_folder(tutorial, tmp_path):
+    flags = "--quick", "--only", "passes", "--output", str(tmp_path)
+    assert tutorial("08_ablations", *flags).returncode == 0
+    pairs = pq.read_table(find_preset("tiny-sdxl").pairs)
+    pq.write_table(pairs.slice(0, 500), tmp_path / "pairs.parquet")
+    done = tutorial("08_ablations", *flags, "--pairs", str(tmp_path / "pairs.parquet"))
+    assert done.returncode == 2 and "made with another pairs; choose another --output" in done.stderr
 
 
 def test_a_tutorial_that_cannot_show_a_model_says_so_in_one_line(tutorial):

@@ -5,7 +5,7 @@ was stopped goes on, and rows that differ in sampling only share an aligner.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from img_minimal.aligner import ImplicitAligner, align
 from img_minimal.data.batches import Batches
 from img_minimal.data.sources import CachedData
 from img_minimal.evaluate.arms import Arms
+from img_minimal.evaluate.image_folder import content
 from img_minimal.evaluate.intervals import mean_interval
 from img_minimal.load import load_guide, load_img, load_training_data
 from img_minimal.mllm import guidance_features
@@ -74,8 +75,9 @@ class Laboratory:
     def results(self, rows: dict[str, Row]) -> dict:
         """Of every row and seed a string of 0 and 1, one for each prompt, and how the training ended.
 
-        Those of an earlier call are included.
+        Those of an earlier call are included. Raises UserError if that had other models or pairs.
         """
+        self.claim()
         file = self.folder / "results.json"
         results = {"settings": self.settings, "right": {}, "training": {}}
         results |= json.loads(file.read_text()) if file.exists() else {}
@@ -86,9 +88,19 @@ class Laboratory:
             aligner = f"{row.aligner}-seed{seed}"
             if row.trained and aligner not in results["training"]:
                 results["training"][aligner] = self.training(aligner)
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(results, indent=1) + "\n")
         return results
+
+    def claim(self) -> None:
+        """Make the folder that of these models and pairs. Raises UserError if its rows were made with others."""
+        unused = ("aligner", "stock_aligner", "text_aligner", "triplets", "finetuning", "cache_dir", "save_every")
+        made = {name: content(value) for name, value in asdict(self.preset).items() if name not in unused}
+        note, instead = self.folder / "made_with.json", "choose another --output"
+        kept = read_json(note, dict, instead) if note.exists() else made
+        others = [name for name in made if kept.get(name) != made[name]]
+        check(not others, f"{self.folder} holds rows made with another {', '.join(others)}; {instead}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(note, json.dumps(made, indent=1) + "\n")
 
     @cached_property
     def arms(self) -> Arms:
