@@ -66,7 +66,8 @@ def draw_branches(axis: plt.Axes, sizes: list[dict]) -> None:
         ylabel="root mean square",
         xticks=place[:: max(1, len(place) // 10)],
     )
-    axis.legend(fontsize=8)
+    axis.margins(y=0.2)  # room for the legend above the bars
+    axis.legend(fontsize=8, ncols=2, loc="upper right")
     axis.set_title("the two branches beside each other", fontsize=10)
 
 
