@@ -28,17 +28,19 @@ def labelled_grid(
 ) -> None:
     """Images with a text below each, row by row, saved as a PNG."""
     columns = max(len(row) for row in rows)
+    texts = [["\n".join(fill(line, 36) for line in printable(text).splitlines()) for _, text in row] for row in rows]
+    heights = [max(3.5, 2.7 + 0.16 * max(text.count("\n") + 1 for text in line)) for line in texts]  # inches
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(2.7 * columns, 3.5 * len(rows) + 0.5), squeeze=False, layout="constrained"
-    )
-    for row, line in zip(rows, axes):
+        len(rows), columns, figsize=(2.7 * columns, sum(heights) + 0.5), squeeze=False, layout="constrained",
+        height_ratios=heights,
+    )  # fmt: skip
+    for row, words, line in zip(rows, texts, axes):
         for axis in line:
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        for (image, text), axis in zip(row, line):
+        for (image, _), text, axis in zip(row, words, line):
             axis.imshow(image, interpolation="nearest" if image.width < 256 else None)
-            lines = [fill(line, 36) for line in printable(text).splitlines()]
-            axis.set_xlabel("\n".join(lines), fontsize=9)
+            axis.set_xlabel(text, fontsize=9)
     if title:
         figure.suptitle(fill(printable(title), 36 * columns), fontsize=11)
     if caption:
