@@ -61,8 +61,9 @@ preset = replace(preset, pairs=options.pairs or preset.pairs)
 # %% 1. The rows: what each changes, and the paper's PickScore on SDXL where it has one
 fresh = options.fresh or options.quick
 settings = {name: getattr(options, name) for name in ("seed", "prompts", "seeds", "steps")}
-settings |= {"pairs": Path(preset.pairs).name, "max_pairs": options.max_pairs}
-settings |= {"preference_weight": options.preference_weight}
+settings |= dict(
+    pairs=Path(preset.pairs).name, max_pairs=options.max_pairs, preference_weight=options.preference_weight
+)
 if options.quick:
     settings |= dict(prompts=5, seeds=1, steps=2, max_pairs=400)
 results = {"settings": settings} if fresh else read_results(options.results)

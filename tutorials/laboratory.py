@@ -17,7 +17,7 @@ from img_minimal.aligner import ImplicitAligner, align
 from img_minimal.data.batches import Batches
 from img_minimal.data.sources import CachedData
 from img_minimal.evaluate.arms import Arms
-from img_minimal.evaluate.image_folder import content
+from img_minimal.evaluate.image_folder import content, differing
 from img_minimal.evaluate.intervals import mean_interval
 from img_minimal.load import load_guide, load_img, load_training_data
 from img_minimal.mllm import guidance_features
@@ -58,6 +58,10 @@ class Row:
         """Is there an aligner?"""
         return self.guidance not in ("none", "base")
 
+    def run(self, seed: int) -> str:
+        """The name of its training from a seed."""
+        return f"{self.aligner}-seed{seed}"
+
     def key(self, seed: int) -> str:
         """A result's name: rows that are the same by another title share it; what is not trained has one seed."""
         return f"{self.aligner}-passes{self.passes}-seed{seed}" if self.trained else self.guidance
@@ -85,10 +89,9 @@ class Laboratory:
         for name, (row, seed) in tqdm(sorted(work.items(), key=lambda item: item[1][0].guidance), desc="rows"):
             if name not in results["right"]:
                 results["right"][name] = "".join(map(str, self.right(row, seed)))
-            aligner = f"{row.aligner}-seed{seed}"
-            if row.trained and aligner not in results["training"]:
-                results["training"][aligner] = self.training(aligner)
-            write_whole(file, json.dumps(results, indent=1) + "\n")
+                if row.trained:
+                    results["training"][row.run(seed)] = self.training(row.run(seed))
+                write_whole(file, json.dumps(results, indent=1) + "\n")
         return results
 
     def claim(self) -> None:
@@ -97,8 +100,8 @@ class Laboratory:
         made = {name: content(value) for name, value in asdict(self.preset).items() if name not in unused}
         note, instead = self.folder / "made_with.json", "choose another --output"
         kept = read_json(note, dict, instead) if note.exists() else made
-        others = [name for name in made if kept.get(name) != made[name]]
-        check(not others, f"{self.folder} holds rows made with another {', '.join(others)}; {instead}")
+        others = ", ".join(differing(kept, made))
+        check(not others, f"{self.folder} holds rows made with another {others}; {instead}")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(note, json.dumps(made, indent=1) + "\n")
 
@@ -118,7 +121,7 @@ class Laboratory:
         """Trained now, or in an earlier call."""
         from train import train  # the command's own loop
 
-        folder = self.folder / f"{row.aligner}-seed{seed}"
+        folder = self.folder / row.run(seed)
         if not (folder / "aligner.safetensors").exists():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a call that was stopped
@@ -130,9 +133,9 @@ class Laboratory:
             trainer.aligner.save(folder / "aligner.safetensors")
         return ImplicitAligner.from_file(folder / "aligner.safetensors").eval()
 
-    def training(self, aligner: str) -> dict[str, float]:
+    def training(self, run: str) -> dict[str, float]:
         """Of the last thousand steps: means of what is measured in each, and the last of what is not."""
-        lines = (self.folder / aligner / "metrics.jsonl").read_text().splitlines()
+        lines = (self.folder / run / "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line) for line in lines[-1000:]]
         each = {name: np.mean([step[name] for step in steps]) for name in MEASURED[:3] if name in steps[-1]}
         each |= {name: steps[-1][name] for name in MEASURED[3:] if name in steps[-1]}
@@ -171,8 +174,7 @@ def trainings(results: dict, rows: dict[str, Row]) -> dict[str, list[str]]:
     """For every row, how its trainings ended: each of MEASURED as a range over the seeds, in words."""
     found = {}
     for title, row in rows.items():
-        names = [f"{row.aligner}-seed{seed}" for seed in range(results["settings"]["seeds"])]
-        runs = [results["training"].get(name, {}) for name in names]
+        runs = [results["training"].get(row.run(seed), {}) for seed in range(results["settings"]["seeds"])]
         values = [sorted(run[name] for run in runs if name in run) for name in MEASURED]
         found[title] = [" to ".join(dict.fromkeys(f"{v:.4g}" for v in (*each[:1], *each[-1:]))) for each in values]
     return found

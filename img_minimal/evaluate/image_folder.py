@@ -70,13 +70,17 @@ class ImageFolder:
         kept = read_json(note, dict, unknown) if note.exists() else {}
         if not any(self.folder.glob("p*-s*-*.png")):
             kept = settings  # nothing was drawn: there is nothing to mix with
-        for name in settings.keys() | kept.keys():
-            if kept.get(name) != settings.get(name):
-                raise UserError(
-                    f"{self.folder} holds a run with another {name} ({_short(kept.get(name))}; now "
-                    f"{_short(settings.get(name))}); repeat that run's options, or choose another --output"
-                )
+        for name in differing(kept, settings):
+            raise UserError(
+                f"{self.folder} holds a run with another {name} ({_short(kept.get(name))}; now "
+                f"{_short(settings.get(name))}); repeat that run's options, or choose another --output"
+            )
         write_whole(note, json.dumps(settings, indent=1))
+
+
+def differing(kept: dict, settings: dict) -> list[str]:
+    """Names of the settings in which two runs differ, one of which may lack some."""
+    return [name for name in sorted(settings.keys() | kept.keys()) if kept.get(name) != settings.get(name)]
 
 
 def content(value: object) -> object:
