@@ -1,266 +1,305 @@
 """Train an Implicit Aligner, or finetune the MLLM that guides it.
 
-    python train.py                                  the tiny twin, on a CPU, in minutes
-    python train.py --resume                         go on where a stopped run left off, to the same numbers
-    python train.py --preference-weight 0 --output-dir ...      an ablation: L_base alone
-    python train.py --model sdxl                     the paper's run, from a stream of Pick-a-Pic, on one GPU
-    python train.py --model sdxl --max-pairs 10000 --cache-dir features --cache-gb 70     ablations, features kept
-    python train.py --rounds 3                       two more rounds, on pairs that the aligner makes itself
-    python train.py --stage mllm                     an MLLM that says how to make an image match its prompt
-    torchrun --nproc_per_node=8 train.py --model sdxl           one run on eight GPUs; --batch-size is theirs together
-    python train.py --model sdxl --cache-dir features --shard 3/16         features alone, the fourth of 16 jobs
+    python train.py                            the tiny twin, on a CPU, in minutes
+    python train.py --resume                   continue a stopped run, to the same numbers
+    python train.py --preference-weight 0 --output-dir outputs/base    an ablation: L_base alone
+    python train.py --rounds 3                 two more rounds, on pairs the aligner makes itself
+    python train.py --stage mllm               an MLLM that says how to make an image match
+    python train.py --model sdxl               the paper's run, streaming pairs, on one GPU
+    python train.py --model sdxl --max-pairs 10000 --cache-dir features --cache-gb 70    ablations
+    python train.py --model sdxl --cache-dir features --shard 3/16     features, job 3 of 0 to 15
+    torchrun --nproc_per_node=8 train.py --model sdxl      eight GPUs that share --batch-size
 
-The run folder holds config.json, metrics.jsonl, curves.png, samples.png, checkpoint.pt and aligner.safetensors (of an
-MLLM: the folder mllm/). No UNet and no VAE is loaded for training.
+The run folder holds config.json, metrics.jsonl, curves.png, samples.png, checkpoint.pt and
+aligner.safetensors (of an MLLM: the folder mllm/). Training loads no UNet and no VAE.
 """
 
-import json
+import copy
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
-from img_minimal.flags import ModelFlags, chosen_preset, share_of
-from img_minimal.presets import PRESETS, Preset
-from img_minimal.runtime.cli import check, hush_other_ranks, option, parse, quiet_libraries, run
+from img_minimal import cli
+from img_minimal.cli import check, option, parse, quiet_libraries, silence_nonzero_ranks
+from img_minimal.presets import PRESETS, Data, Models, Preset, Training, find_preset
 
 
 @dataclass
-class Config(ModelFlags):
-    """The command line; None means: as the preset says."""
+class Config:
+    """Flags of this command; all others override one number of the preset."""
 
-    model: str = option("tiny-sdxl", "which model to train an aligner for", choices=list(PRESETS))
-    stage: str = option("aligner", "what is trained: the aligner, or its MLLM", choices=["aligner", "mllm"])
-    steps: int | None = option(None, "training steps; default: the preset's", most=10**9)
-    output_dir: str | None = option(None, "run folder; default: outputs/train, for --stage mllm outputs/mllm")
-    seed: int = option(0, "of initialisation, batches and the MLLM's questions")
-    resume: bool = option(False, "go on from the checkpoint in the run folder")
-    overwrite: bool = option(False, "start anew in a run folder that already holds a run")
+    model: str = option("tiny-sdxl", "model to train an aligner for", choices=list(PRESETS))
+    stage: str = option("aligner", "what to train", choices=["aligner", "mllm"])
+    output_dir: str | None = option(None, "run folder (default: outputs/train or outputs/mllm)")
+    seed: int = option(0, "seed of initialisation, batches and the MLLM's questions")
+    resume: bool = option(False, "continue from the checkpoint in the run folder")
+    overwrite: bool = option(False, "start over in a run folder that already holds a run")
     guidance: str = option("mllm", "what guides the aligner", choices=["mllm", "stock", "text"])
-    pairs: str | None = option(None, "preference pairs in Pick-a-Pic's columns: hub id, folder or parquet file")
-    max_pairs: int | None = option(None, "use only so many pairs, 0 for all; default: the preset's")
-    triplets: str | None = option(None, "for --stage mllm: InstructPix2Pix's columns, as hub id, folder or file")
-    batch_size: int | None = option(None, "samples in a step; default: the preset's", most=100_000)
-    lr: float | None = option(None, "learning rate; default: the preset's", most=1000)
-    preference_weight: float | None = option(None, "lambda, of the preference term; default: the preset's")
     dpo: bool = option(True, "the DPO part of the preference term")
     spin: bool = option(True, "the SPIN part of the preference term")
-    norm: str | None = option(None, "squared distances: mean or sum over elements", choices=["mean", "sum"])
-    refresh_after: int = option(10, "k, wins in a row after which the reference is refreshed", most=10**9)
-    cache_dir: str | None = option(None, "keep frozen features here; none: compute them as pairs stream by")
-    cache_gb: float = option(70.0, "what the cache may take; pairs that do not fit are not trained on")
-    rounds: int = option(1, "rounds of training; before each later one the aligner makes new pairs", most=100)
-    round_steps: int | None = option(None, "training steps of a later round; default: the preset's", most=10**9)
-    round_prompts: int | None = option(None, "prompts that a round draws; default: the preset's", most=100_000)
-    replay: float = option(0.5, "least share of the original pairs in a later round", most=1)
-    gate: bool = option(True, "keep the earlier aligner where a round makes held-back prompts worse")
-    shard: str | None = option(None, "i/n: compute the i-th of n parts of the feature cache, counted from 0, and end")
-    save_every: int | None = option(None, "steps between checkpoints; default: the preset's")
-    eval_prompts: int = option(100, "prompts of the closing comparison; 0 leaves it out", most=100_000)
+    refresh_after: int = option(10, "k, wins in a row that refresh the reference", least=1)
+    cache_gb: float = option(70.0, "size limit of the cache; excess pairs are unused", least=1e-6)
+    shard: str | None = option(None, "i/n: compute the i-th (from 0) of n parts of the cache only")
+    rounds: int = option(1, "rounds; later ones make new pairs first", least=1, most=100)
+    replay: float = option(0.5, "minimum share of original pairs in a later round", most=1)
+    gate: bool = option(True, "reject a round that makes held-back prompts worse")
+    eval_prompts: int = option(100, "prompts of the closing comparison, 0 for none", most=100_000)
 
 
 if __name__ == "__main__":
-    parse(Config, __doc__)  # answers --help before torch is imported, which takes seconds
-    hush_other_ranks()
+    # Answers --help before torch is imported, which takes seconds.
+    parse(Config, __doc__, Models, Data, Training)
+    silence_nonzero_ranks()
 
 import torch
 from torch import nn
-from tqdm import tqdm
+from torch.optim.lr_scheduler import LambdaLR
 
-from img_minimal.aligner import ImplicitAligner
+from img_minimal.aligner import ImplicitAligner, align
 from img_minimal.bench.plan import aligner_plan, mllm_plan
-from img_minimal.data.batches import Batches
-from img_minimal.data.features import Features
-from img_minimal.data.sources import CachedData, StreamedData
-from img_minimal.evaluate.arms import print_comparison
-from img_minimal.files.weights import opening
-from img_minimal.finetuning.finetune import finetune
-from img_minimal.load import compute_features, load_backbone, load_guide, load_training_data
+from img_minimal.data.features import CachedData, Features, StreamedData
+from img_minimal.data.load import compute_features, load_training_data
+from img_minimal.detector import finetune
+from img_minimal.devices import Precision, best_device
+from img_minimal.files import peak_memory
+from img_minimal.optimizer import new_optimizer, warmup_constant_decay
 from img_minimal.pipeline import IMG
-from img_minimal.preference import preference_loss, squared_distance
-from img_minimal.rounds import RoundLog, Rounds, last_row
-from img_minimal.runtime.checkpoint import RunFolder, save_checkpoint
-from img_minimal.runtime.clock import peak_memory
-from img_minimal.runtime.devices import Precision, best_device
-from img_minimal.runtime.plots import curves
-from img_minimal.runtime.ranks import ALONE, Ranks
-from img_minimal.training import Stop, Trainer, check_loss, new_batches, own_place, validate
+from img_minimal.plots import ALIGNER, curves, read_rows
+from img_minimal.preference import ReferenceRefresh, preference_loss, squared_distance
+from img_minimal.rounds import Mixture, train_rounds
+from img_minimal.run import Ranks, Run
 
 
 def train(
-    trainer: Trainer, batches: Batches, unseen: Features, preset: Preset, folder: Path, *, steps: int,
-    dpo: bool = True, spin: bool = True, save_every: int = 200, stop: Stop | None = None, ranks: Ranks = ALONE,
-) -> bool:  # fmt: skip
-    """The loop: batch, forward, loss, backward, clip, step, refresh; now and then validate on `unseen` and save.
+    run: Run,
+    data: CachedData | StreamedData | Mixture,
+    settings: Training,
+    precision: Precision,
+    *,
+    start: ImplicitAligner | None = None,
+    refresh_after: int = 10,
+    dpo: bool = True,
+    spin: bool = True,
+    seed: int = 0,
+) -> ImplicitAligner:
+    """Train an aligner for `settings.steps` steps, from where `run` was stopped, and return it.
 
-    Continues from `trainer.step` and returns False if it was told to stop before `steps`. Weights and loss are in fp32.
-    Several `ranks` see a part of each batch, and decide on its mean; the first one validates, writes and saves. Raises
-    UserError with step and samples when the loss is not finite; the last checkpoint stays as it is.
+    It starts as a copy of `start`, or at the identity. Weights and loss are in fp32. With several
+    ranks each sees a part of every batch, and all decide on its mean.
     """
-    aligner, reference, model = trainer.aligner, trainer.reference, ranks.parallel(trainer.aligner)
-    device = next(aligner.parameters()).device
-    with_preference = preset.preference_weight > 0 and (dpo or spin)  # else nobody asks the reference
-    log, source = (folder / "metrics.jsonl").open("a") if ranks.main else nullcontext(), iter(batches)
-    with tqdm(range(trainer.step, steps), desc="train", initial=trainer.step, total=steps) as bar, log:
-        for step in bar:
-            # Forward: f(c) and, without gradients, f_ref(c).
-            batch: Features = next(source)
-            h, mask, loser, winner = (x.to(device) for x in (batch.guidance, batch.mask, batch.loser, batch.winner))
-            with trainer.precision.training(device):
-                aligned = model(h.float(), loser, mask)
-                earlier = None
-                if with_preference:
-                    with torch.no_grad():
-                        earlier = reference(h.float(), loser, mask)
-            loss, metrics = preference_loss(
-                aligned, earlier, winner, loser, weight=preset.preference_weight, dpo=dpo, spin=spin, norm=preset.norm
-            )
+    # What learns: f, its frozen earlier copy f_ref, and when that is refreshed.
+    torch.manual_seed(seed)
+    device = best_device()
+    sizes = settings.depth, settings.heads, settings.head_dim
+    aligner = ImplicitAligner(*data.widths, *sizes).to(device)
+    if start is not None:
+        aligner.load_state_dict(start.state_dict())
+    reference = copy.deepcopy(aligner).requires_grad_(False)
+    refresh = ReferenceRefresh(refresh_after)
+    # Without a preference term nobody asks the reference.
+    with_preference = settings.preference_weight > 0 and (dpo or spin)
 
-            # Backward; gradients are means over the ranks, and so is, in one transfer, all that is logged and decided.
-            trainer.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            metrics["gradient_norm"] = nn.utils.clip_grad_norm_(aligner.parameters(), 1.0)
-            metrics["correction"] = squared_distance(aligned.detach(), loser).mean()
-            metrics["stopping"] = loss.new_tensor(float(stop is not None and stop.asked))
-            values = ranks.mean(torch.stack([loss.detach(), *metrics.values()])).tolist()
-            row = {"step": step + 1} | dict(zip(["loss", *metrics], values))
-            stopping = row.pop("stopping") > 0
-            check_loss(row["loss"], step, batches.where, folder)
+    # How it learns: optimiser and learning rate.
+    optimizer = new_optimizer(
+        settings.optimizer,
+        aligner.parameters(),
+        settings.lr,
+        settings.weight_decay,
+        precision.compute,
+    )
+    factor = warmup_constant_decay(
+        settings.steps, settings.warmup, hold=settings.constant_share, floor=0.02
+    )
+    schedule = LambdaLR(optimizer, factor)
 
-            # Step; the reference is refreshed when f has beaten it often enough (Eqs. 18, 19).
-            trainer.optimizer.step()
-            trainer.schedule.step()
-            if with_preference and trainer.refresh.update(row["error"], row["reference_error"]):
-                reference.load_state_dict(aligner.state_dict())
-            trainer.step = step + 1
-            row["refreshes"] = trainer.refresh.refreshes
+    # What it learns from. All of this is saved in a checkpoint.
+    batches = data.batches(settings.batch_size, seed, run.ranks)
+    state = {
+        "aligner": aligner,
+        "reference": reference,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "refresh": refresh,
+        "data": batches,
+    }
+    model = run.ranks.parallel(aligner)
 
-            # Once in a while: validate, write down, save.
-            saving = (step + 1) % save_every == 0 or step + 1 == steps or stopping
-            if saving:
-                row |= validate(trainer, unseen) if ranks.main else {}
-                places = ranks.gather(batches.state_dict()) if ranks.world > 1 else batches.state_dict()
-            if ranks.main:
-                log.write(json.dumps(row) + "\n")
-            if saving and ranks.main:
-                log.flush()  # rows before checkpoint, so that a killed run leaves no hole
-                save_checkpoint(folder / "checkpoint.pt", trainer.state_dict() | {"data": places})
-            bar.set_postfix(error=f"{row['error']:.4f}", refreshes=row["refreshes"], refresh=False)
-            if stopping and step + 1 < steps:
-                return False
-    return True
+    def measure() -> dict[str, float]:
+        return validate(aligner, data.unseen)
 
+    for _, batch in zip(run.steps(state, settings.steps, settings.save_every, measure), batches):
+        # Forward: f(c) and, without gradients, f_ref(c).
+        h, mask = batch.guidance.to(device).float(), batch.mask.to(device)
+        c_l, c_w = batch.loser.to(device), batch.winner.to(device)
+        f_ref = None
+        with precision.training(device):
+            f = model(h, c_l, mask)
+            if with_preference:
+                with torch.no_grad():
+                    f_ref = reference(h, c_l, mask)
+        loss, metrics = preference_loss(
+            f,
+            f_ref,
+            c_w,
+            c_l,
+            weight=settings.preference_weight,
+            dpo=dpo,
+            spin=spin,
+            norm=settings.norm,
+        )
 
-def train_aligner(config: Config, preset: Preset, run_folder: RunFolder, ranks: Ranks = ALONE) -> bool:
-    """Features, loop, later rounds, curves, comparison; False if it was told to stop."""
-    folder, saved = run_folder.path, run_folder.saved
-    with ranks.together():
-        data = load_training_data(preset, config.guidance, config.seed, config.cache_gb, ranks)
-    trainer = Trainer.new(preset, data.widths, config.refresh_after, config.seed)
-    batches = new_batches(data, preset.batch_size, config.seed, ranks)
-    print(f"{data.description}; {preset.train_steps} steps of {preset.batch_size}", flush=True)
-    if saved:
-        with opening(folder / "checkpoint.pt", "checkpoint of this run"):
-            trainer.load_state_dict(saved)
-            batches.resume(own_place(saved["data"], data.shared or trainer.step == preset.train_steps, ranks))
-    run_folder.begin(trainer.step)
-    with Stop().listening() as stop:
-        finished = train(
-            trainer, batches, data.unseen, preset, folder, steps=preset.train_steps, dpo=config.dpo,
-            spin=config.spin, save_every=preset.save_every, stop=stop, ranks=ranks,
-        )  # fmt: skip
-    if not ranks.main:
-        return finished
-    curves(folder / "metrics.jsonl", folder / "curves.png")
-    if data.stream.skips():
-        print(data.stream.skips())
-    if not finished:
-        return False
-    trainer.aligner.save(folder / "aligner.safetensors")
-    if config.rounds > 1:
-        (folder / "rounds" / "0").mkdir(parents=True, exist_ok=True)
-        trainer.aligner.save(folder / "rounds" / "0" / "aligner.safetensors")
-        aligner = train_rounds(config, preset, run_folder, data, trainer.aligner)
-        if aligner is None:
-            return False
-        trainer.aligner.load_state_dict(aligner.state_dict())
-        trainer.aligner.save(folder / "aligner.safetensors")
-    print(", ".join(f"{name} {value:.4f}" for name, value in validate(trainer, data.unseen).items()))
-    if config.eval_prompts and preset.world == "tiny":
-        backbone = load_backbone(preset)
-        guide = load_guide(preset, config.guidance, backbone)
-        img = IMG(backbone, guide, trainer.aligner, preset.passes, preset.mllm_batch)
-        print_comparison(img, preset.name, config.eval_prompts, folder / "samples.png")
-    print(f"saved to {folder}/aligner.safetensors")
-    return True
+        # Backward. Gradients are means over the ranks, and so is all that is logged.
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        metrics["gradient_norm"] = nn.utils.clip_grad_norm_(aligner.parameters(), 1.0)
+        metrics["correction"] = squared_distance(f.detach(), c_l).mean()
+        row = run.log(batches.where, loss=loss, **metrics)
 
-
-def train_rounds(
-    config: Config, preset: Preset, run_folder: RunFolder, data: CachedData | StreamedData, aligner: ImplicitAligner
-) -> ImplicitAligner | None:
-    """Rounds 1, 2, ... from an aligner of round 0; the aligner that stands at the end, None if it was told to stop."""
-    shared = Rounds(preset, config.guidance, config.seed, run_folder.path / "rounds", config.replay, config.gate)
-    log = RoundLog(shared.folder / "metrics.jsonl")
-    if not log.rows:
-        log.add({"round": 0, "kept": True} | shared.measure(aligner) | last_row(run_folder.path))
-    aligner = log.latest(aligner, shared.folder)
-    for number in range(len(log.rows), config.rounds):
-        trainer, batches, row = shared.begin(number, aligner, data, config.refresh_after)
-        folder = replace(run_folder, path=shared.folder / str(number))
-        folder.begin(trainer.step)
-        with Stop().listening() as stop:
-            finished = train(
-                trainer, batches, data.unseen, preset, folder.path, steps=preset.round_steps, dpo=config.dpo,
-                spin=config.spin, save_every=preset.save_every, stop=stop,
-            )  # fmt: skip
-        if not finished:
-            return None
-        after = shared.measure(trainer.aligner)
-        kept = shared.passes(log.standing, after)
-        trainer.aligner.save(folder.path / "aligner.safetensors")
-        log.add({"round": number, "kept": kept} | row | after | last_row(folder.path))
-        if not kept:
-            print(f"round {number} draws held-back prompts worse, or breaks more: the aligner before it stays")
-        aligner = trainer.aligner if kept else aligner
-    log.draw(run_folder.path / "rounds.png")
+        # Step, and refresh f_ref when f has beaten it often enough (Eqs. 18, 19).
+        optimizer.step()
+        schedule.step()
+        if with_preference and refresh.update(row["error"], row["reference_error"]):
+            reference.load_state_dict(aligner.state_dict())
+        row["refreshes"] = refresh.refreshes
     return aligner
 
 
+@torch.no_grad()
+def validate(aligner: ImplicitAligner, data: Features) -> dict[str, float]:
+    """Measure the aligner on prompts that are not trained on; {} if there are none.
+
+    `validation_error` is ||c_w - f||^2, `identity_error` that of doing nothing, `nearer` the share
+    of losers that move nearer to c_w. Errors are means over elements.
+    """
+    wrong = ~data.is_identity
+    if not wrong.any():
+        return {}
+    sample_bytes = 4 * data.guidance[0].numel()
+    batch_size = min(250, int(5e8 / sample_bytes) + 1)  # half a gigabyte of guidance in fp32
+    f = align(aligner, data.loser, data.guidance, data.mask, passes=1, batch_size=batch_size)
+    after, before = squared_distance(data.winner, f), squared_distance(data.winner, data.loser)
+    identity_samples = after[data.is_identity]
+    return {
+        "validation_error": after[wrong].mean().item(),
+        "identity_error": before[wrong].mean().item(),
+        "nearer": (after < before)[wrong].float().mean().item(),
+        "identity_sample_error": identity_samples.mean().item() if len(identity_samples) else 0.0,
+    }
+
+
+def train_aligner(config: Config, preset: Preset, run: Run) -> None:
+    """Run the stage: features, training, later rounds, curves, and a comparison with the base."""
+    guidance, seed, ranks = config.guidance, config.seed, run.ranks
+    precision = Precision.named(preset.models.dtype, best_device())
+    options = {"refresh_after": config.refresh_after, "dpo": config.dpo, "spin": config.spin}
+    with ranks.together():
+        data = load_training_data(preset, guidance, seed, config.cache_gb, ranks)
+    settings = preset.training
+    print(f"{data.description}; {settings.steps} steps of {settings.batch_size}", flush=True)
+    aligner = train(run, data, settings, precision, seed=seed, **options)
+    if not ranks.main:
+        return
+    curves({"": read_rows(run.metrics)}, ALIGNER, run.path / "curves.png")
+    if skipped := data.stream.skips():
+        print(skipped)
+
+    if config.rounds > 1 and not run.stopped:
+
+        def train_round(
+            inner: Run, mixture: Mixture, settings: Training, start: ImplicitAligner, seed: int
+        ) -> ImplicitAligner:
+            return train(inner, mixture, settings, precision, start=start, seed=seed, **options)
+
+        aligner = train_rounds(
+            preset,
+            run,
+            data,
+            aligner,
+            train_round,
+            rounds=config.rounds,
+            guidance=guidance,
+            seed=seed,
+            replay=config.replay,
+            gate=config.gate,
+        )
+    if run.stopped:
+        return
+    aligner.save(run.path / "aligner.safetensors")
+    results = validate(aligner, data.unseen)
+    print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
+    if config.eval_prompts and preset.world == "tiny":
+        from img_minimal.evaluate.arms import print_comparison
+
+        img = IMG(preset=preset, aligner=aligner, guidance=guidance)
+        print_comparison(img, preset.name, config.eval_prompts, run.path / "samples.png")
+    print(f"saved to {run.path}/aligner.safetensors")
+
+
+def start(config: Config, preset: Preset) -> Run:
+    """Open the run folder, print the plan, and run the stage that is asked for."""
+    compute = Precision.named(preset.models.dtype, best_device()).described(best_device())
+    settings = {"config": asdict(config), "preset": asdict(preset), "compute": compute}
+    mllm_stage = config.stage == "mllm"
+    folder = config.output_dir or ("outputs/mllm" if mllm_stage else "outputs/train")
+    with Ranks() as ranks:
+        with ranks.together():
+            alone = ranks.world == 1 or not (mllm_stage or config.rounds > 1)
+            check(alone, "--stage mllm and --rounds run in one process: leave torchrun out")
+            run = Run(
+                folder, settings, resume=config.resume, overwrite=config.overwrite, ranks=ranks
+            )
+        if mllm_stage:
+            print(mllm_plan(preset, run.path), f"  {compute}", sep="\n", flush=True)
+            finetune(preset, run, config.seed)
+        else:
+            plan = aligner_plan(preset, config.guidance, run.path, config.cache_gb)
+            print(plan, f"  {compute}", sep="\n", flush=True)
+            train_aligner(config, preset, run)
+    return run
+
+
+def chosen_preset(config: Config, changes: dict) -> Preset:
+    """Apply the command line to the preset. Raises UserError for values that do not go together."""
+    preset = find_preset(config.model)
+    if config.stage == "mllm":
+        if "mllm" in changes:
+            changes = changes | {"stock_mllm": changes["mllm"]}
+        preset = preset.changed(("models", "data", "finetuning"), **changes)
+        advice = "--stage mllm cannot train with --dtype fp16, whose gradients vanish; choose bf16"
+        check(preset.models.dtype != "fp16", advice)
+    else:
+        preset = preset.changed(("models", "data", "training"), **changes)
+    no_cache = config.shard and preset.data.cache_dir == "none"
+    check(not no_cache, "--shard computes a cache: give --cache-dir a folder")
+    return preset
+
+
+def share_of(shard: str) -> tuple[int, int]:
+    """Parse "3/16" to (3, 16). Raises UserError for anything else."""
+    words = shard.split("/")
+    numbers = [int(word) for word in words if word.isdecimal() and len(word) < 8]
+    fits = len(words) == len(numbers) == 2 and numbers[0] < numbers[1]
+    check(fits, f"--shard is {shard!r}, expected i/n with i from 0 to n - 1, as in 0/8")
+    return numbers[0], numbers[1]
+
+
 def main() -> int:
-    """Plan, then the stage that is asked for."""
-    config = parse(Config, __doc__)
-    preset, began = chosen_preset(config), time.monotonic()
+    """Read the command line, train, and report."""
+    config, changes = parse(Config, __doc__, Models, Data, Training)
+    preset, began = chosen_preset(config, changes), time.monotonic()
     quiet_libraries()
     if config.shard:
-        print(compute_features(preset, config.guidance, config.seed, config.cache_gb, share_of(config.shard)))
+        share = share_of(config.shard)
+        print(compute_features(preset, config.guidance, config.seed, config.cache_gb, share))
         return 0
-    device = best_device()
-    compute = Precision.named(preset.dtype, device).described(device)
-    settings = {"config": asdict(config), "preset": asdict(preset), "compute": compute}
-    folder = config.output_dir or ("outputs/mllm" if config.stage == "mllm" else "outputs/train")
-    with Ranks.joined() as ranks:
-        with ranks.together():
-            alone = config.stage == "mllm" or config.rounds > 1
-            check(ranks.world == 1 or not alone, "--stage mllm and --rounds run in one process: leave torchrun out")
-            if ranks.main:
-                run_folder = RunFolder.open(folder, settings, config.resume, config.overwrite)
-        if not ranks.main:
-            run_folder = RunFolder.follow(folder, settings, config.resume)
-        if config.stage == "mllm":
-            print(mllm_plan(preset, run_folder.path), f"  {compute}", sep="\n", flush=True)
-            finished = finetune(preset, run_folder, config.seed)
-        else:
-            plan = aligner_plan(preset, config.guidance, run_folder.path, config.cache_gb)
-            print(plan, f"  {compute}", sep="\n", flush=True)
-            finished = train_aligner(config, preset, run_folder, ranks)
-    if not finished:
-        again = " ".join(a for a in sys.argv if a != "--resume")
-        print(f"stopped and saved in {run_folder.path}; go on with: python {again} --resume")
+    run = start(config, preset)
+    if run.stopped:
+        again = " ".join(word for word in sys.argv if word != "--resume")
+        print(f"stopped and saved in {run.path}; go on with: python {again} --resume")
         return 130
     print(f"{time.monotonic() - began:.0f} s; {peak_memory()}")
     return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

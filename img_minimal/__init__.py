@@ -1,7 +1,7 @@
 """Implicit Multimodal Guidance (arXiv 2509.26231): draw, look at it with an MLLM, draw it again better aligned.
 
-from img_minimal import load_img
-out = load_img("tiny-sdxl")("a red circle above a blue square", seed=1)
+from img_minimal import IMG
+out = IMG(preset="tiny-sdxl")("a red circle above a blue square", seed=1)
 out.initial, out.said, out.images
 """
 
@@ -12,7 +12,7 @@ from importlib import import_module
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 __all__ = ["IMG", "ImplicitAligner", "load_img"]
-_PLACES = {"IMG": "pipeline", "ImplicitAligner": "aligner", "load_img": "load"}
+_PLACES = {"IMG": "pipeline", "ImplicitAligner": "aligner", "load_img": "pipeline"}
 
 
 def __getattr__(name: str) -> object:

@@ -1,41 +1,124 @@
-"""The Implicit Aligner (Figs. 9 and 10): from "what is wrong with this image" to a corrected image prompt.
+"""The Implicit Aligner (Figs. 9 and 10): from "what is wrong with this image" to a better image prompt.
 
-    paper   here        shape                 SDXL
-    h       guidance    (B, L, H)             (B, ~640, 5120)   last hidden states of the multimodal LLM
-    c_l     tokens      (B, N, D)             (B, 16, 2048)     image prompt of the first image
-    f(h, c) the result  (B, N, D)             (B, 16, 2048)     image prompt of the image to draw
+    paper    here       shape             SDXL
+    h        guidance   (B, L, H)         (B, ~640, 5120)   last hidden states of the MLLM
+    c_l      tokens     (B, N, D)         (B, 16, 2048)     image prompt of the first image
+    f(h, c)  result     (B, N, D)         (B, 16, 2048)     image prompt of the image to draw
 
-The result is the input plus a correction whose last layer starts at zero: an untrained aligner changes nothing.
+The result is the input plus a correction whose last layer starts at zero, so an untrained aligner
+changes nothing.
+
+The attention block is the Perceiver's, as in the Resampler of IP-Adapter Plus: a few tokens attend
+to a long context and to themselves. Parameter names are those of the public IP-Adapter files:
+
+    layers.{i}.0.{norm1, norm2, to_q, to_kv, to_out}    PerceiverAttention
+    layers.{i}.1.{0, 1, 3}                              feed_forward
 """
 
-import json
 from pathlib import Path
 from typing import Self
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from img_minimal.attention import PerceiverLayers, layer_sizes
-from img_minimal.files.weights import (
-    WeightsError,
-    fill,
-    read_metadata,
-    read_weights,
-    write_safetensors,
-    write_torch,
-)
-from img_minimal.runtime.atomic import write_whole
-from img_minimal.runtime.errors import UserError
-from img_minimal.runtime.json_files import read_json
+from img_minimal.cli import check
+from img_minimal.hub.weights import fill, opening, read_metadata, read_weights, write_weights
+
+
+class PerceiverAttention(nn.Module):
+    """Let N tokens attend to L context features and to themselves (Fig. 10).
+
+    Written out rather than fused: it reads like the formula, and with N = 16 the attention map is
+    too small for a fused kernel to save anything.
+    """
+
+    def __init__(self, width: int, heads: int, head_dim: int = 64):
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        inner = heads * head_dim  # may differ from width: SDXL's aligner has 20 x 64 inside 2048
+        self.norm1 = nn.LayerNorm(width)  # of the context
+        self.norm2 = nn.LayerNorm(width)  # of the tokens
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)  # keys are the first half
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def forward(
+        self, tokens: Tensor, context: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the update of tokens (B, N, D) from the context (B, L, D), without the residual.
+
+        mask (B, L) is True where the context is valid. Returns the update (B, N, D) and the
+        attention weights (B, heads, N, L + N) in fp32, of which each row sums to 1.
+        """
+        context, tokens = self.norm1(context), self.norm2(tokens)
+        split = "b n (p h d) -> p b h n d"
+        (q,) = rearrange(self.to_q(tokens), split, p=1, h=self.heads)  # (B, heads, N, d)
+        k, v = rearrange(self.to_kv(context), split, p=2, h=self.heads)  # (B, heads, L, d)
+        k_self, v_self = rearrange(self.to_kv(tokens), split, p=2, h=self.heads)
+
+        q = q * self.head_dim**-0.5  # scaled before the product, which could overflow in fp16
+        scores = torch.cat([q @ k.mT, q @ k_self.mT], dim=-1)  # (B, heads, N, L + N)
+        if mask is not None:
+            visible = F.pad(mask.bool(), (0, tokens.shape[1]), value=True)
+            scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+        # In half precision the softmax would lose the tail of a long context.
+        weights = scores.softmax(dim=-1, dtype=torch.float32)
+
+        on_context, on_self = weights.to(v.dtype).split([k.shape[2], tokens.shape[1]], dim=-1)
+        out = on_context @ v + on_self @ v_self  # (B, heads, N, d)
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)")), weights
+
+
+def feed_forward(width: int, mult: int = 4) -> nn.Sequential:
+    """Build LayerNorm and a two-layer perceptron: (B, N, D) -> (B, N, D), without the residual."""
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Linear(width, mult * width, bias=False),
+        nn.GELU(),
+        nn.Linear(mult * width, width, bias=False),
+    )
+
+
+class PerceiverLayers(nn.ModuleList):
+    """Stack `depth` blocks of PerceiverAttention and feed_forward, each with a residual (Fig. 10)."""
+
+    def __init__(self, width: int, depth: int, heads: int, head_dim: int = 64):
+        super().__init__(
+            nn.ModuleList([PerceiverAttention(width, heads, head_dim), feed_forward(width)])
+            for _ in range(depth)
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        context: Tensor,
+        mask: Tensor | None = None,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Update tokens (B, N, D) from a context (B, L, D) with mask (B, L): (B, N, D).
+
+        The attention weights of each layer are appended to `maps`.
+        """
+        for attention, mlp in self:
+            update, weights = attention(tokens, context, mask)
+            tokens = tokens + update
+            tokens = tokens + mlp(tokens)
+            if maps is not None:
+                maps.append(weights)
+        return tokens
 
 
 class ImplicitAligner(nn.Module):
-    """Cross-attention from image tokens to guidance features, between two linear layers.
+    """Cross-attention from image tokens to guidance features, between two linear layers (Fig. 9).
 
     The defaults are SDXL's: with width 2048 and guidance_width 5120, 195 million parameters.
     """
 
-    def __init__(self, width: int, guidance_width: int, depth: int = 4, heads: int = 20, head_dim: int = 64):
+    def __init__(
+        self, width: int, guidance_width: int, depth: int = 4, heads: int = 20, head_dim: int = 64
+    ):
         super().__init__()
         self.width, self.guidance_width, self.head_dim = width, guidance_width, head_dim
         self.proj_in = nn.Linear(guidance_width, width)
@@ -43,118 +126,109 @@ class ImplicitAligner(nn.Module):
         self.proj_out = nn.Linear(width, width)
         self.norm_out = nn.LayerNorm(width)
         self.zero_linear = nn.Linear(width, width)
-        # Zero, so that training starts at "keep the image prompt"; norm_out before it keeps its gradient alive.
+        # Training starts at "keep the image prompt"; norm_out keeps the gradient of this layer alive.
         nn.init.zeros_(self.zero_linear.weight)
         nn.init.zeros_(self.zero_linear.bias)
 
-    def forward(self, guidance: Tensor, tokens: Tensor, mask: Tensor | None = None, passes: int = 1) -> Tensor:
-        """f(h, c) = c + zero_linear(norm_out(proj_out(x))), with x the tokens after the layers (Fig. 9).
+    def forward(
+        self,
+        guidance: Tensor,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        passes: int = 1,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Compute f(h, c) = c + zero_linear(norm_out(proj_out(x))), x being the layers' output.
 
-        guidance (B, L, H), tokens (B, N, D), mask (B, L) with True = valid guidance -> aligned tokens (B, N, D), in
-        the aligner's own dtype. With `passes` above 1 the result is aligned again with the same guidance; sampling
-        uses 3. Values are not checked. Raises ValueError if H or D is not what this aligner was built for.
+        guidance (B, L, H), tokens (B, N, D), mask (B, L) with True = valid -> (B, N, D) in the
+        aligner's dtype. Each further pass aligns the result again with the same guidance; sampling
+        on SDXL uses 3. `maps` receives each layer's attention weights (B, heads, N, L + N). Raises
+        UserError if H or D is not what the aligner was trained for.
         """
-        if guidance.shape[-1] != self.guidance_width:
-            raise ValueError(
-                f"this aligner was trained for an MLLM of width {self.guidance_width}, the guidance features have "
-                f"width {guidance.shape[-1]}: use the MLLM it was trained with, or train an aligner for this one"
-            )
-        if tokens.shape[-1] != self.width:
-            raise ValueError(
-                f"this aligner was trained for image tokens of width {self.width}, these have width "
-                f"{tokens.shape[-1]}: use the image prompt (IP-Adapter) it was trained with"
-            )
+        self.check_widths(guidance.shape[-1], tokens.shape[-1])
         dtype = self.proj_in.weight.dtype
-        context = self.layers.keys_values(self.proj_in(guidance.to(dtype)))  # the same in every pass
-        tokens = tokens.to(dtype)
+        context, tokens = self.proj_in(guidance.to(dtype)), tokens.to(dtype)
         for _ in range(passes):
-            x = self.layers.read(tokens, context, mask)  # (B, N, D)
+            x = self.layers(tokens, context, mask, maps)
             tokens = tokens + self.zero_linear(self.norm_out(self.proj_out(x)))
         return tokens
 
-    @torch.no_grad()
-    def attention_maps(self, guidance: Tensor, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Where each token looks in the first pass: weights (depth, B, heads, N, L + N), each row summing to 1.
-
-        The first L columns are the guidance features, the last N the tokens themselves.
-        """
-        dtype = self.proj_in.weight.dtype
-        maps: list[Tensor] = []
-        context = self.layers.keys_values(self.proj_in(guidance.to(dtype)))
-        self.layers.read(tokens.to(dtype), context, mask, maps)
-        return torch.stack(maps)
+    def check_widths(self, guidance_width: int | None, token_width: int | None) -> None:
+        """Raise UserError for guidance or tokens of another width than the aligner was trained for."""
+        check(
+            guidance_width in (None, self.guidance_width),
+            f"this aligner was trained for an MLLM of width {self.guidance_width}, this one has width "
+            f"{guidance_width}: use the MLLM it was trained with (5120: LLaVA-1.5-13B, 4096: "
+            "LLaVA-1.5-7B), or train an aligner for this one",
+        )
+        check(
+            token_width in (None, self.width),
+            f"this aligner was trained for image tokens of width {self.width}, these have width "
+            f"{token_width}: use the image prompt (IP-Adapter) it was trained with",
+        )
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """An fp32 aligner from a file of `save`, or from a released .pth; all sizes but one follow from the shapes.
+        """Load an aligner in fp32 from a file of `save` or a released .pth.
 
-        The width of a head leaves no trace there. It is read from the notes that `save` puts into every file, or from
-        the JSON beside it, and is 64, as in the released files, where neither says so. Raises WeightsError if the file
-        is missing, damaged, or holds something else.
+        All sizes follow from the shapes, except for the width of a head, which `save` notes in the
+        file and which is 64 in the released ones. Raises WeightsError.
         """
         state = read_weights(path, holds="proj_in.weight")
-        try:
+        with opening(path, "aligner"):
             width, guidance_width = state["proj_in.weight"].shape
-            inner = state["layers.0.0.to_q.weight"].shape[0]
-        except KeyError as key:
-            raise WeightsError(f"{path}: lacks {key}, so it is not an aligner; check which file it is") from None
-        except (AttributeError, ValueError, TypeError):  # a number or a dict where a matrix should be
-            raise WeightsError(f"{path}: its weights are no aligner's; check which file it is") from None
-        sizes = layer_sizes(state, _head_dim(Path(path), inner))
-        with torch.device("meta"):  # no time spent on initial values that the file replaces
-            aligner = cls(width, guidance_width, **sizes)
+            sizes = layer_sizes(state, int(read_metadata(path).get("head_dim", 64)))
+            with torch.device("meta"):  # no initial values, which the file would replace
+                aligner = cls(width, guidance_width, **sizes)
         fill(aligner, state, str(path))
         return aligner.float()
 
     def save(self, path: str | Path) -> None:
-        """Write the weights, atomically, in the key layout of the released files.
+        """Write the weights atomically, in the released files' key layout.
 
-        A .pth is what the authors' code loads; any other file is safetensors. The sizes stand beside it as JSON (x.pth,
-        x.json).
+        .pth, .pt and .bin are torch files as the authors' code loads them, all others safetensors.
         """
-        path = Path(path)
-        state = self.state_dict()
-        if path.suffix in (".pth", ".pt", ".bin"):
-            write_torch(path, state, {"head_dim": str(self.head_dim)})
-        else:
-            write_safetensors(path, state, {"head_dim": str(self.head_dim)})
-        sizes = {"width": self.width, "guidance_width": self.guidance_width} | layer_sizes(state, self.head_dim)
-        write_whole(path.with_suffix(".json"), json.dumps(sizes, indent=1) + "\n")
+        write_weights(path, self.state_dict(), {"head_dim": str(self.head_dim)})
 
 
-def _head_dim(path: Path, inner: int) -> int:
-    """The width of a head from the file, else from the JSON beside it, else 64; `inner` is that of all heads."""
-    known, beside = read_metadata(path).get("head_dim"), path.with_suffix(".json")
-    if known is None and beside.is_file():
-        known = read_json(beside, dict, "restore it", WeightsError, lambda x: x["head_dim"] + 0)["head_dim"]
-    known = 64 if known is None else known
-    if not str(known).isdecimal() or int(known) < 1 or inner % int(known):
-        raise WeightsError(
-            f"{path}: heads of width {known} do not make its {inner}; restore {beside.name}, or the file"
-        )
-    return int(known)
+def layer_sizes(state: dict[str, Tensor], head_dim: int = 64) -> dict[str, int]:
+    """Deduce depth and heads of the `PerceiverLayers` under `layers.` in a state dict.
+
+    Heads leave no trace in the shapes, so `head_dim` must be known. Raises KeyError if there are no
+    layers, ValueError if heads of this width do not fit.
+    """
+    depth = len({key.split(".")[1] for key in state if key.startswith("layers.")})
+    heads, rest = divmod(state["layers.0.0.to_q.weight"].shape[0], head_dim)
+    if rest:
+        raise ValueError(f"heads of width {head_dim} do not fit its layers")
+    return {"depth": depth, "heads": heads, "head_dim": head_dim}
 
 
 @torch.no_grad()
 def align(
-    aligner: ImplicitAligner, tokens: Tensor, features: Tensor, mask: Tensor, passes: int, batch_size: int = 250
+    aligner: ImplicitAligner,
+    tokens: Tensor,
+    guidance: Tensor,
+    mask: Tensor,
+    passes: int,
+    batch_size: int = 250,
 ) -> Tensor:
-    """f applied `passes` times in fp32, in batches: tokens (B, N, D), features (B, L, H), mask (B, L) -> (B, N, D).
+    """Apply f `passes` times in fp32, in batches.
 
-    Raises UserError if the features are those of another MLLM, or if a result is not finite.
+    tokens (B, N, D), guidance (B, L, H), mask (B, L) -> (B, N, D) on the CPU. Raises UserError if
+    the guidance is another MLLM's, or if a result is not finite.
     """
     device = next(aligner.parameters()).device
     aligned = []
-    try:
-        for part in zip(features.split(batch_size), tokens.split(batch_size), mask.split(batch_size)):
-            h, c, m = (x.to(device) for x in part)
-            aligned.append(aligner(h.float(), c, m, passes).cpu())
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    aligned = torch.cat(aligned)
-    broken = (~aligned.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    if broken:
-        raise UserError(
-            f"the aligned features of image {broken[0]} are not finite; check the MLLM's and aligner's files"
-        )
-    return aligned
+    batches = zip(guidance.split(batch_size), tokens.split(batch_size), mask.split(batch_size))
+    for batch in batches:
+        h, c, m = (x.to(device) for x in batch)
+        aligned.append(aligner(h.float(), c, m, passes).cpu())
+    result = torch.cat(aligned)
+    broken = (~result.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    check(
+        not broken,
+        f"the aligned features of image {broken[:1]} are not finite; check the files of the MLLM "
+        "and the aligner",
+    )
+    return result

@@ -1,31 +1,44 @@
 """IMG from end to end (Fig. 2): draw, look, align, draw again with the same seed.
 
     prompt --backbone--> image --MLLM--> h  \\
-                           |                 aligner --> tokens --backbone, same prompt and seed--> better image
+                           |                 aligner --> tokens --backbone, same seed--> better image
                            +--image prompt--> c_l /
-
-Nothing here knows which text-to-image model draws, where files are, or what a command line is.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from os import PathLike
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from img_minimal.aligner import ImplicitAligner, align
-from img_minimal.around import open_around
-from img_minimal.backbones import Backbone
-from img_minimal.mllm import Guide, guidance_features
-from img_minimal.runtime.images import to_pil
+from img_minimal.backbone import PIPELINES, Backbone, open_backbone
+from img_minimal.cli import check
+from img_minimal.devices import Precision, Turns, best_device, known_device
+from img_minimal.files import to_pil
+from img_minimal.hub.mllms import announced_width
+from img_minimal.hub.weights import opening
+from img_minimal.hub.where import fetch
+from img_minimal.mllm import (
+    MLLM,
+    GuidanceEncoder,
+    TextGuidance,
+    find_questions,
+    guidance_features,
+)
+from img_minimal.presets import Preset, find_preset
+
+ADAPTER = ("ip_adapter", "resampler", "image_encoder")  # what turns images into tokens
 
 
 @dataclass(frozen=True)
 class IMGOutput:
-    """One entry for each prompt: the first images, what the MLLM said about them, and the last images."""
+    """One entry per prompt: first images, what the MLLM said about them, and last images."""
 
     initial: list[Image]
     said: list[str]
@@ -33,101 +46,65 @@ class IMGOutput:
 
 
 class IMG:
-    """The whole method: `img = load_img("tiny-sdxl")`, then `img("a red circle", seed=0).images`.
+    """The whole method: `img = IMG(preset="tiny-sdxl")`, then `img("a red circle", seed=0).images`.
 
-    Around a pipeline of one's own: `IMG(pipe)`, or `IMG(pipe, mllm="llava-hf/...", aligner="aligner.safetensors")`.
+    Around a pipeline of your own: `IMG(pipe)`, or `IMG(pipe, mllm="llava-hf/...", aligner="...")`.
     """
 
     def __init__(
         self,
-        pipe: Backbone | DiffusionPipeline,
-        mllm: Guide | str | None = None,
-        aligner: ImplicitAligner | str | None = None,
-        passes: int | None = None,
-        mllm_batch: int | None = None,
+        pipe: DiffusionPipeline | Backbone | None = None,
+        mllm: GuidanceEncoder | str | PathLike | None = None,
+        aligner: ImplicitAligner | str | PathLike | None = None,
         *,
-        preset: str | None = None,
+        preset: Preset | str | None = None,
+        guidance: str = "mllm",
         mllm_device: torch.device | str | None = None,
         **changes: object,
     ):
-        """A diffusers pipeline draws with its own scheduler, VAE, LoRAs, types, device and hooks; only what it lacks
-        is opened beside it. `mllm` and `aligner` are the things themselves, or places of files; `preset` ("sdxl", or
-        "flux" for a FluxPipeline) says where the rest is, and `changes` replace what it says: ip_adapter,
-        image_encoder, resampler, questions, scale, scale_end. With a backbone, all three are needed.
+        """Open whatever is not given, small files before big ones.
 
-        `passes`: applications of the aligner; `mllm_batch`: images that the MLLM sees at once.
-        Raises UserError for a pipeline of another kind, or files that are missing or do not belong together.
+        `pipe`, `mllm` and `aligner` are loaded objects, or locations of files. A pipeline of your
+        own keeps its scheduler, VAE, LoRAs, dtype, device and hooks. Everything else comes from the
+        `preset` (by default "sdxl" or "flux", as the pipeline is); `changes` replace its fields,
+        e.g. ip_adapter, questions, scale or passes. `guidance` is "mllm", "stock" or "text".
+        Raises UserError for another kind of pipeline, or files that are missing or do not fit.
         """
-        if isinstance(pipe, DiffusionPipeline):
-            pipe, mllm, aligner, chosen = open_around(pipe, mllm, aligner, preset, mllm_device, changes)
-            passes, mllm_batch = passes or chosen.passes, mllm_batch or chosen.mllm_batch
-        self.backbone = pipe
-        self.guide = mllm
+        preset = find_preset_for(pipe, preset)
+        for name, given in (("mllm", mllm), ("aligner", aligner)):
+            if isinstance(given, str | PathLike):
+                changes[name] = str(given)
+        preset = preset.changed(**changes)
+        preset = preset.changed(mllm=preset.guide(guidance))
+        opens_aligner = not isinstance(aligner, ImplicitAligner)
+        opens_mllm = guidance != "text" and (mllm is None or "mllm" in changes)
+        locations = ["aligner"] * opens_aligner + ["mllm"] * opens_mllm
+        if not isinstance(pipe, Backbone):
+            locations += ADAPTER
+        if pipe is None:
+            locations += ["unet", "base"]
+        preset = fetch(preset, *locations)
+
+        if opens_aligner:
+            aligner = ImplicitAligner.from_file(preset.sampling.aligner)
         self.aligner = aligner.eval()
-        self.passes = passes or 1
-        self.mllm_batch = mllm_batch or 64
-        self.placement = pipe.placement
-        self.placement.add("aligner", aligner)
-        self.takes_turns = hasattr(mllm, "model") and mllm_device is None  # guidance by text has no model of its own
-        if self.takes_turns:
-            self.placement.add("mllm", mllm.model)
-
-    def _bring_guide(self) -> None:
-        if self.takes_turns:
-            self.placement.bring("mllm", self.guide.model)
-
-    def guidance(
-        self, images: list[Image], prompts: list[str], seeds: Sequence[int], progress: str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Step 2: guidance features h (B, L, H) and their mask (B, L). An image's seed draws the question about it."""
-        self._bring_guide()
-        return guidance_features(self.guide, images, prompts, seeds, self.mllm_batch, progress)
-
-    def correct(self, tokens: Tensor, features: Tensor, mask: Tensor, passes: int | None = None) -> Tensor:
-        """Step 3: f(h, c), tokens (B, N, D) -> aligned tokens (B, N, D)."""
-        self.placement.bring("aligner", self.aligner)
-        return align(self.aligner, tokens, features, mask, passes or self.passes)
-
-    def align(
-        self,
-        images: Tensor | Image | list[Image],
-        prompts: str | list[str],
-        seeds: Sequence[int] | int = 0,
-        passes: int | None = None,
-    ) -> Tensor:
-        """Steps 2 and 3: images from anywhere, (B, 3, H, W) in [0, 1] or PIL -> aligned tokens (B, N, D)."""
-        pictures = to_pil(images) if isinstance(images, Tensor) else images if isinstance(images, list) else [images]
-        prompts = [prompts] * len(pictures) if isinstance(prompts, str) else prompts
-        seeds = [seeds + k for k in range(len(pictures))] if isinstance(seeds, int) else seeds
-        features, mask = self.guidance(pictures, prompts, seeds)
-        return self.correct(self.backbone.tokens(pictures), features, mask, passes)
-
-    def explain(self, images: list[Image], prompts: list[str], seeds: Sequence[int]) -> list[str]:
-        """What the MLLM answers in words; needed by people, not by the method."""
-        self._bring_guide()
-        return self.guide.explain(images, prompts, seeds)
-
-    def satisfaction(self, images: list[Image], prompts: list[str], seeds: Sequence[int]) -> list[float]:
-        """Log-probability that the MLLM says "nothing" is wrong, of each image."""
-        self._bring_guide()
-        return self.guide.satisfaction(images, prompts, seeds, self.mllm_batch)
-
-    def better(self, first: list[Image], second: list[Image], prompts: list[str], seeds: Sequence[int]) -> list[bool]:
-        """Of each pair of images, whether the MLLM is more content with the second one. Costs no drawing."""
-        scores = (self.satisfaction(images, prompts, seeds) for images in (first, second))
-        return [after > before for before, after in zip(*scores)]
-
-    def stages(self, prompts: list[str], seeds: list[int], *, rounds: int = 1, progress: bool = False) -> list[Tensor]:
-        """Initial images and those of each round, `rounds + 1` tensors (B, 3, H, W) in [0, 1].
-
-        Every round looks at the latest images and draws again from the same seeds.
-        """
-        images = [self.backbone.draw(prompts, seeds, progress="initial" if progress else None)]
-        for k in range(rounds):
-            tokens = self.align(images[-1], prompts, [seed + k for seed in seeds])
-            title = f"round {k + 1}" if progress else None
-            images.append(self.backbone.draw(prompts, seeds, tokens, progress=title))
-        return images
+        if opens_mllm:
+            self.aligner.check_widths(announced_width(preset.models.mllm), None)
+        with tqdm(total=4, desc="loading models", leave=False, delay=2) as bar:
+            if isinstance(pipe, Backbone):
+                self.backbone = pipe
+            else:
+                width_fits = lambda width: self.aligner.check_widths(None, width)  # noqa: E731
+                self.backbone = open_backbone(preset, pipe, width_fits, bar.update)
+            self.turns = self.backbone.turns
+            if opens_mllm or mllm is None:
+                mllm = open_guide(preset, guidance, self.backbone, mllm_device)
+        self.guide = mllm
+        self.aligner.check_widths(self.guide.width, None)
+        self.aligner.to(self.turns.home)
+        # Guidance by text has no model of its own; an MLLM on its own device stays there.
+        self.guide_takes_turns = isinstance(mllm, MLLM) and mllm_device is None
+        self.passes, self.mllm_batch = preset.sampling.passes, preset.models.mllm_batch
 
     def __call__(
         self,
@@ -141,26 +118,151 @@ class IMG:
         height: int | None = None,
         width: int | None = None,
     ) -> IMGOutput:
-        """Draw, look, align, draw again. The names are diffusers'; what is not given is the preset's.
+        """Draw, look, align, draw again. Names are diffusers'; defaults are the preset's.
 
-        The images of several prompts have consecutive seeds, the first one `seed`, or that of a `generator`.
+        Several prompts get consecutive seeds from `seed`, or from the seed of a `generator`, on.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seed = seed if generator is None else generator.initial_seed()
-        seeds = [seed + k for k in range(len(prompts))]
-        changes = dict(steps=num_inference_steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt,
-                       height=height, width=width)  # fmt: skip
-        with self.drawing(**{name: value for name, value in changes.items() if value is not None}):
+        first = seed if generator is None else generator.initial_seed()
+        seeds = [first + k for k in range(len(prompts))]
+        settings = {
+            "steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
+            "height": height,
+            "width": width,
+        }
+        given = {name: value for name, value in settings.items() if value is not None}
+        with self.drawing(**given):
             initial, last = map(to_pil, self.stages(prompts, seeds))
-        said = self.explain(initial, prompts, seeds) if hasattr(self.guide, "explain") else [""] * len(prompts)
+        said = [""] * len(prompts)
+        if isinstance(self.guide, MLLM):
+            said = self.explain(initial, prompts, seeds)
         return IMGOutput(initial, said, last)
+
+    def stages(
+        self, prompts: list[str], seeds: list[int], *, rounds: int = 1, progress: bool = False
+    ) -> list[Tensor]:
+        """Draw the first images and those of each round: `rounds + 1` tensors (B, 3, H, W).
+
+        Every round looks at the latest images and draws again from the same seeds.
+        """
+        images = [self.backbone.draw(prompts, seeds, progress="initial" if progress else None)]
+        for k in range(rounds):
+            tokens = self.align(images[-1], prompts, [seed + k for seed in seeds])
+            title = f"round {k + 1}" if progress else None
+            images.append(self.backbone.draw(prompts, seeds, tokens, progress=title))
+        return images
+
+    def align(
+        self,
+        images: Tensor | Image | list[Image],
+        prompts: str | list[str],
+        seeds: Sequence[int] | int = 0,
+        passes: int | None = None,
+    ) -> Tensor:
+        """Look and align (steps 2 and 3): images (B, 3, H, W) in [0, 1] or PIL -> tokens (B, N, D)."""
+        if isinstance(images, Tensor):
+            images = to_pil(images)
+        images = images if isinstance(images, list) else [images]
+        prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
+        seeds = [seeds + k for k in range(len(images))] if isinstance(seeds, int) else seeds
+        guidance, mask = self.guidance(images, prompts, seeds)
+        return self.correct(self.backbone.tokens(images), guidance, mask, passes)
+
+    def guidance(
+        self,
+        images: list[Image],
+        prompts: list[str],
+        seeds: Sequence[int],
+        progress: str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Look (step 2): guidance features h (B, L, H) and mask (B, L). A seed draws a question."""
+        guide = self._bring_guide()
+        return guidance_features(guide, images, prompts, seeds, self.mllm_batch, progress)
+
+    def correct(
+        self, tokens: Tensor, guidance: Tensor, mask: Tensor, passes: int | None = None
+    ) -> Tensor:
+        """Align (step 3): tokens (B, N, D) -> f(h, c), (B, N, D)."""
+        self.turns.bring(self.aligner)
+        return align(self.aligner, tokens, guidance, mask, passes or self.passes)
+
+    def explain(self, images: list[Image], prompts: list[str], seeds: Sequence[int]) -> list[str]:
+        """Decode what the MLLM says about images. For inspection only."""
+        return self._bring_guide().explain(images, prompts, seeds)
+
+    def satisfaction(
+        self, images: list[Image], prompts: list[str], seeds: Sequence[int]
+    ) -> list[float]:
+        """Compute the log-probability that the MLLM says "nothing" is wrong with each image."""
+        return self._bring_guide().satisfaction(images, prompts, seeds, self.mllm_batch)
+
+    def better(
+        self,
+        first: list[Image],
+        second: list[Image],
+        prompts: list[str],
+        seeds: Sequence[int],
+    ) -> list[bool]:
+        """For each pair, True if the MLLM prefers the second image. Needs no extra sampling."""
+        before = self.satisfaction(first, prompts, seeds)
+        after = self.satisfaction(second, prompts, seeds)
+        return [b > a for a, b in zip(before, after)]
 
     @contextmanager
     def drawing(self, **changes: object) -> Iterator[None]:
-        """Within this context other numbers of drawing hold: fields of `Sampling`."""
-        before = self.backbone.sampling
-        self.backbone.sampling = replace(before, **changes)
+        """Use other settings of `Sampling`, e.g. scale or passes, within this context."""
+        sampling, passes = self.backbone.sampling, self.passes
+        self.backbone.sampling = replace(sampling, **changes)
+        self.passes = changes.get("passes", passes)
         try:
             yield
         finally:
-            self.backbone.sampling = before
+            self.backbone.sampling, self.passes = sampling, passes
+
+    def _bring_guide(self) -> GuidanceEncoder:
+        if self.guide_takes_turns:
+            self.turns.bring(self.guide.model)
+        return self.guide
+
+
+def load_img(preset: Preset | str, **options: object) -> IMG:
+    """Open the whole method by a preset or its name; `options` are those of `IMG`."""
+    return IMG(preset=preset, **options)
+
+
+def open_guide(
+    preset: Preset,
+    guidance: str,
+    backbone: Backbone | None = None,
+    device: torch.device | str | None = None,
+) -> GuidanceEncoder:
+    """Open the MLLM of `preset.models.mllm`, or guidance by the backbone's "text" encoders.
+
+    The MLLM waits where the backbone's parts do, unless it has a `device` of its own.
+    """
+    if guidance == "text":
+        return TextGuidance(backbone.text_states, backbone.text_width)
+    models = preset.models
+    turns = backbone.turns if backbone else Turns(best_device())
+    home = known_device(str(device)) if device else turns.home
+    with opening(models.mllm, "multimodal LLM"):
+        dtype = Precision.named(models.dtype, turns.device).mllm
+        return MLLM.from_pretrained(models.mllm, dtype, home, find_questions(models.questions))
+
+
+def find_preset_for(pipe: object, preset: Preset | str | None) -> Preset:
+    """Choose the preset that is named, or that of a pipeline. Raises UserError if they do not fit."""
+    if isinstance(pipe, Backbone) and preset is None:
+        return pipe.preset
+    kind = None
+    if isinstance(pipe, DiffusionPipeline):
+        name = type(pipe).__name__
+        kind = PIPELINES.get(name)
+        check(kind, f"IMG goes around {' or '.join(PIPELINES)}, and this is a {name}")
+    if not isinstance(preset, Preset):
+        preset = find_preset(preset or kind or "tiny-sdxl")
+    message = f"preset {preset.name!r} is for {preset.backbone}, and the pipeline is of {kind}"
+    check(kind in (None, preset.backbone), message)
+    return preset

@@ -1,88 +1,203 @@
-"""Curves of several runs over each other: `python -m img_minimal.plots outputs/a outputs/b`
+"""Draw sheets of images with captions, and training curves.
 
-Reads metrics.jsonl of run folders (of train.py, both stages) and draws a panel for every number that at least one of
-them has: one colour a run. `--only error nearer` chooses panels; `--tensorboard FOLDER` writes the same numbers for
-TensorBoard, if it is installed.
+python -m img_minimal.plots outputs/train outputs/other    curves of several runs, overlaid
+python -m img_minimal.plots outputs/train --only error nearer --tensorboard outputs/board
 """
 
 import argparse
 import json
 from pathlib import Path
+from textwrap import fill
+from types import ModuleType
 
-from img_minimal.runtime.cli import PICTURES, check, run, warn, writable_file
+from PIL import Image
+
+from img_minimal.cli import PICTURES, check, printable, run, warn, writable_file, writable_folder
+
+# Okabe and Ito's palette, safe for colour-blind readers.
+BLUE, ORANGE, GREEN, GREY, PINK = COLOURS = "#0072B2", "#E69F00", "#009E73", "#7F7F7F", "#CC79A7"
+Cell = tuple[Image.Image | None, str]
+# Panels by title: of an aligner's training, an MLLM's finetuning, and rounds.
+ALIGNER = {
+    "distance to c_w, mean over elements": (
+        "error",
+        "reference_error",
+        "validation_error",
+        "identity_error",
+    ),
+    "share": ("implicit_accuracy", "nearer"),
+    "gradient norm": ("gradient_norm",),
+    "||f(c) - c_l||^2, mean over elements": ("correction",),
+    "refreshes of the reference": ("refreshes",),
+}
+DETECTOR = {
+    "cross-entropy of the instruction": ("loss",),
+    "share of held-out triplets": ("exact", "decided", "always_edit"),
+}
+ROUNDS = {
+    "score": ("score",),
+    "damage: right before, wrong after": ("damage",),
+    "pairs": ("pairs", "img_better", "base_better", "both_right"),
+    "|c_w - c_l|": ("step_original", "step_new"),
+    "error on held-back original pairs": ("validation_error",),
+}
 
 
-def read_metrics(folder: str) -> list[dict]:
-    """The rows of a run; a cut or damaged one is left out with a warning. Raises UserError if there are none."""
-    path = Path(folder) / "metrics.jsonl"
-    check(path.is_file(), f"{path}: not there; name the folder of a run, as --output-dir had it")
-    rows, damaged = [], 0
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            rows.append({"step": int(row["step"])} | row)
-        except (ValueError, TypeError, LookupError, RecursionError):
-            damaged += 1
-    if damaged:
-        warn(f"{path}: {damaged} damaged rows are left out")
-    check(bool(rows), f"{path}: holds no rows yet")
-    return rows
+def pyplot() -> ModuleType:
+    """Import matplotlib without a window, and without formulas: prompts may hold dollars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"text.parse_math": False, "figure.constrained_layout.use": True}
+    return plt
 
 
-def numbers(rows: list[dict]) -> list[str]:
-    """The names of all numbers that rows have, besides the step."""
-    names = {name: None for row in rows for name, value in row.items() if isinstance(value, (int, float))}
-    return [name for name in names if name != "step"]
-
-
-def draw(runs: dict[str, list[dict]], names: list[str], path: str) -> None:
-    """One panel a number, one colour a run."""
-    from img_minimal.runtime.plots import COLOURS, line, plt
-
-    columns = min(3, len(names))
-    lines = -(-len(names) // columns)
+def sheet(rows: list[list[Cell]], path: str | Path, title: str = "", caption: str = "") -> None:
+    """Save rows of images with a text below each; a cell without an image shows its text alone."""
+    plt, columns = pyplot(), max(len(row) for row in rows)
+    texts, heights = [], []
+    for row in rows:
+        words = [_wrap(text, 36) for _, text in row]
+        texts.append(words)
+        lines = max(text.count("\n") + 1 for text in words)
+        heights.append(max(3.5, 2.7 + 0.16 * lines))  # inches
     figure, axes = plt.subplots(
-        lines, columns, figsize=(4.2 * columns, 2.9 * lines), squeeze=False, layout="constrained"
+        len(rows),
+        columns,
+        figsize=(2.7 * columns, sum(heights) + 0.5),
+        squeeze=False,
+        height_ratios=heights,
     )
-    for axis in axes.flat[len(names) :]:
-        axis.set_axis_off()
-    for name, axis in zip(names, axes.flat):
-        for k, (label, rows) in enumerate(runs.items()):
-            there = [row for row in rows if isinstance(row.get(name), (int, float))]
-            mark = None if len(there) > len(rows) / 2 else "o"  # what only some steps have is drawn as it is
-            if there:
-                line(axis, there, name, label, COLOURS[k % len(COLOURS)], mark)
-        axis.set_title(name.replace("_", " "), fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
-    axes.flat[0].legend(fontsize=8)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for row, words, line in zip(rows, texts, axes):
+        for (image, _), text, axis in zip(row, words, line):
+            if image is None:
+                axis.text(0, 0.5, text, fontsize=9, va="center", transform=axis.transAxes)
+                continue
+            axis.imshow(image, interpolation="nearest" if image.width < 256 else None)
+            axis.set_xlabel(text, fontsize=9)
+    figure.suptitle(_wrap(title, 36 * columns), fontsize=11)
+    figure.supxlabel(_wrap(caption, 46 * columns), fontsize=8, color=GREY)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
+def _wrap(text: str, width: int) -> str:
+    return "\n".join(fill(line, width) for line in printable(text).splitlines())
+
+
+def curves(
+    runs: dict[str, list[dict]],
+    panels: dict[str, tuple[str, ...]],
+    path: str | Path,
+    x: str = "step",
+) -> None:
+    """Save one panel per title with the numbers named for it, of every run; nothing without data.
+
+    Numbers that most rows have are smoothed; numbers that few rows have are marked.
+    """
+    plt = pyplot()
+    known = {name for rows in runs.values() for row in rows for name in row}
+    shown = {}
+    for title, names in panels.items():
+        if names := [name for name in names if name in known]:
+            shown[title] = names
+    if not shown:
+        return
+    columns = min(3, len(shown))
+    lines = -(-len(shown) // columns)
+    size = (4.2 * columns, 2.9 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(shown) :]:
+        axis.set_axis_off()
+    for (title, names), axis in zip(shown.items(), axes.flat):
+        for k, (label, name) in enumerate((label, name) for label in runs for name in names):
+            words = [name.replace("_", " ")] if len(names) > 1 else []
+            words += [label] if label else []
+            colour = COLOURS[k % len(COLOURS)]
+            _plot_line(axis, runs[label], x, name, ", ".join(words), colour)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(x, fontsize=8)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _plot_line(axis, rows: list[dict], x: str, name: str, label: str, colour: str) -> None:
+    """Plot one number of a run."""
+    points = [(row[x], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    few = 2 * len(points) < len(rows) or len(rows) < 50
+    smoothed: list[float] = []
+    for _, value in points:
+        keep = 0.95 if smoothed and not few else 0.0
+        smoothed.append(keep * smoothed[-1] + (1 - keep) * value if keep else value)
+    marker = "o" if few else None
+    label = label or None
+    axis.plot([k for k, _ in points], smoothed, label=label, color=colour, marker=marker)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Read the rows of a .jsonl file, leaving out damaged ones: the last may be cut."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
+            continue
+    return rows
+
+
+def read_metrics(folder: str) -> list[dict]:
+    """Read a run's log, warning about damaged rows. Raises UserError if there are no rows."""
+    path = Path(folder) / "metrics.jsonl"
+    check(path.is_file(), f"{path}: not there; name the folder of a run, as in --output-dir")
+    rows = [row for row in read_rows(path) if isinstance(row.get("step"), int)]
+    damaged = len(path.read_text(errors="replace").splitlines()) - len(rows)
+    if damaged:
+        warn(f"{path}: {damaged} damaged rows are left out")
+    check(rows, f"{path}: holds no rows yet")
+    return rows
+
+
 def main() -> int:
-    """Read, draw, say where."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Read the logs and save the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="FOLDER", help="run folders")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="numbers to draw (default: all)")
-    parser.add_argument("--output", default="outputs/curves.png", help="the picture (default: outputs/curves.png)")
-    parser.add_argument("--tensorboard", metavar="FOLDER", help="also write the numbers there for TensorBoard")
+    output = "outputs/curves.png"
+    parser.add_argument("--output", default=output, help=f"picture file (default: {output})")
+    text = "also write the numbers to this folder for TensorBoard"
+    parser.add_argument("--tensorboard", metavar="FOLDER", help=text)
     options = parser.parse_args()
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    writable_folder(Path(options.output).parent)
     writable_file(options.output, "--output", PICTURES)
     runs = {str(Path(folder)): read_metrics(folder) for folder in options.runs}
-    there = numbers([row for rows in runs.values() for row in rows])
-    unknown = [name for name in options.only or () if name not in there]
-    check(not unknown, f"--only {' '.join(unknown)}: no run has that; they have {', '.join(there)}")
-    draw(runs, options.only or there, options.output)
+    numbers: dict[str, None] = {}
+    for rows in runs.values():
+        for row in rows:
+            numbers |= {name: None for name, v in row.items() if isinstance(v, int | float)}
+    del numbers["step"]
+    unknown = [name for name in options.only or () if name not in numbers]
+    known = ", ".join(numbers)
+    check(not unknown, f"--only {' '.join(unknown)}: no run has that; they have {known}")
+    panels = {name.replace("_", " "): (name,) for name in options.only or numbers}
+    curves(runs, panels, options.output)
     print(f"saved to {options.output}")
     if options.tensorboard:
-        to_tensorboard(runs, options.tensorboard)
+        write_tensorboard(runs, options.tensorboard)
         print(f"written; look with: tensorboard --logdir {options.tensorboard}")
     return 0
 
 
-def to_tensorboard(runs: dict[str, list[dict]], folder: str) -> None:
-    """Every number of every run as a scalar. Raises UserError if TensorBoard is not installed."""
+def write_tensorboard(runs: dict[str, list[dict]], folder: str) -> None:
+    """Write every number of every run as a scalar. Raises UserError without TensorBoard."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -90,8 +205,9 @@ def to_tensorboard(runs: dict[str, list[dict]], folder: str) -> None:
     for label, rows in runs.items():
         with SummaryWriter(str(Path(folder) / Path(label).name)) as writer:
             for row in rows:
-                for name in numbers([row]):
-                    writer.add_scalar(name, row[name], row["step"])
+                for name, value in row.items():
+                    if name != "step" and isinstance(value, int | float):
+                        writer.add_scalar(name, value, row["step"])
 
 
 if __name__ == "__main__":

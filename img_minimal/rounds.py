@@ -1,251 +1,373 @@
-"""Rounds: before each later one the pairs are renewed by the current aligner, as in SPIN and iterative DPO.
+"""Rounds: before each later one the current aligner makes new pairs, as in SPIN and iterative DPO.
 
-    draw     x0 of training prompts with the base, once; x1 with IMG and the current aligner, from the same seeds
-    judge    the oracle on the twins; on real models PickScore and HPSv2, which have to agree
-    train    from the current aligner, f_ref = f, on original pairs and those of the last two rounds, Eqs. 18 and 19
-    gate     the round counts if held-back prompts are drawn no worse, and no more right images are broken
+    draw    x0 of training prompts with the base, x1 with IMG and the current aligner, same seeds
+    judge   the oracle on the twins; PickScore and HPSv2, which have to agree, on real models
+    train   from the current aligner, f_ref = f, on original pairs and those of the last two rounds
+    gate    keep the new aligner if it scores no worse on held-back prompts and breaks no more images
 
-Each round is a folder `rounds/N` that can be left at any moment: images, pairs.parquet, and a run folder of its own.
+    x1 is better      loser x0, winner x1     what worked, once more
+    x0 is better      loser x1, winner x0     the next aligner learns not to break images
+    both are right    x0 is its own target    and to leave alone what is right
+    both wrong alike  dropped
+
+Each round is a folder rounds/N that can be interrupted at any moment: images, pairs.parquet, and a
+run of its own.
 """
 
 import json
 import random
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+import torch
+from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.data.batches import Batches
-from img_minimal.data.cache import FeatureCache
-from img_minimal.data.pairs import held_back, pair_stream
-from img_minimal.data.rounds import SCHEMA, Mixture, count, pair_rows, step_size
-from img_minimal.data.sources import CachedData, StreamedData
-from img_minimal.data.stream import LONGEST_TEXT, text_of
-from img_minimal.evaluate.pair_judges import find_judge
-from img_minimal.load import load_backbone, load_encoder, load_guide
+from img_minimal.cli import UserError
+from img_minimal.data.features import (
+    Batches,
+    CachedData,
+    FeatureCache,
+    Features,
+    Part,
+    Shards,
+    StreamedData,
+)
+from img_minimal.data.load import load_encoder
+from img_minimal.data.pairs import StreamPosition, held_back, pair_stream, prompts_of
+from img_minimal.evaluate.judges import find_judge
+from img_minimal.files import (
+    cached_images,
+    from_pil,
+    png,
+    read_json,
+    replacing,
+    to_pil,
+    write_whole,
+)
 from img_minimal.pipeline import IMG
-from img_minimal.presets import Preset
-from img_minimal.runtime.atomic import replacing, write_whole
-from img_minimal.runtime.checkpoint import load_checkpoint
-from img_minimal.runtime.errors import UserError
-from img_minimal.runtime.images import from_pil, png, to_pil
-from img_minimal.runtime.json_files import read_json
-from img_minimal.runtime.plots import round_curves
-from img_minimal.tiny.grammar import benchmark
-from img_minimal.training import Trainer
+from img_minimal.plots import ROUNDS, curves, read_rows
+from img_minimal.presets import Preset, Training
+from img_minimal.run import Ranks, Run
 
-FIRST_SEED = 2_000_000_000  # of the base's images; no pair and no evaluation has such seeds
+FIRST_SEED = 2_000_000_000  # of drawn images; no pair and no evaluation has such seeds
 GATE_PROMPTS = 200
+# Columns of rounds/metrics.jsonl.
+COLUMNS = (
+    *("round", "kept", "score", "damage", "drawn", "pairs", "img_better", "base_better"),
+    *("both_right", "step_original", "step_new", "correction", "validation_error"),
+)
+PAIR_SCHEMA = pa.schema(
+    {
+        **{"caption": pa.string(), "ranking_id": pa.int64()},
+        **{"jpg_0": pa.binary(), "jpg_1": pa.binary()},
+        **{"label_0": pa.float64(), "label_1": pa.float64()},
+        **{"model_0": pa.string(), "model_1": pa.string()},
+    }
+)
+
+
+@dataclass
+class Mixture:
+    """Original data, cached or streamed, mixed with the pairs of the latest rounds.
+
+    `replay`: minimum share of original samples per epoch; 0 trains on the new pairs only.
+    """
+
+    original: CachedData | StreamedData
+    rounds: list[Shards]
+    replay: float
+    seed: int
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """(D, H) of tokens and guidance."""
+        return self.original.widths
+
+    @property
+    def unseen(self) -> Features:
+        """Original samples for validation."""
+        return self.original.unseen
+
+    def batches(self, batch_size: int, seed: int, ranks: Ranks) -> Batches:
+        """Return endless batches of the mixture, for one process."""
+        return Batches(self.parts, batch_size, seed, shared=True)
+
+    def parts(self, start: StreamPosition) -> Iterator[Part]:
+        """Yield the parts of the original data, each with as many new samples as it can take."""
+        new = Shards([features for shards in self.rounds for features in shards.parts])
+        for part in self.original.parts(start):
+            old = part.data.parts if isinstance(part.data, Shards) else [part.data]
+            joined, first = Shards([*old, *new.parts]), sum(len(features) for features in old)
+            room = len(new)
+            if self.replay:
+                room = round(len(part.samples) * (1 - self.replay) / self.replay)
+            generator = torch.Generator().manual_seed(self.seed + part.position.chunk)
+            order = torch.randperm(len(new), generator=generator)
+            samples = first + order[:room].sort().values
+            if self.replay:
+                samples = torch.cat([part.samples, samples])
+            yield Part(joined, samples, part.position)
+
+
+TrainRound = Callable[[Run, Mixture, Training, ImplicitAligner, int], ImplicitAligner]
+
+
+def train_rounds(
+    preset: Preset,
+    run: Run,
+    data: CachedData | StreamedData,
+    first: ImplicitAligner,
+    train: TrainRound,
+    *,
+    rounds: int,
+    guidance: str = "mllm",
+    seed: int = 0,
+    replay: float = 0.5,
+    gate: bool = True,
+) -> ImplicitAligner:
+    """Run rounds 1, 2, ... from round 0's aligner; returns the last accepted one.
+
+    `train` trains a round: (run, mixture, settings, start, seed) -> aligner. If it is stopped,
+    `run.stopped` is set.
+    """
+    maker = PairMaker(preset, guidance, seed, run.path / "rounds")
+    table = maker.folder / "metrics.jsonl"
+    rows = read_rows(table)
+    if not rows:
+        row = {"round": 0, "kept": True} | maker.measure(first) | last_row(run.metrics)
+        write_row(table, rows, row)
+    accepted = [row for row in rows if row["kept"]][-1]
+    aligner = first
+    if accepted["round"] > 0:
+        path = maker.folder / str(accepted["round"]) / "aligner.safetensors"
+        aligner = ImplicitAligner.from_file(path).to(next(first.parameters()).device)
+
+    for number in range(len(rows), rounds):
+        counts = maker.make_pairs(number, aligner)
+        mixture = Mixture(data, maker.features(number), replay, seed + number)
+        counts["step_original"] = step_size(data.unseen)
+        counts["step_new"] = step_size(mixture.rounds[0])
+
+        inner = run.inside(maker.folder / str(number))
+        settings = replace(preset.training, steps=preset.training.round_steps)
+        trained = train(inner, mixture, settings, aligner, seed + number)
+        run.stopped = inner.stopped
+        if run.stopped:
+            return aligner
+
+        measured = maker.measure(trained)
+        better = measured["score"] >= accepted["score"]
+        safer = measured["damage"] <= accepted["damage"]
+        kept = not gate or (better and safer)
+        trained.save(inner.path / "aligner.safetensors")
+        row = {"round": number, "kept": kept} | counts | measured | last_row(inner.metrics)
+        write_row(table, rows, row)
+        if kept:
+            aligner, accepted = trained, row
+        else:
+            print(f"round {number} scores worse on held-back prompts, or breaks more: not kept")
+    curves({"": rows}, ROUNDS, run.path / "rounds.png", x="round")
+    return aligner
+
+
+class PairMaker:
+    """Draws, judges and encodes the pairs of all rounds; models are loaded once, when needed."""
+
+    def __init__(self, preset: Preset, guidance: str, seed: int, folder: Path):
+        self.preset, self.guidance, self.seed, self.folder = preset, guidance, seed, folder
+        self.judge = find_judge(preset.world)
+        self.prompts = training_prompts(preset, preset.training.round_prompts, seed)
+        self._img: IMG | None = None
+
+    def img(self, aligner: ImplicitAligner) -> IMG:
+        """Return the method with this aligner."""
+        if self._img is None:
+            self._img = IMG(preset=self.preset, aligner=aligner, guidance=self.guidance)
+        self._img.aligner = aligner.eval()
+        return self._img
+
+    def make_pairs(self, number: int, aligner: ImplicitAligner) -> dict:
+        """Draw, judge and write rounds/N/pairs.parquet unless it exists; returns their counts.
+
+        Images are kept on disk, not in memory: 4,000 pairs of SDXL's take 24 GB. Raises UserError
+        if no pair has a better image.
+        """
+        folder = self.folder / str(number)
+        note = folder / "pairs.json"
+        if note.exists():
+            return read_json(note, dict, f"delete {folder} and --resume")
+        seeds = self._seeds(len(self.prompts))
+        size = self.preset.sampling.draw_batch
+        batches = [slice(k, k + size) for k in range(0, len(seeds), size)]
+        for batch in tqdm(batches, desc=f"round {number}, drawing", leave=False):
+            self._drawn(folder / "images", aligner, self.prompts[batch], seeds[batch])
+        outcomes, written = [], 0
+        with (
+            replacing(folder / "pairs.parquet") as partial,
+            pq.ParquetWriter(partial, PAIR_SCHEMA) as writer,
+        ):
+            for batch in tqdm(batches, desc=f"round {number}, judging", leave=False):
+                prompts = self.prompts[batch]
+                x0, x1 = self._drawn(folder / "images", aligner, prompts, seeds[batch])
+                judged = self.judge.compare(prompts, x0, x1)
+                drawn_by = f"img, round {number}"
+                rows = pair_rows(prompts, x0, x1, judged, drawn_by, len(outcomes))
+                writer.write_table(pa.Table.from_pylist(rows, PAIR_SCHEMA))
+                outcomes += judged
+                written += len(rows)
+        if not written:
+            tried = f"none of {len(outcomes)} pairs has a better image"
+            raise UserError(f"round {number}: {tried}; end with fewer --rounds")
+        categories = [self.judge.category(prompt) for prompt in self.prompts]
+        counts = count_outcomes(outcomes, categories)
+        write_whole(note, json.dumps(counts))
+        return counts
+
+    def features(self, number: int) -> list[Shards]:
+        """Compute or read the features of this round's pairs and of the round before."""
+        data = replace(self.preset.data, identity_share=0.0)
+        preset = replace(self.preset, data=data)
+        rounds = []
+        for k in range(number, max(0, number - 2), -1):
+            folder = self.folder / str(k)
+            cache = FeatureCache(folder / "features", {"the round": str(k)}, float("inf"))
+            stream = pair_stream(folder / "pairs.parquet")
+            encoder = lambda: load_encoder(preset, self.guidance, self.seed)  # noqa: E731
+            rounds.append(CachedData(stream, encoder, cache).data)
+        return rounds
+
+    def measure(self, aligner: ImplicitAligner) -> dict[str, float]:
+        """Compute the gate's `score` and `damage` of an aligner, always on the same prompts."""
+        if self.preset.world == "tiny":
+            from img_minimal.tiny.grammar import benchmark
+
+            drawn = benchmark(GATE_PROMPTS, "validation", seed=1000 + self.seed)
+            prompts = [str(prompt) for prompt in drawn]
+        else:
+            prompts = training_prompts(self.preset, GATE_PROMPTS, self.seed, validation=True)
+        seeds = [5_000 + seed for seed in self._seeds(len(prompts))]
+        x0, x1 = self._drawn(None, aligner, prompts, seeds)
+        return self.judge.measure(prompts, x0, x1)
+
+    def _seeds(self, count: int) -> list[int]:
+        return [FIRST_SEED + 10_000 * self.seed + k for k in range(count)]
+
+    def _drawn(
+        self, images: Path | None, aligner: ImplicitAligner, prompts: list[str], seeds: list[int]
+    ) -> tuple[list[Image], list[Image]]:
+        """Draw x0 and x1 of a batch, or read them; the gate (no folder) keeps x0 alone.
+
+        Batches are always the same: in another one, sums would be rounded otherwise.
+        """
+        advice = "delete its folder and --resume"
+        base = self.folder / ("gate" if images is None else "base")
+
+        def draw_base() -> Tensor:
+            return self.img(aligner).backbone.draw(prompts, seeds)
+
+        def draw_again() -> Tensor:
+            img = self.img(aligner)
+            return img.backbone.draw(prompts, seeds, img.align(from_pil(x0), prompts, seeds))
+
+        x0 = cached_images([base / f"{seed}.png" for seed in seeds], draw_base, advice)
+        if images is None:
+            return x0, to_pil(draw_again())
+        return x0, cached_images([images / f"{seed}.png" for seed in seeds], draw_again, advice)
 
 
 def training_prompts(preset: Preset, number: int, seed: int, validation: bool = False) -> list[str]:
-    """Prompts that are trained on, or held back from it, `number` of the first that the pairs have, in random order.
+    """Choose prompts of the pairs that are trained on, or held back, in random order.
 
-    Raises UserError if there are none.
+    They are drawn from the first `4 * number` that are found. Raises UserError if there are none.
     """
-    stream, found = pair_stream(preset.pairs, limit=preset.max_pairs, seed=seed), {}
-    column = stream.table.layout[0]
-    for file in stream.files:
-        for row in stream.table.rows(file):
-            prompt = text_of(row[column])
-            fits = prompt.strip() and len(prompt) <= LONGEST_TEXT
-            if fits and held_back(prompt) == validation:
-                found[prompt] = None
-            if len(found) == 4 * number:
-                break
+    data = preset.data
+    stream = pair_stream(data.pairs, limit=data.max_pairs, seed=seed)
+    found: dict[str, None] = {}
+    for prompt in prompts_of(stream):
+        if held_back(prompt) == validation:
+            found[prompt] = None
+        if len(found) == 4 * number:
+            break
+    kind = "held-back" if validation else "training"
     if not found:
-        raise UserError(f"{preset.pairs}: has no {'held-back' if validation else 'training'} prompt to draw")
+        raise UserError(f"{data.pairs}: has no {kind} prompt to draw")
     prompts = list(found)
     random.Random(seed).shuffle(prompts)
     return prompts[:number]
 
 
-@dataclass
-class Rounds:
-    """What all rounds of a run share. Models are loaded when they are needed, and once."""
-
-    preset: Preset
-    guidance: str
-    seed: int
-    folder: Path
-    replay: float = 0.5  # least share of original samples
-    gate: bool = True
-
-    def __post_init__(self) -> None:
-        self.judge = find_judge(self.preset)
-        self.prompts = training_prompts(self.preset, self.preset.round_prompts, self.seed)
-        self._img: IMG | None = None
-
-    def img(self, aligner: ImplicitAligner) -> IMG:
-        """The method with this aligner."""
-        if self._img is None:
-            backbone = load_backbone(self.preset)
-            guide = load_guide(self.preset, self.guidance, backbone)
-            self._img = IMG(backbone, guide, aligner, self.preset.passes, self.preset.mllm_batch)
-        self._img.aligner = aligner.eval()
-        return self._img
-
-    def pairs(self, number: int, aligner: ImplicitAligner) -> tuple[Path, dict]:
-        """Draw, judge and write the pairs of a round, unless they are there. Returns their file and what they are.
-
-        Images wait on the disk and not in memory, a batch of both at a time: 4,000 pairs of SDXL's take 24 GB.
-        """
-        folder = self.folder / str(number)
-        table, note = folder / "pairs.parquet", folder / "pairs.json"
-        if note.exists():
-            return table, read_json(note, dict, f"delete {folder} and --resume")
-        seeds = [FIRST_SEED + 10_000 * self.seed + k for k in range(len(self.prompts))]
-        parts = [slice(k, k + self.preset.draw_batch) for k in range(0, len(seeds), self.preset.draw_batch)]
-        for part in tqdm(parts, desc=f"round {number}, drawing", leave=False):
-            self._both(number, aligner, self.prompts[part], seeds[part])
-        outcomes, rows = [], 0
-        with replacing(table) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:
-            for part in tqdm(parts, desc=f"round {number}, judging", leave=False):
-                prompts, (x0, x1) = self.prompts[part], self._both(number, aligner, self.prompts[part], seeds[part])
-                found = self.judge.compare(prompts, x0, x1)
-                made = pair_rows(prompts, x0, x1, found, f"img, round {number}", len(outcomes))
-                writer.write_table(pa.Table.from_pylist(made, SCHEMA))
-                outcomes, rows = outcomes + found, rows + len(made)
-        if not rows:
-            raise UserError(
-                f"round {number}: none of {len(outcomes)} pairs has a better image; end with fewer --rounds"
-            )
-        counted = count(outcomes, [self.judge.category(p) for p in self.prompts])
-        write_whole(note, json.dumps(counted))
-        return table, counted
-
-    def _both(
-        self, number: int, aligner: ImplicitAligner, prompts: list[str], seeds: list[int]
-    ) -> tuple[list[Image.Image], list[Image.Image]]:
-        """x0 and x1 of a batch. Those on the disk are kept: always in the same batches, so to the same bits."""
-        x0 = _kept(self.folder / "base", seeds, lambda: self.img(aligner).backbone.draw(prompts, seeds))
-        images = self.folder / str(number) / "images"
-        return x0, _kept(images, seeds, lambda: self._again(aligner, x0, prompts, seeds))
-
-    def _again(self, aligner: ImplicitAligner, x0: list[Image.Image], prompts: list[str], seeds: list[int]) -> Tensor:
-        img = self.img(aligner)
-        return img.backbone.draw(prompts, seeds, img.align(from_pil(x0), prompts, seeds))
-
-    def features(self, number: int, table: Path) -> CachedData:
-        """Features of a round's pairs, kept beside them."""
-        preset = replace(self.preset, pairs=str(table), identity_share=0.0)
-        cache = FeatureCache(self.folder / str(number), "features", {"the round": str(number)}, float("inf"))
-        return CachedData(pair_stream(table), lambda: load_encoder(preset, self.guidance, self.seed), cache)
-
-    def mixed(self, original: CachedData | StreamedData, number: int, aligner: ImplicitAligner) -> tuple[Mixture, dict]:
-        """What round `number` trains on: original pairs, and those of this round and the one before."""
-        table, found = self.pairs(number, aligner)
-        latest = [self.features(number, table)]
-        if number > 1:
-            latest.append(self.features(number - 1, self.folder / str(number - 1) / "pairs.parquet"))
-        found |= {"step_original": step_size(original.unseen), "step_new": step_size(latest[0].data)}
-        return Mixture(original, [data.data for data in latest], self.replay, self.seed + number), found
-
-    def begin(
-        self, number: int, aligner: ImplicitAligner, original: CachedData | StreamedData, refresh_after: int
-    ) -> tuple[Trainer, Batches, dict]:
-        """A round's training from the current aligner, which is its own first opponent, or where that was left.
-
-        Also what is known of its pairs.
-        """
-        mixture, found = self.mixed(original, number, aligner)
-        preset, seed = replace(self.preset, train_steps=self.preset.round_steps), self.seed + number
-        trainer = Trainer.new(preset, original.widths, refresh_after, seed)
-        for f in (trainer.aligner, trainer.reference):
-            f.load_state_dict(aligner.state_dict())
-        batches, checkpoint = (
-            Batches(mixture.parts, preset.batch_size, seed),
-            self.folder / str(number) / "checkpoint.pt",
+def pair_rows(
+    prompts: Sequence[str],
+    base: Sequence[Image],
+    img: Sequence[Image],
+    outcomes: Sequence[str],
+    model: str,
+    first: int = 0,
+) -> list[dict]:
+    """Build rows in Pick-a-Pic's columns, numbered from `first`; `model` drew the `img` images."""
+    rows = []
+    judged = zip(prompts, base, img, outcomes, strict=True)
+    for number, (prompt, x0, x1, outcome) in enumerate(judged, first):
+        if outcome == "none":
+            continue
+        second, drawn_by = (x0, "base") if outcome == "both" else (x1, model)
+        label = float(outcome != "img")
+        rows.append(
+            {
+                **{"caption": prompt, "ranking_id": number},
+                **{"jpg_0": png(x0), "jpg_1": png(second)},
+                **{"label_0": label, "label_1": 1 - label},
+                **{"model_0": "base", "model_1": drawn_by},
+            }
         )
-        if checkpoint.exists():
-            saved = load_checkpoint(checkpoint)
-            trainer.load_state_dict(saved)
-            batches.resume(saved["data"])
-        return trainer, batches, found
-
-    def measure(self, aligner: ImplicitAligner) -> dict[str, float]:
-        """The gate's numbers of an aligner: score and damage on held-back prompts, always the same."""
-        if self.preset.world == "tiny":
-            prompts = [str(p) for p in benchmark(GATE_PROMPTS, "validation", seed=1000 + self.seed)]
-        else:
-            prompts = training_prompts(self.preset, GATE_PROMPTS, self.seed, validation=True)
-        seeds = [FIRST_SEED + 10_000 * self.seed + 5_000 + k for k in range(len(prompts))]
-        base = _kept(
-            self.folder / "gate", seeds, lambda: self.img(aligner).backbone.draw(prompts, seeds, progress="gate")
-        )
-        img = self.img(aligner)
-        again = to_pil(img.backbone.draw(prompts, seeds, img.align(from_pil(base), prompts, seeds), progress="gate"))
-        return self.judge.measure(prompts, base, again)
-
-    def passes(self, before: dict[str, float], after: dict[str, float]) -> bool:
-        """Does the round count?"""
-        return not self.gate or (after["score"] >= before["score"] and after["damage"] <= before["damage"])
+    return rows
 
 
-class RoundLog:
-    """rounds/metrics.jsonl: a row for each round that is done, round 0 first."""
-
-    COLUMNS = ("round", "kept", "score", "damage", "drawn", "pairs", "img_better", "base_better", "both_right",
-               "step_original", "step_new", "correction", "validation_error")  # fmt: skip
-
-    def __init__(self, path: Path):
-        """Read what there is; a line that a kill cut off is its round's, which is then done again."""
-        self.path, self.rows = path, []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            with suppress(ValueError):
-                self.rows.append(json.loads(line))
-
-    @property
-    def standing(self) -> dict:
-        """The row of the aligner that stands."""
-        return next(row for row in reversed(self.rows) if row["kept"])
-
-    def latest(self, first: ImplicitAligner, folder: Path) -> ImplicitAligner:
-        """The aligner that stands; `first` is round 0's."""
-        number = self.standing["round"]
-        if number == 0:
-            return first
-        aligner = ImplicitAligner.from_file(folder / str(number) / "aligner.safetensors")
-        return aligner.to(next(first.parameters()).device)
-
-    def add(self, row: dict) -> None:
-        """Write a row down, and print it."""
-        self.rows.append(row)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, "".join(json.dumps(one) + "\n" for one in self.rows))
-        if row["round"] == 0:
-            print("  ".join(f"{name:>10}" for name in self.COLUMNS))
-        cells = [row.get(name, "") for name in self.COLUMNS]
-        print("  ".join(f"{cell:>10.4f}" if isinstance(cell, float) else f"{cell!s:>10}" for cell in cells), flush=True)
-
-    def draw(self, path: Path) -> None:
-        """The table as a picture."""
-        round_curves(self.rows, path)
+def count_outcomes(outcomes: Sequence[str], categories: Sequence[str]) -> dict:
+    """Count the pairs of each outcome, and IMG's wins of each category."""
+    counts, wins = Counter(outcomes), Counter()
+    for outcome, category in zip(outcomes, categories):
+        wins[category] += outcome == "img"
+    return {
+        "drawn": len(outcomes),
+        "pairs": len(outcomes) - counts["none"],
+        "img_better": counts["img"],
+        "base_better": counts["base"],
+        "both_right": counts["both"],
+        "wins_by_category": {kind: wins[kind] for kind in sorted(wins) if wins[kind]},
+    }
 
 
-def last_row(folder: Path) -> dict[str, float]:
-    """What a run's log ends with: size of the correction, and error on held-back original pairs; nothing without."""
-    log = folder / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    row = json.loads(lines[-1]) if lines else {}
-    return {name: row[name] for name in ("correction", "validation_error") if name in row}
+def step_size(features: Features | Shards, most: int = 1000) -> float:
+    """Compute the mean |c_w - c_l| of pairs: how far they ask the aligner to go."""
+    some = features[torch.arange(min(len(features), most))]
+    distance = (some.winner - some.loser).flatten(1).norm(dim=1)
+    moved = distance[~some.is_identity & (distance > 0)]
+    return moved.mean().item() if len(moved) else 0.0
 
 
-def _kept(folder: Path, seeds: Sequence[int], draw: Callable[[], Tensor]) -> list[Image.Image]:
-    """Images by their seeds, drawn together if any is missing. Raises UserError if one is damaged."""
-    paths = [folder / f"{seed}.png" for seed in seeds]
-    if not all(path.exists() for path in paths):
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, image in zip(paths, to_pil(draw())):
-            write_whole(path, png(image))
-    try:
-        return [Image.open(path).convert("RGB") for path in paths]
-    except (OSError, SyntaxError):
-        raise UserError(f"{folder}: holds a damaged image; delete the folder and --resume") from None
+def write_row(path: Path, rows: list[dict], row: dict) -> None:
+    """Append a row to the table of rounds, and print it."""
+    rows.append(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(r) + "\n" for r in rows))
+    if row["round"] == 0:
+        print("  ".join(f"{name:>10}" for name in COLUMNS))
+    cells = []
+    for name in COLUMNS:
+        value = row.get(name, "")
+        cells.append(f"{value:>10.4f}" if isinstance(value, float) else f"{value!s:>10}")
+    print("  ".join(cells), flush=True)
+
+
+def last_row(log: Path) -> dict[str, float]:
+    """Read the size of the correction and the validation error that a run's log ends with."""
+    last = (read_rows(log) or [{}])[-1]
+    return {name: last[name] for name in ("correction", "validation_error") if name in last}

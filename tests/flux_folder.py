@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.backbones.flux.image_prompt import TokenProjection
-from img_minimal.backbones.flux.injection import ImageBranch
+from img_minimal.flux import TokenProjection
+from img_minimal.flux import ImageBranch
 from img_minimal.presets import TINY, Preset, find_preset, with_overrides
 
 TRANSFORMER = {"in_channels": 64, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,

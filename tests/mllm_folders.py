@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 from transformers import LlamaTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from img_minimal.questions import QUESTIONS
+from img_minimal.mllm import QUESTIONS
 
 CLIP = {"image_size": 56, "patch_size": 14, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
         "num_attention_heads": 2, "projection_dim": 16, "hidden_act": "quick_gelu"}  # fmt: skip

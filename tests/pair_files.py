@@ -8,8 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from img_minimal.data.pairs import Pair, pair_stream
-from img_minimal.data.stream import Place
+from img_minimal.data.pairs import Pair, Place, pair_stream
 
 
 def read_pairs(path: str | Path, limit: int = 0) -> tuple[list[Pair], int]:

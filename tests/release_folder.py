@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.backbones.sdxl.image_prompt import Resampler
-from img_minimal.backbones.sdxl.injection import ImageBranch
+from img_minimal.sdxl import Resampler
+from img_minimal.sdxl import ImageBranch
 from img_minimal.presets import TINY, Preset, find_preset, with_overrides
 
 PROMPT = "a red circle above a blue square"

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch.special import erf
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.attention import PerceiverAttention
-from img_minimal.files.weights import WeightsError
+from img_minimal.aligner import PerceiverAttention
+from img_minimal.hub.weights import WeightsError
 
 WIDTH, GUIDANCE, HEADS, DEPTH = 48, 40, 2, 2
 B, L, N = 2, 7, 3

@@ -21,7 +21,7 @@ from img_minimal import IMG
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.mllm import MLLM
 from img_minimal.presets import find_preset
-from img_minimal.runtime.errors import UserError
+from img_minimal.cli import UserError
 
 ASKED = {"num_inference_steps": 3, "guidance_scale": 5.0}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from img_minimal.files.weights import read_weights
+from img_minimal.hub.weights import read_weights
 from img_minimal.presets import find_preset
 from img_minimal.tiny.build import (
     clip,

@@ -18,8 +18,8 @@ from PIL import Image
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.pipeline import IMG
 from img_minimal.presets import find_preset
-from img_minimal.runtime.cli import printable
-from img_minimal.runtime.plots import labelled_grid
+from img_minimal.cli import printable
+from img_minimal.plots import labelled_grid
 
 ROOT = Path(__file__).parent.parent
 TWIN = find_preset("tiny-sdxl")

@@ -9,7 +9,7 @@ from campaign import Command, content, survive
 from test_judges import make_clip
 
 from img_minimal.presets import TINY
-from img_minimal.runtime.checkpoint import load_checkpoint
+from img_minimal.run import load_checkpoint
 
 pytestmark = pytest.mark.slow
 PROMPTS = ["a red circle", "a purple cross and a blue square", "three green squares", "a red cross"]

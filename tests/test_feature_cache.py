@@ -10,15 +10,11 @@ from pair_files import number, numbers, read_pairs, rows, write
 from PIL import Image
 
 import train as script
-from img_minimal.data.batches import Batches
-from img_minimal.data.cache import FeatureCache
-from img_minimal.data.features import Features
-from img_minimal.data.pairs import Pair, pair_stream
-from img_minimal.data.sources import CachedData, StreamedData, cache_key
-from img_minimal.data.stream import Place
+from img_minimal.data.features import Batches, CachedData, FeatureCache, Features, StreamedData, cache_key
+from img_minimal.data.pairs import Pair, Place, pair_stream
 from img_minimal.presets import find_preset
-from img_minimal.runtime.errors import UserError
-from img_minimal.training import Trainer
+from img_minimal.cli import UserError
+from img_minimal.run import Trainer
 
 TWIN = find_preset("tiny-sdxl")
 PRESET = dataclasses.replace(TWIN, train_steps=6, batch_size=4, depth=1, heads=1, identity_share=0.25)
@@ -48,7 +44,7 @@ class FakeEncoder:
 
 
 def cached(folder: Path, source: Path, size: int = 0, limit: float = 1e9, encoder=None, **made) -> CachedData:
-    kept = FeatureCache(folder, "features", {"the MLLM": "a", "seed": "0"} | made, limit)
+    kept = FeatureCache(folder / "features", {"the MLLM": "a", "seed": "0"} | made, limit)
     return CachedData(pair_stream(source, size), lambda: encoder or FakeEncoder(), kept)
 
 
@@ -127,7 +123,7 @@ def test_a_cache_is_filled_once_and_its_shards_are_one_sequence(tmp_path):
 def test_a_complete_cache_needs_no_model(tmp_path):
     source = write(tmp_path / "pairs", rows(8))
     cached(tmp_path / "cache", source)
-    kept = FeatureCache(tmp_path / "cache", "features", {"the MLLM": "a", "seed": "0"}, 1e9)
+    kept = FeatureCache(tmp_path / "cache" / "features", {"the MLLM": "a", "seed": "0"}, 1e9)
 
     def load() -> None:
         raise AssertionError("loaded a model")
@@ -165,7 +161,7 @@ def test_a_cache_is_bounded_together_with_all_others_of_its_folder(tmp_path):
     assert len(data) == 15 and used <= limit
     cached(tmp_path / "cache", source, size=5, limit=limit, encoder=(again := FakeEncoder()))
     assert again.seen == [], "a full cache is not tried again"
-    other = FeatureCache(tmp_path / "cache", "other", {}, limit)
+    other = FeatureCache(tmp_path / "cache" / "other", {}, limit)
     with pytest.raises(UserError, match=r"raise --cache-gb, lower --max-pairs.*--cache-dir none") as caught:
         CachedData(pair_stream(source, 5), FakeEncoder, other)
     assert "\n" not in str(caught.value)
@@ -190,7 +186,7 @@ def test_a_damaged_shard_is_named(tmp_path, shards):
 def test_a_full_disk_is_one_clear_line_and_keeps_what_was_cached(tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
-    from img_minimal.files import weights
+    from img_minimal.hub import weights
 
     source, save, written = write(tmp_path / "pairs", rows(20)), weights.save_file, []
 

@@ -15,18 +15,16 @@ from PIL import Image
 
 import train as script
 from img_minimal.bench.plan import mllm_plan
-from img_minimal.data.batches import Batches, Part
-from img_minimal.data.sources import StreamedData
-from img_minimal.data.stream import Place
-from img_minimal.data.triplets import Triplet, triplet_stream
-from img_minimal.files.mllm_layouts import FAMILIES
-from img_minimal.finetuning.detector import IGNORE, Detector, Example
-from img_minimal.finetuning.finetune import DetectorState, Examples, detector_data, train_detector
+from img_minimal.data.features import Batches, Part, StreamedData
+from img_minimal.data.pairs import Place, Triplet, triplet_stream
+from img_minimal.hub.mllms import FAMILIES
+from img_minimal.detector import IGNORE, Detector, Example
+from img_minimal.detector import DetectorState, Examples, detector_data, train_detector
 from img_minimal.mllm import MLLM, NOTHING
 from img_minimal.presets import Finetuning, find_preset
-from img_minimal.questions import ask
-from img_minimal.runtime.errors import UserError
-from img_minimal.training import Stop
+from img_minimal.mllm import ask
+from img_minimal.cli import UserError
+from img_minimal.run import Stop
 
 TWIN = find_preset("tiny-sdxl")
 SETTINGS = Finetuning(

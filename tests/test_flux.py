@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.backbones.flux.image_prompt import TokenProjection, load_ip_adapter
-from img_minimal.backbones.flux.injection import DecoupledAttention, ImageBranch, inject
-from img_minimal.backbones.flux.true_size import parts
-from img_minimal.files.weights import WeightsError, fill
+from img_minimal.flux import TokenProjection, load_ip_adapter
+from img_minimal.flux import DecoupledAttention, ImageBranch, inject
+from img_minimal.bench.memory import parts
+from img_minimal.hub.weights import WeightsError, fill
 from img_minimal.load import load_backbone, load_img
 from img_minimal.presets import find_preset
-from img_minimal.runtime.devices import parameters
-from img_minimal.runtime.errors import UserError
-from img_minimal.runtime.images import to_pil
+from img_minimal.devices import parameters
+from img_minimal.cli import UserError
+from img_minimal.files import to_pil
 
 PROMPT = "a red circle"
 B, S, T, N, D = 2, 16, 5, 4, 48
@@ -165,7 +165,7 @@ def test_the_presets_numbers_are_those_of_the_authors_demo():
     ("size", "mu"), [((512, 512), 0.459375), ((1024, 1024), 0.4675), ((1360, 768), 0.467331), ((2048, 2048), 0.5)]
 )
 def test_the_schedule_is_shifted_as_the_authors_shift_it(flux, size, mu):
-    from img_minimal.backbones.flux.sampler import schedule
+    from img_minimal.flux import schedule
 
     pipe = load_backbone(preset(flux)).pipe
     sigmas = schedule(pipe, 30, size[0] * size[1] // 256, torch.device("cpu"))

@@ -21,20 +21,20 @@ from release_folder import preset
 from test_judges import make_clip
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.backbones.sdxl.image_prompt import load_ip_adapter
-from img_minimal.data.cache import FeatureCache
+from img_minimal.sdxl import load_ip_adapter
+from img_minimal.data.features import FeatureCache
 from img_minimal.data.pairs import pair_stream
-from img_minimal.evaluate.image_folder import ImageFolder
-from img_minimal.evaluate.prompt_files import read_prompts
-from img_minimal.evaluate.scorers import Scorer, ScorerFiles
-from img_minimal.files.hub import fetch_folder
-from img_minimal.files.pretrained import read_config
+from img_minimal.evaluate.compare import ImageFolder
+from img_minimal.evaluate.judges import ClipJudge, JudgeFiles
+from img_minimal.evaluate.prompts import read_prompts
+from img_minimal.hub.where import fetch_folder
+from img_minimal.hub.mllms import read_config
 from img_minimal.load import load_backbone
 from img_minimal.mllm import MLLM
-from img_minimal.questions import find_questions
-from img_minimal.runtime.checkpoint import RunFolder, save_checkpoint
-from img_minimal.runtime.errors import UserError
-from img_minimal.runtime.images import decode
+from img_minimal.mllm import find_questions
+from img_minimal.run import RunFolder, save_checkpoint
+from img_minimal.cli import UserError
+from img_minimal.files import decode
 
 pytestmark = pytest.mark.slow
 ODD = [None, True, 0, -1, 1e308, 10**30, "", "x", [], {}, [[]], {"a": 1}, [None], "\ud800", "../..", float("nan")]
@@ -207,8 +207,8 @@ def test_mllms(folder, name):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"])
 def test_judges(tmp_path, name):
     make_clip(tmp_path)
-    files = ScorerFiles.find("clipscore", str(tmp_path))
-    fuzz(tmp_path / name, lambda: Scorer.open(files), mutated_json if name.endswith("json") else mutated, 40)
+    files = JudgeFiles.find("clipscore", str(tmp_path))
+    fuzz(tmp_path / name, lambda: ClipJudge.open(files), mutated_json if name.endswith("json") else mutated, 40)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_notes_lists_and_prompts(tmp_path):
     (tmp_path / "settings" / "config.json").write_text('{"model_type": "llava", "text_config": {"hidden_size": 4}}')
     (tmp_path / "settings" / "model.safetensors").write_bytes((8).to_bytes(8, "little") + b"{}      ")
     readers = {
-        cache / "cache.json": lambda: FeatureCache(tmp_path / "cache", "x", {"seed": "0"}, 1e9).complete,
+        cache / "cache.json": lambda: FeatureCache(tmp_path / "cache" / "x", {"seed": "0"}, 1e9).complete,
         tmp_path / "settings.json": lambda: images.claim({"seed": 0, "prompts": [{"index": 0, "text": "a"}]}),
         tmp_path / "questions.json": lambda: find_questions(str(tmp_path / "questions.json")),
         tmp_path / "p.json": lambda: read_prompts(tmp_path / "p.json"),

@@ -5,7 +5,7 @@ from itertools import permutations, product
 
 import pytest
 
-from img_minimal.runtime.errors import UserError
+from img_minimal.cli import UserError
 from img_minimal.tiny.grammar import (
     CATEGORIES,
     COLOURS,

@@ -13,11 +13,11 @@ from threading import Thread
 import pytest
 from release_folder import PROMPT, locations
 
-from img_minimal.files.hub import chosen, fetch_file, fetch_folder, on_hub
-from img_minimal.files.weights import WeightsError
-from img_minimal.places import fetch
+from img_minimal.hub.where import chosen, fetch_file, fetch_folder, on_hub
+from img_minimal.hub.weights import WeightsError
+from img_minimal.pipeline import fetch
 from img_minimal.presets import find_preset, with_overrides
-from img_minimal.runtime.errors import UserError
+from img_minimal.cli import UserError
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789" * 4
@@ -96,8 +96,8 @@ def sample(environment: dict, output: Path, folder: str, **changed: object) -> s
 def refusals(environment: dict, *locations: str) -> list[str]:
     """What the user is told about each location, asked for as aligner files or MLLM folders by one program."""
     program = (
-        "import sys\nfrom img_minimal.runtime.errors import UserError\n"
-        "from img_minimal.files.hub import fetch_file, fetch_folder\n"
+        "import sys\nfrom img_minimal.cli import UserError\n"
+        "from img_minimal.hub.where import fetch_file, fetch_folder\n"
         "for place in sys.argv[1:]:\n"
         "    try: print(fetch_file(place, '--aligner') if '.' in place else fetch_folder(place, '--mllm'))\n"
         "    except UserError as error: print('error:', error)\n"

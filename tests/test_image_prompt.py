@@ -8,9 +8,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from img_minimal.backbones.sdxl.image_prompt import ImagePrompt, Resampler, load_ip_adapter
-from img_minimal.files.weights import WeightsError
-from img_minimal.runtime.devices import Precision
+from img_minimal.sdxl import ImagePrompt, Resampler, load_ip_adapter
+from img_minimal.hub.weights import WeightsError
+from img_minimal.devices import Precision
 
 W, D, N = 24, 32, 4
 FP32 = Precision.named("fp32", torch.device("cpu"))

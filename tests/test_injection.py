@@ -8,7 +8,7 @@ from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from release_folder import UNET
 from torch import nn
 
-from img_minimal.backbones.sdxl.injection import DecoupledAttention, ImageBranch, cross_attentions, inject
+from img_minimal.sdxl import DecoupledAttention, ImageBranch, cross_attentions, inject
 
 B, N, D = 2, 4, 32
 TINY = UNET | {"cross_attention_dim": D}

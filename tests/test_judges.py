@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from img_minimal.evaluate.prompt_files import FilePrompt, read_prompts
-from img_minimal.evaluate.scorers import SCORERS, Scorer, ScorerFiles
+from img_minimal.evaluate.judges import JUDGES, ClipJudge, JudgeFiles
+from img_minimal.evaluate.prompts import FilePrompt, read_prompts
 from img_minimal.presets import find_preset
-from img_minimal.runtime.errors import UserError
+from img_minimal.cli import UserError
 
 PROMPTS = [
     "a red circle",
@@ -57,8 +57,8 @@ def clip(tmp_path_factory) -> Path:
     return make_clip(tmp_path_factory.mktemp("clip"))
 
 
-def open_judge(name: str, clip: Path) -> Scorer:
-    return Scorer.open(ScorerFiles.find(name, str(clip)))
+def open_judge(name: str, clip: Path) -> ClipJudge:
+    return ClipJudge.open(JudgeFiles.find(name, str(clip)))
 
 
 def pictures(n: int = 4) -> list[Image.Image]:
@@ -95,7 +95,7 @@ def test_every_score_is_its_formula_of_the_cosine_in_float64(clip):
     cosine = cosines(clip)
     assert cosine.min() < -0.01 and cosine.max() > 0.01, "clipscore's floor should matter for some and not for others"
     expected = {"pickscore": np.exp(3.1) * cosine, "hpsv2": 100 * cosine, "clipscore": 100 * np.maximum(cosine, 0)}
-    assert expected.keys() == SCORERS.keys()
+    assert expected.keys() == JUDGES.keys()
     for name, values in expected.items():
         assert np.abs(open_judge(name, clip).score(pictures(), PROMPTS) - values).max() < 1e-4
 
@@ -121,9 +121,9 @@ def test_without_files_of_its_own_a_judge_takes_the_published_processor(clip, tm
     weights_only = tmp_path / "weights"
     shutil.copytree(clip, weights_only, ignore=shutil.ignore_patterns("tokenizer*", "preprocessor*"))
     with pytest.raises(UserError, match="laion/CLIP-ViT-H-14-laion2B-s32B-b79K.*--judge-processor") as error:
-        Scorer.open(ScorerFiles.find("pickscore", str(weights_only)))
+        ClipJudge.open(JudgeFiles.find("pickscore", str(weights_only)))
     one_line(error)
-    elsewhere = Scorer.open(ScorerFiles.find("pickscore", str(weights_only), str(clip)))
+    elsewhere = ClipJudge.open(JudgeFiles.find("pickscore", str(weights_only), str(clip)))
     assert elsewhere.score(pictures(1), PROMPTS[:1]) == open_judge("pickscore", clip).score(pictures(1), PROMPTS[:1])
 
 
@@ -134,7 +134,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 def test_an_unknown_judge_is_one_line_that_names_the_known_ones():
     with pytest.raises(UserError, match="'taste'.*pickscore, hpsv2, clipscore"):
-        ScorerFiles.find("taste")
+        JudgeFiles.find("taste")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_an_unknown_judge_is_one_line_that_names_the_known_ones():
 )
 def test_a_missing_judge_is_one_line_that_says_which_option_to_give(model, words):
     with pytest.raises(UserError) as error:
-        Scorer.open(ScorerFiles.find("pickscore", model))
+        ClipJudge.open(JudgeFiles.find("pickscore", model))
     assert all(word in one_line(error) for word in words)
 
 
@@ -164,10 +164,10 @@ def test_damaged_and_foreign_judge_files_are_each_one_line(clip, tmp_path):
     try:
         for folder, word in {cut: "cut short", blind: "weights of a CLIPModel are wanting"}.items():
             with pytest.raises(UserError, match=word) as error:
-                Scorer.open(ScorerFiles.find("clipscore", str(folder), str(clip)))
+                ClipJudge.open(JudgeFiles.find("clipscore", str(folder), str(clip)))
             assert str(folder) in one_line(error)
         with pytest.raises(UserError, match="2 words.*--judge-processor"):
-            Scorer.open(ScorerFiles.find("clipscore", str(clip), str(empty)))
+            ClipJudge.open(JudgeFiles.find("clipscore", str(clip), str(empty)))
     finally:
         logging.disable(logging.NOTSET)
 
@@ -176,7 +176,7 @@ def test_a_processor_of_another_image_size_is_refused(clip, tmp_path):
     shutil.copytree(clip, tmp_path / "p")
     CLIPImageProcessorPil().save_pretrained(tmp_path / "p")
     with pytest.raises(UserError, match="224 x 224 pixels.*32 x 32"):
-        Scorer.open(ScorerFiles.find("hpsv2", str(clip), str(tmp_path / "p")))
+        ClipJudge.open(JudgeFiles.find("hpsv2", str(clip), str(tmp_path / "p")))
 
 
 def test_a_score_that_is_not_finite_is_an_error_and_not_a_number(clip):

@@ -21,10 +21,10 @@ from transformers import (
     LlavaProcessor,
 )
 
-from img_minimal.files.llava_original import convert, transformers_config
+from img_minimal.hub.mllms import rename, transformers_config
 from img_minimal.mllm import MLLM
-from img_minimal.questions import ask
-from img_minimal.runtime.errors import UserError
+from img_minimal.mllm import ask
+from img_minimal.cli import UserError
 
 PROMPTS = ["a red circle", "two blue squares and a red circle"]
 SHAPES = [(60, 90), (200, 100)]  # height, width
@@ -155,7 +155,7 @@ def test_every_key_of_a_true_size_file_finds_its_place(size):
         model = LlavaForConditionalGeneration(transformers_config(config, "config.json"))
         file = {name: torch.empty(shape) for name, shape in llava_shapes(llama, TRUE_CLIP).items()}
     expected = {name: value.shape for name, value in model.state_dict().items()}
-    assert {name: value.shape for name, value in convert(file).items()} == expected
+    assert {name: value.shape for name, value in {rename(k): v for k, v in file.items()}.items()} == expected
     language = model.model.language_model
     assert sum(p.numel() for p in [*language.parameters(), *model.lm_head.parameters()]) == parameters_of_llama
     assert {layer.variance_epsilon for layer in language.modules() if hasattr(layer, "variance_epsilon")} == {1e-5}

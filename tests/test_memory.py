@@ -15,8 +15,8 @@ from img_minimal.bench.memory import CARDS, GIB, counting, needs, table, usable
 from img_minimal.load import load_img
 from img_minimal.pipeline import IMG
 from img_minimal.runtime import devices
-from img_minimal.runtime.devices import Placement, Precision
-from img_minimal.runtime.errors import UserError
+from img_minimal.devices import Placement, Precision
+from img_minimal.cli import UserError
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("diffusion", "mllm", "image_prompt", "aligner")

@@ -12,11 +12,11 @@ from mllm_folders import LLAMA, square, write_llava_hf, write_original_llava, wr
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2_5_VLForConditionalGeneration
 
-from img_minimal.files.mllm_layouts import CONVERSATION, FAMILIES, find_family
+from img_minimal.hub.mllms import CONVERSATION, FAMILIES, find_family
 from img_minimal.mllm import MLLM, without_markers, without_tautologies
 from img_minimal.presets import find_preset
-from img_minimal.questions import QUESTIONS, ask
-from img_minimal.runtime.errors import UserError
+from img_minimal.mllm import QUESTIONS, ask
+from img_minimal.cli import UserError
 
 PROMPTS = ["a red circle", "two blue squares and a red circle over {a} line", "a dog"]
 TWIN = find_preset("tiny-sdxl")

@@ -11,10 +11,10 @@ from PIL import Image
 from release_folder import PROMPT, UNET, lively, preset
 from transformers import LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
-from img_minimal.backbones.sdxl.sampler import draw
+from img_minimal.sdxl import draw
 from img_minimal.load import load_backbone, load_img
 from img_minimal.mllm import MLLM
-from img_minimal.runtime.errors import UserError
+from img_minimal.cli import UserError
 
 
 def with_unet(release, tmp_path, **changed: object):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from img_minimal.runtime.optimizer import MuonAdamW, new_optimizer, orthogonalized
+from img_minimal.optimizer import MuonAdamW, new_optimizer, orthogonalized
 
 
 def model() -> nn.Module:

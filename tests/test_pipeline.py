@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from img_minimal.aligner import align
-from img_minimal.backbones.sdxl.injection import DecoupledAttention
-from img_minimal.backbones.sdxl.sampler import draw
+from img_minimal.sdxl import DecoupledAttention
+from img_minimal.sdxl import draw
 from img_minimal.load import load_guide, load_img
 from img_minimal.mllm import MLLM, guidance_features
 from img_minimal.pipeline import IMG
 from img_minimal.presets import PRESETS, find_preset
-from img_minimal.questions import QUESTIONS, RELEASED, ask, find_questions
-from img_minimal.runtime.errors import UserError
-from img_minimal.runtime.images import from_pil, to_pil
+from img_minimal.mllm import QUESTIONS, RELEASED, ask, find_questions
+from img_minimal.cli import UserError
+from img_minimal.files import from_pil, to_pil
 from img_minimal.tiny.grammar import benchmark
 
 PRESET = find_preset("tiny-sdxl")

@@ -6,8 +6,8 @@ import pytest
 
 from img_minimal.flags import ModelFlags, SamplingFlags
 from img_minimal.presets import PRESETS, find_preset, with_overrides
-from img_minimal.runtime.cli import option, parse
-from img_minimal.runtime.errors import UserError
+from img_minimal.cli import option, parse
+from img_minimal.cli import UserError
 
 
 @dataclass

@@ -15,13 +15,13 @@ from pair_files import pairs_of, rows, write
 from test_training import PRESET, part, some_features, unseen
 
 import train as script
-from img_minimal.data.batches import Batches
+from img_minimal.data.features import Batches
 from img_minimal.data.pairs import pair_stream
 from img_minimal.flags import share_of
 from img_minimal.presets import TINY, with_overrides
-from img_minimal.runtime.errors import UserError
-from img_minimal.runtime.ranks import ALONE, Ranks
-from img_minimal.training import Trainer, own_place
+from img_minimal.cli import UserError
+from img_minimal.run import ALONE, Ranks
+from img_minimal.run import Trainer, own_place
 
 
 def train_rank(ranks: Ranks, folder: Path, optimizer: str, world: int) -> None:

@@ -12,9 +12,9 @@ from transformers import LlavaForConditionalGeneration
 
 import sample
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.backbones.sdxl.backbone import SDXLBackbone
-from img_minimal.backbones.sdxl.image_prompt import Resampler, load_ip_adapter
-from img_minimal.runtime.cli import run
+from img_minimal.sdxl import SDXLBackbone
+from img_minimal.sdxl import Resampler, load_ip_adapter
+from img_minimal.cli import run
 
 
 def refusal(monkeypatch, capsys, folder: Path, *arguments: object, **changed: object) -> str:

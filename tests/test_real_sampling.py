@@ -14,11 +14,11 @@ from transformers import CLIPVisionModelWithProjection
 import sample
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.backbones.sdxl import backbone as module
-from img_minimal.backbones.sdxl.image_prompt import Resampler, load_ip_adapter
-from img_minimal.files.weights import WeightsError, read_weights
+from img_minimal.sdxl import Resampler, load_ip_adapter
+from img_minimal.hub.weights import WeightsError, read_weights
 from img_minimal.load import load_backbone, load_img
 from img_minimal.presets import find_preset
-from img_minimal.runtime.images import from_pil
+from img_minimal.files import from_pil
 
 
 def test_sample_runs_through_with_flags_that_point_at_the_files(release, tmp_path, monkeypatch, capsys):

@@ -12,17 +12,14 @@ from test_training import part, some_features
 
 import train as script
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.data.batches import Batches
-from img_minimal.data.cache import Shards
-from img_minimal.data.features import Features
-from img_minimal.data.pairs import held_back, pair_stream
-from img_minimal.data.rounds import Mixture, count, pair_rows, step_size
-from img_minimal.data.stream import START
-from img_minimal.evaluate.pair_judges import ClipJudges, Oracle
+from img_minimal.data.features import Batches, Features, Shards
+from img_minimal.data.pairs import START, held_back, pair_stream
+from img_minimal.rounds import Mixture, count, pair_rows, step_size
+from img_minimal.evaluate.judges import ClipJudges, Oracle
 from img_minimal.presets import find_preset
 from img_minimal.rounds import RoundLog, Rounds, training_prompts
-from img_minimal.runtime.checkpoint import RunFolder
-from img_minimal.runtime.images import to_pil
+from img_minimal.run import RunFolder
+from img_minimal.files import to_pil
 from img_minimal.tiny.grammar import parse
 from img_minimal.tiny.world import Shape, render
 
@@ -69,7 +66,7 @@ def test_the_oracle_prefers_what_is_nearer_to_the_prompt_and_drops_what_is_wrong
 def test_real_judges_have_to_agree_beyond_their_margins(monkeypatch):
     scores = {("pickscore", "base"): [20.0] * 4, ("pickscore", "img"): [21, 19, 21, 20.1],
               ("hpsv2", "base"): [28.0] * 4, ("hpsv2", "img"): [29, 27, 27, 29]}  # fmt: skip
-    judge = ClipJudges({})
+    judge = ClipJudges()
     monkeypatch.setattr(judge, "_scores", lambda name, prompts, images: torch.tensor(scores[name, images]))
     assert judge.compare(["p"] * 4, "base", "img") == ["img", "base", "none", "none"]
 

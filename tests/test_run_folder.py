@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from img_minimal.runtime.checkpoint import RunFolder, load_checkpoint, portable, save_checkpoint
-from img_minimal.runtime.errors import UserError
+from img_minimal.run import RunFolder, load_checkpoint, portable, save_checkpoint
+from img_minimal.cli import UserError
 
 SETTINGS = {"config": {"seed": 0, "output_dir": "a"}, "preset": {"lr": 1.0, "steps": 5, "finetuning": {"lr": 1.0}},
             "compute": "products in fp32"}  # fmt: skip

@@ -6,18 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from img_minimal.evaluate.image_folder import ARMS, ImageFolder
-from img_minimal.evaluate.prompt_files import FilePrompt
-from img_minimal.evaluate.scorers import ScorerFiles
-from img_minimal.evaluate.scores import Scores
+from img_minimal.evaluate.compare import ARMS, ImageFolder, Scores
+from img_minimal.evaluate.judges import JudgeFiles
+from img_minimal.evaluate.prompts import FilePrompt
 
 
 def fake_scores(folder: Path, texts: list[str], differences: list[float]) -> dict:
     """Results of a judge who gave 1 to every arm but IMG's."""
     prompts = [FilePrompt(k, text) for k, text in enumerate(texts)]
-    scores = Scores(ImageFolder(folder, prompts, 0, 4), ScorerFiles("clipscore", "some/model", "some/processor"))
+    scores = Scores(ImageFolder(folder, prompts, 0, 4), JudgeFiles("clipscore", "some/model", "some/processor"))
     for prompt, d in zip(prompts, differences):
-        scores.rows[prompt.index] = {"cut": 0, "scores": {arm: 1 + d * (arm == "img") for arm in ARMS}}
+        scores.kept["prompts"][str(prompt.index)] = {"cut": 0, "scores": {arm: 1 + d * (arm == "img") for arm in ARMS}}
     return scores.results()
 
 

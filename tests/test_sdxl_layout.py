@@ -12,12 +12,12 @@ from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from torch import nn
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.backbones.sdxl.image_prompt import Resampler
-from img_minimal.backbones.sdxl.injection import ImageBranch, cross_attentions, inject
-from img_minimal.backbones.sdxl.true_size import SDXL_UNET
+from img_minimal.sdxl import Resampler
+from img_minimal.sdxl import ImageBranch, cross_attentions, inject
+from img_minimal.bench.memory import SDXL_UNET
 from img_minimal.bench.true_sizes import models
-from img_minimal.files.weights import fill
-from img_minimal.runtime.devices import parameters
+from img_minimal.hub.weights import fill
+from img_minimal.devices import parameters
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -7,7 +7,7 @@ import pytest
 
 from img_minimal import serve as module
 from img_minimal.load import load_img
-from img_minimal.runtime.errors import UserError
+from img_minimal.cli import UserError
 
 
 class Shown(Exception):

@@ -10,12 +10,12 @@ import pytest
 from pair_files import jpeg, number, pairs_of, read_pairs, rows, write
 from PIL import Image
 
-from img_minimal.data.features import distinct
-from img_minimal.data.pairs import pair_stream, parse_pair
-from img_minimal.data.stream import Skipped, _DecodeOnce, in_threads, prefetch
-from img_minimal.data.triplets import triplet_stream
-from img_minimal.runtime.errors import UserError
-from img_minimal.runtime.images import decode
+from img_minimal.data.features import ahead, distinct
+from img_minimal.data.pairs import PAIRS, Pictures, Skipped, pair_stream, triplet_stream
+from img_minimal.cli import UserError
+from img_minimal.files import decode
+
+PICK = next(iter(PAIRS.values()))
 
 
 def test_ties_are_dropped_winners_come_first_and_every_pair_comes_once(tmp_path):
@@ -93,11 +93,11 @@ def test_odd_cells_cost_their_row_and_are_counted_under_their_reason():
     }
     for reason, row in ((reason, row) for reason, changes in odd.items() for row in changes):
         with pytest.raises(Skipped, match=reason):
-            parse_pair(rows(1)[0] | row, lambda data: None)
-    assert parse_pair(rows(1)[0] | {"caption": b"caf\xc3\xa9", "label_0": "1", "label_1": b"0"}, str).prompt == "café"
+            PICK(rows(1)[0] | row, lambda data: None)
+    assert PICK(rows(1)[0] | {"caption": b"caf\xc3\xa9", "label_0": "1", "label_1": b"0"}, str).prompt == "café"
     for cell in (7, "text", ["a"], {"path": "x"}, {"bytes": None}):
         with pytest.raises(OSError):
-            _DecodeOnce()(cell)
+            Pictures()(cell)
 
 
 def test_files_come_in_an_order_of_the_seed_and_rows_as_they_stand(tmp_path):
@@ -171,23 +171,11 @@ def test_a_file_cut_short_stops_the_stream_with_its_number_and_how_to_go_on(tmp_
 
 
 def test_threads_keep_the_order_stay_lazy_and_pass_errors_on():
-    asked = []
-
-    def values() -> Iterator[int]:
-        for k in range(10_000):
-            asked.append(k)
-            yield k
-
-    doubled = in_threads(lambda k: 2 * k, values())
-    assert [next(doubled) for _ in range(5)] == [0, 2, 4, 6, 8]
-    assert len(asked) < 200
-    doubled.close()
-
     def failing() -> Iterator[int]:
         yield 1
         raise UserError("lost")
 
-    prepared = prefetch(failing())
+    prepared = ahead(failing())
     assert next(prepared) == 1
     with pytest.raises(UserError, match="lost"):
         next(prepared)

@@ -10,11 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from pair_files import jpeg, number, pairs_of, rows, write
 
-from img_minimal.data.pairs import pair_stream
+from img_minimal.data.pairs import pair_stream, triplet_stream
 from img_minimal.data.tables import Table, open_table
-from img_minimal.data.triplets import triplet_stream
 from img_minimal.presets import PRESETS
-from img_minimal.runtime.errors import UserError
+from img_minimal.cli import UserError
 
 TWO = ["prompt 0", "prompt 1"]
 
@@ -106,10 +105,10 @@ def test_rows_are_given_from_any_one_on_in_every_format(tmp_path):
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in plain))
     for name in ("parquet", "arrow", "a.json", "b.jsonl"):
         opened = open_table(str(tmp_path / name), [("caption",), ("prompt", "path1", "path2")])
-        assert isinstance(opened, Table) and opened.files == 1
-        whole = [next(iter(row.values())) for row in opened.rows(0)]
+        assert isinstance(opened, Table) and len(opened.files) == 1
+        whole = [next(iter(row.values())) for row in opened.read(0, 0)]
         assert whole == [f"prompt {k}" for k in range(9)]
-        assert [[next(iter(row.values())) for row in opened.rows(0, k)] for k in (1, 4, 9)] == [
+        assert [[next(iter(row.values())) for row in opened.read(0, k)] for k in (1, 4, 9)] == [
             whole[1:], whole[4:], []
         ]  # fmt: skip
 

@@ -12,13 +12,12 @@ import pytest
 import torch
 
 import train as script
-from img_minimal.data.batches import Batches, Part, batch_indices
-from img_minimal.data.features import Features
-from img_minimal.data.stream import Place
+from img_minimal.data.features import Batches, Features, Part, batch_indices
+from img_minimal.data.pairs import Place
 from img_minimal.presets import find_preset
-from img_minimal.runtime.checkpoint import load_checkpoint
-from img_minimal.runtime.errors import UserError
-from img_minimal.training import Stop, Trainer, validate
+from img_minimal.run import load_checkpoint
+from img_minimal.cli import UserError
+from img_minimal.run import Stop, Trainer, validate
 
 PRESET = dataclasses.replace(find_preset("tiny-sdxl"), train_steps=12, batch_size=8, depth=1, heads=1)
 
@@ -198,7 +197,7 @@ from dataclasses import replace
 from pathlib import Path
 from train import Batches, Features, Trainer, train
 from img_minimal.presets import find_preset
-from img_minimal.data.batches import Part
+from img_minimal.data.features import Part
 script.save_checkpoint = lambda path, state: None  # gigabytes that nobody reads
 preset = replace(find_preset(sys.argv[2]), batch_size=2, dtype="fp32")
 count, width = map(int, sys.argv[3:])

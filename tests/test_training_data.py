@@ -11,13 +11,19 @@ from pair_files import numbers, read_pairs, rows, write
 
 import train as script
 from img_minimal.bench.plan import aligner_plan
-from img_minimal.data.features import compute_guidance, compute_tokens, distinct, identity_samples
-from img_minimal.data.sources import CachedData, StreamedData
-from img_minimal.data.stream import Place
+from img_minimal.data.features import (
+    CachedData,
+    StreamedData,
+    compute_guidance,
+    compute_tokens,
+    distinct,
+    identity_samples,
+)
+from img_minimal.data.pairs import Place
 from img_minimal.load import load_encoder, load_training_data
 from img_minimal.mllm import MLLM
 from img_minimal.presets import find_preset
-from img_minimal.runtime.errors import UserError
+from img_minimal.cli import UserError
 
 TWIN = find_preset("tiny-sdxl")
 PRESET = dataclasses.replace(TWIN, train_steps=6, batch_size=4, depth=1, heads=1, identity_share=0.25)
@@ -145,7 +151,7 @@ def test_encoding_each_image_once_gives_the_numbers_of_encoding_every_one(monkey
     assert torch.equal(features.loser[24:], features.winner[24:])
     assert all(any(p.winner is other.loser for other in pairs) for p in kept), "kept winners lose elsewhere"
     assert encoder.widths == (features.loser.shape[-1], features.guidance.shape[-1])
-    other = compute_guidance(pairs, encoder.guide, kept, 1)["guidance"]
+    other = compute_guidance(pairs, encoder.guide, kept, range(1, 1 + len(features)))["guidance"]
     assert other.shape != features.guidance.shape or not torch.equal(other, features.guidance), "other questions"
     assert compute_tokens(pairs, encoder.tokenizer, identity_samples(pairs, 0.0))["is_identity"].sum() == 0
 

@@ -22,11 +22,11 @@ from transformers import (
     T5EncoderModel,
 )
 
-from img_minimal.backbones.sdxl.image_prompt import load_ip_adapter
-from img_minimal.files.weights import read_weights
+from img_minimal.sdxl import load_ip_adapter
+from img_minimal.hub.weights import read_weights
 from img_minimal.load import load_img
 from img_minimal.presets import TINY, find_preset
-from img_minimal.runtime.images import to_pil
+from img_minimal.files import to_pil
 from img_minimal.tiny.build.tokenizers import WORDS
 from img_minimal.tiny.diagnose import oracle_accuracy
 from img_minimal.tiny.grammar import HELD_OUT, benchmark, parse

@@ -6,12 +6,12 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.backbones.sdxl.injection import ImageBranch, cross_attentions, inject
+from img_minimal.sdxl import ImageBranch, cross_attentions, inject
 from img_minimal.evaluate.intervals import paired_shares, ranking_interval
 from img_minimal.load import load_backbone
 from img_minimal.mllm import MLLM
 from img_minimal.presets import find_preset
-from img_minimal.runtime.images import to_pil
+from img_minimal.files import to_pil
 
 TWIN = find_preset("tiny-sdxl")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from img_minimal.files.weights import WeightsError, fill, read_metadata, read_weights, write_safetensors
+from img_minimal.hub.weights import WeightsError, fill, read_metadata, read_weights, write_safetensors
 
 
 def refused(path) -> str:

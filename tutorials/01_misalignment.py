@@ -37,10 +37,10 @@ check(options.prompts >= 20, f"--prompts is {options.prompts}, expected 20 or mo
 import numpy as np
 from figures import misalignment
 
-from img_minimal.evaluate.image_folder import FIRST_SEED, NEW_SEED
+from img_minimal.evaluate.compare import FIRST_SEED, NEW_SEED
 from img_minimal.evaluate.intervals import mean_interval
 from img_minimal.load import load_backbone
-from img_minimal.runtime.images import to_pil
+from img_minimal.files import to_pil
 from img_minimal.tiny.grammar import CATEGORIES, benchmark
 from img_minimal.tiny.oracle import judge
 

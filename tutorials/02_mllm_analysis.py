@@ -43,13 +43,13 @@ from figures import mllm_analysis
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from img_minimal.data.triplets import triplet_stream
+from img_minimal.data.pairs import triplet_stream
 from img_minimal.evaluate.intervals import bootstrap_ratio, mean_interval, ranking_interval
-from img_minimal.finetuning.detector import Detector
-from img_minimal.finetuning.finetune import HELD_OUT
+from img_minimal.detector import Detector
+from img_minimal.detector import HELD_OUT
 from img_minimal.load import load_backbone, load_guide
 from img_minimal.mllm import MLLM, Guide, guidance_features
-from img_minimal.runtime.images import to_pil
+from img_minimal.files import to_pil
 from img_minimal.tiny.grammar import benchmark
 from img_minimal.tiny.oracle import judge
 

@@ -46,10 +46,10 @@ import torch
 from figures import image_prompt
 from torch import Tensor
 
-from img_minimal.backbones.sdxl.injection import cross_attentions, inject
+from img_minimal.sdxl import cross_attentions, inject
 from img_minimal.evaluate.intervals import bootstrap_ratio, mean_interval
 from img_minimal.load import load_backbone
-from img_minimal.runtime.images import to_pil
+from img_minimal.files import to_pil
 from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, Group, parse
 from img_minimal.tiny.oracle import judge
 

@@ -44,7 +44,7 @@ from torch import Tensor
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.evaluate.intervals import mean_interval
 from img_minimal.load import load_img
-from img_minimal.runtime.images import to_pil
+from img_minimal.files import to_pil
 from img_minimal.tiny.edits import correct
 from img_minimal.tiny.grammar import CATEGORIES, benchmark, parse
 from img_minimal.tiny.oracle import judge

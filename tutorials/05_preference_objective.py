@@ -51,7 +51,7 @@ from figures import preference_objective
 from torch import Tensor
 
 from img_minimal.preference import ReferenceRefresh, preference_loss, squared_distance
-from img_minimal.runtime.optimizer import warmup_constant_decay
+from img_minimal.optimizer import warmup_constant_decay
 
 steps, grid, n = (40, 12, 10) if options.quick else (400, 60, 300)
 # One sample (B 1, N 1, D 2). c_w and c_l differ by 0.5 in the mean square, as image tokens of two pictures may.

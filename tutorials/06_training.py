@@ -49,10 +49,10 @@ from figures import training_curves
 from figures.training_curves import Curves
 
 import train as script
-from img_minimal.files.weights import read_weights
+from img_minimal.hub.weights import read_weights
 from img_minimal.flags import ModelFlags
 from img_minimal.presets import find_preset
-from img_minimal.runtime.checkpoint import RunFolder
+from img_minimal.run import RunFolder
 
 # %% 1. A run is `python train.py` with these options
 settings = dict(steps=options.steps, max_pairs=options.max_pairs, save_every=max(1, options.steps // 12))

@@ -47,10 +47,10 @@ from torch import Tensor
 
 from img_minimal.bench.sampling import true_size_table
 from img_minimal.evaluate.arms import TITLES, Arms
-from img_minimal.evaluate.image_folder import FIRST_SEED
+from img_minimal.evaluate.compare import FIRST_SEED
 from img_minimal.evaluate.intervals import paired_shares, win_rate
 from img_minimal.load import load_img
-from img_minimal.runtime.images import to_pil
+from img_minimal.files import to_pil
 from img_minimal.tiny.grammar import CATEGORIES, benchmark
 from img_minimal.tiny.oracle import judge
 

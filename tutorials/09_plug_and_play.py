@@ -39,7 +39,7 @@ from img_minimal.evaluate.intervals import mean_interval, paired_shares, win_rat
 from img_minimal.load import load_backbone, load_img
 from img_minimal.pipeline import IMG
 from img_minimal.presets import PRESETS, find_preset
-from img_minimal.runtime.images import to_pil
+from img_minimal.files import to_pil
 from img_minimal.tiny.grammar import CATEGORIES, benchmark
 
 preset = oracle_preset(options)

@@ -48,7 +48,7 @@ from img_minimal.evaluate.arms import Arms
 from img_minimal.evaluate.intervals import mean_interval, paired_shares
 from img_minimal.load import load_img, load_training_data
 from img_minimal.rounds import RoundLog
-from img_minimal.runtime.checkpoint import RunFolder
+from img_minimal.run import RunFolder
 from img_minimal.tiny.grammar import benchmark
 
 preset = oracle_preset(options)

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path.cwd().parent if NOTEBOOK else Path(__file__).parent.
 from img_minimal.flags import ModelFlags  # noqa: E402
 from img_minimal.presets import PRESETS, Preset, find_preset  # noqa: E402
 from img_minimal.runtime import cli  # noqa: E402
-from img_minimal.runtime.cli import check, option  # noqa: E402
-from img_minimal.runtime.errors import UserError  # noqa: E402
+from img_minimal.cli import check, option  # noqa: E402
+from img_minimal.cli import UserError  # noqa: E402
 
 __all__ = ["Options", "begin", "check", "chosen_preset", "option", "oracle_preset", "save", "step"]
 _clock: Any = None  # that of `begin`; what it imports takes seconds
@@ -48,7 +48,7 @@ def begin(kind: type[Chosen], doc: str) -> Chosen:
     check(options.seed >= 0, f"--seed is {options.seed}, expected 0 or more")
     cli.writable_folder(options.output)
     cli.quiet_libraries()
-    from img_minimal.runtime.clock import Clock
+    from img_minimal.files import Clock
 
     global _clock
     _clock = Clock()

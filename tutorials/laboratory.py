@@ -14,19 +14,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from img_minimal.aligner import ImplicitAligner, align
-from img_minimal.data.batches import Batches
-from img_minimal.data.sources import CachedData
+from img_minimal.data.features import Batches, CachedData
 from img_minimal.evaluate.arms import Arms
-from img_minimal.evaluate.image_folder import content, differing
+from img_minimal.files import content
 from img_minimal.evaluate.intervals import mean_interval
 from img_minimal.load import load_guide, load_img, load_training_data
 from img_minimal.mllm import guidance_features
 from img_minimal.presets import Preset
-from img_minimal.runtime.atomic import write_whole
-from img_minimal.runtime.cli import check
-from img_minimal.runtime.json_files import read_json
+from img_minimal.files import write_whole
+from img_minimal.cli import check
+from img_minimal.files import read_json
 from img_minimal.tiny.grammar import benchmark
-from img_minimal.training import Trainer
+from img_minimal.run import Trainer
 
 MEASURED = ("gradient_norm", "margin", "correction", "refreshes", "validation_error")
 

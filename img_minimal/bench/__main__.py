@@ -19,7 +19,7 @@ machine idle meanwhile.
 import argparse
 from importlib import import_module
 
-from img_minimal.runtime.cli import PICTURES, quiet_libraries, run, writable_file
+from img_minimal.cli import PICTURES, quiet_libraries, run, writable_file
 
 # Of each subject, which is a file beside this one: the function that gives its table, and what it wants to know.
 SUBJECTS = {
@@ -50,7 +50,7 @@ def main() -> int:
     if options["what"] != "memory":
         import torch
 
-        from img_minimal.runtime.devices import Precision, best_device
+        from img_minimal.devices import Precision, best_device
 
         quiet_libraries()
         options["device"] = device = best_device()

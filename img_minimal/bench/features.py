@@ -17,7 +17,7 @@ def stages(pairs: int) -> tuple[dict[str, float], Features]:
 
     def read() -> None:
         """Rows, images still encoded."""
-        for number, _ in enumerate(table.rows(0, 0), start=1):
+        for number, _ in enumerate(table.read(0, 0), start=1):
             if number == pairs:
                 break
 

@@ -15,9 +15,9 @@ from img_minimal.aligner import ImplicitAligner
 from img_minimal.bench.aligner import LENGTH, SIZES, TOKENS
 from img_minimal.bench.measure import in_turn
 from img_minimal.data.pairs import pair_stream
+from img_minimal.files import peak_bytes
 from img_minimal.load import load_backbone
 from img_minimal.presets import find_preset
-from img_minimal.runtime.clock import peak_bytes
 
 PASSES, LENGTHS = (1, 2, 3, 4, 5), (128, 256, 512, 1024, 2048)
 IMAGES, PAIRS = (1, 4, 16, 64), (1024, 4096, 16384, 32768)
@@ -91,7 +91,7 @@ def draw(curves: dict[str, Curve], memory: Curve, path: str | Path) -> None:
     """Cost against amount, both on logarithmic axes, with what proportion would be; memory below its own axis."""
     import matplotlib.pyplot as plt
 
-    from img_minimal.runtime.plots import BLUE, GREY, ORANGE, plain
+    from img_minimal.plots import BLUE, GREY, ORANGE, plain
 
     figure, axes = plt.subplots(1, 5, figsize=(17, 3.6), layout="constrained")
     for axis, (title, curve) in zip(axes, curves.items()):

@@ -10,9 +10,9 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import nn
 
-from img_minimal.backbones.flux.injection import DecoupledAttention as FluxDecoupled
-from img_minimal.backbones.sdxl.injection import DecoupledAttention as SDXLDecoupled
 from img_minimal.bench.measure import Timing, in_turn, rows
+from img_minimal.flux import DecoupledAttention as FluxDecoupled
+from img_minimal.sdxl import DecoupledAttention as SDXLDecoupled
 
 # (width, heads, side of the picture that the block sees at 1024 x 1024): SDXL attends at two of its three widths.
 SDXL_BLOCKS = ((640, 10, 64), (1280, 20, 32))

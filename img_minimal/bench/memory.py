@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from img_minimal.backbones import true_size
+from img_minimal.backbone import true_size
 from img_minimal.bench.true_sizes import MLLMS, models
+from img_minimal.devices import parameters
 from img_minimal.presets import find_preset
-from img_minimal.runtime.devices import parameters
 
 GIB = 2**30
 CARDS = (16, 24, 40, 80)

@@ -4,8 +4,8 @@ import torch
 
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.bench.measure import in_turn, rows
+from img_minimal.optimizer import new_optimizer
 from img_minimal.presets import find_preset
-from img_minimal.runtime.optimizer import new_optimizer
 
 
 def optimizers(device: torch.device, rounds: int = 7) -> str:

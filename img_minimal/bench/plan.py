@@ -11,15 +11,13 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.backbones import true_size
-from img_minimal.files.llava_original import is_original, transformers_config
-from img_minimal.files.mllm_layouts import find_family
-from img_minimal.files.pretrained import read_settings
-from img_minimal.files.weights import opening
-from img_minimal.finetuning.detector import prepare
+from img_minimal.backbone import true_size
+from img_minimal.cli import UserError
+from img_minimal.detector import prepare
+from img_minimal.devices import Precision, best_device, parameters
+from img_minimal.hub.mllms import find_family, is_original, read_settings, transformers_config
+from img_minimal.hub.weights import opening
 from img_minimal.presets import Preset
-from img_minimal.runtime.devices import Precision, best_device, parameters
-from img_minimal.runtime.errors import UserError
 
 TEXT_TOKENS = 64  # about what question and prompt take, beside the image's tokens
 NATIVE_TOKENS = 1369  # of an image of 1024 x 1024 for MLLMs that see images at their own size (Qwen2.5-VL)

@@ -6,13 +6,13 @@ from dataclasses import replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from img_minimal.backbones import true_size
+from img_minimal.backbone import true_size
 from img_minimal.bench.measure import in_turn, rows
 from img_minimal.bench.memory import MLLM_TOKENS
 from img_minimal.bench.true_sizes import MLLMS, models
+from img_minimal.files import to_pil
 from img_minimal.load import load_img
 from img_minimal.presets import find_preset
-from img_minimal.runtime.images import to_pil
 
 
 def operations(call: Callable[[], object]) -> float:

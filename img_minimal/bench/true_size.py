@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from img_minimal.runtime.cli import quiet_libraries, run, writable_file
+from img_minimal.cli import quiet_libraries, run, writable_file
 
 MLLMS = ("llava-13b", "llava-7b")
 PROMPT = "a red circle above a blue square"
@@ -40,26 +40,21 @@ import torch
 from PIL import Image
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.around import sampling_of
-from img_minimal.backbones import true_size
+from img_minimal.backbone import true_size
 from img_minimal.bench.measure import matmul_rate, seconds
 from img_minimal.bench.memory import needs
 from img_minimal.bench.sampling import true_size_operations
 from img_minimal.bench.true_sizes import build_mllm
-from img_minimal.data.batches import Batches, Part
-from img_minimal.data.features import Encoder, Features
-from img_minimal.data.pairs import Pair
-from img_minimal.data.triplets import Triplet
-from img_minimal.files.mllm_layouts import FAMILIES, square
-from img_minimal.finetuning.detector import Detector
-from img_minimal.finetuning.finetune import DetectorState, Examples, train_detector
+from img_minimal.data.features import Batches, Encoder, Features, Part
+from img_minimal.data.pairs import Pair, Triplet
+from img_minimal.detector import Detector, DetectorState, Examples, train_detector
+from img_minimal.devices import Placement, Precision, best_device
+from img_minimal.files import peak_bytes, write_whole
+from img_minimal.hub.mllms import FAMILIES, square
 from img_minimal.mllm import MLLM
-from img_minimal.pipeline import IMG
+from img_minimal.pipeline import IMG, sampling_of
 from img_minimal.presets import TINY, Preset, find_preset
-from img_minimal.runtime.atomic import write_whole
-from img_minimal.runtime.clock import peak_bytes
-from img_minimal.runtime.devices import Placement, Precision, best_device
-from img_minimal.training import Trainer
+from img_minimal.run import Trainer
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.backbones import true_size
-from img_minimal.files.llava_original import CLIP_336_CONFIG
+from img_minimal.backbone import true_size
+from img_minimal.hub.mllms import CLIP_336_CONFIG
 
 VICUNA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 VICUNA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}

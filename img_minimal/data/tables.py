@@ -1,124 +1,115 @@
 """Tables as people have them: parquet, `datasets.save_to_disk`, webdataset tars, JSON lists beside images, the hub.
 
-A table has files, and each file gives its rows as dicts from any row on. Which columns hold what is a matter of
-*layouts*: the first layout whose columns a table has is the one that it is read in. A local path is a name, never a
-pattern, whatever characters it holds.
+A table has files, and a file has rows, as dicts. *Layouts* say which columns hold what: a table is read in the first
+layout whose columns it has. Local files are read here and not by `datasets`, which takes paths for patterns, tests for
+training rows, and one odd row for a reason to read the others otherwise.
 """
 
 import json
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from img_minimal.runtime.errors import UserError
+from img_minimal.cli import UserError
 
-KINDS = (".parquet", ".arrow", ".tar", ".jsonl", ".json")  # a folder is read in the first kind that it holds
-# Words by which files and folders say which rows they hold, as `datasets` reads them.
+# What readers raise for damaged files; pyarrow's own errors are among them.
+DAMAGE = (
+    OSError,
+    ValueError,
+    TypeError,
+    NotImplementedError,
+    EOFError,
+    tarfile.TarError,
+    RecursionError,
+    MemoryError,
+)
+# Words by which files and folders say which rows they hold.
 EVALUATION = {"validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 TRAINING = {"train", "training"}
 REMOVED = {
-    "yuvalkirstain/pickapic_v2": "--pairs with a copy that you have (parquet or webdataset tars), or with another set: "
-    "data-is-better-together/open-image-preferences-v1-binarized, or local folders of HPDv2 and HPDv3",
+    f"yuvalkirstain/pickapic_v{version}": "--pairs with a copy that you have (parquet or webdataset tars), or with "
+    "another set: data-is-better-together/open-image-preferences-v1-binarized, or local folders of HPDv2 and HPDv3"
+    for version in (1, 2)
 }
-REMOVED["yuvalkirstain/pickapic_v1"] = REMOVED["yuvalkirstain/pickapic_v2"]
 Layout = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of some local files, all of one layout. `root` is the folder that rows' paths are relative to."""
+    """The rows of some files, all of one layout; `read(file, first)` gives a file's rows from one on, by numbers."""
 
-    paths: tuple[Path, ...]
     layout: Layout
-    root: Path
-
-    @property
-    def files(self) -> int:
-        """How many there are."""
-        return len(self.paths)
-
-    def name(self, file: int) -> str:
-        """For messages."""
-        return str(self.paths[file])
-
-    def rows(self, file: int, first: int = 0) -> Iterator[dict]:
-        """The rows of a file from one on. Raises OSError or ValueError where it is damaged."""
-        path = self.paths[file]
-        yield from _READ[path.suffix.lower()](path, self.layout, first)
+    files: list[str]  # names, for messages
+    read: Callable[[int, int], Iterator[dict]]
+    root: Path | None = None  # the folder that paths in the rows are relative to
 
 
-@dataclass(frozen=True)
-class HubTable:
-    """The rows of a data set on the hub, of which `datasets` fetches what is read and keeps nothing."""
-
-    data: Any  # datasets.IterableDataset
-    layout: Layout
-    source: str
-    root: None = None
-
-    @property
-    def files(self) -> int:
-        """How many there are."""
-        return self.data.num_shards
-
-    def name(self, file: int) -> str:
-        """For messages."""
-        return f"file {file} of {self.source}"
-
-    def rows(self, file: int, first: int = 0) -> Iterator[dict]:
-        """The rows of a file from one on."""
-        part = self.data.shard(self.files, file)
-        yield from part.skip(first) if first else part
-
-
-def open_table(source: str, layouts: Sequence[Layout]) -> Table | HubTable:
-    """A table in the first layout that it has. Raises UserError in one line if there is no such table."""
+def open_table(source: str, layouts: Sequence[Layout]) -> Table:
+    """A local file or folder, or a data set on the hub. Raises UserError in one line if there is no such table."""
     wanted = "expected the columns " + ", or ".join(", ".join(layout) for layout in layouts)
     path = Path(source).expanduser()
-    if not path.exists() and (path.is_absolute() or path.suffix.lower() in KINDS or source.count("/") != 1):
-        raise UserError(f"{source}: no such file or folder; {wanted}, in {', '.join(KINDS)}")
     if not path.exists():
+        if path.is_absolute() or path.suffix.lower() in READERS or source.count("/") != 1:
+            raise UserError(f"{source}: no such file or folder; {wanted}, in {', '.join(READERS)}")
         return _open_hub(source, layouts, wanted)
-    paths = _training_files(path)
-    if not paths:
-        raise UserError(f"{source}: holds no training table; {wanted}, in {', '.join(KINDS)}")
-    root = path if path.is_dir() else path.parent
-    names = {file: _columns(file, source, wanted) for file in paths}
-    layout = _layout(names[paths[0]], layouts, str(paths[0]), wanted)
-    for file, columns in names.items():
-        if missing := [column for column in layout if column not in columns]:
-            raise UserError(f"{file}: has no column {missing[0]!r}, which {paths[0].name} has; {wanted}")
-    return Table(tuple(paths), layout, root)
+    files = training_files(path)
+    if not files:
+        raise UserError(f"{source}: holds no training table; {wanted}, in {', '.join(READERS)}")
+    columns = [_columns(file, wanted) for file in files]
+    layout = _choose(columns[0], layouts, str(files[0]), wanted)
+    for file, names in zip(files, columns):
+        if missing := [name for name in layout if name not in names]:
+            raise UserError(
+                f"{file}: has no column {missing[0]!r}, which {files[0].name} has; {wanted}"
+            )
+
+    def read(file: int, first: int) -> Iterator[dict]:
+        return READERS[files[file].suffix.lower()](files[file], layout, first)
+
+    return Table(layout, list(map(str, files)), read, path if path.is_dir() else path.parent)
 
 
-def _open_hub(source: str, layouts: Sequence[Layout], wanted: str) -> HubTable:
+def _open_hub(source: str, layouts: Sequence[Layout], wanted: str) -> Table:
+    """A data set of which `datasets` fetches what is read, and keeps nothing."""
     if source in REMOVED:
-        raise UserError(f"{source}: this data set was removed from the hub in 2025; use {REMOVED[source]}")
+        raise UserError(
+            f"{source}: this data set was removed from the hub in 2025; use {REMOVED[source]}"
+        )
     import datasets  # takes a second, and only the hub needs it
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in our own message
+    datasets.logging.set_verbosity(
+        datasets.logging.CRITICAL
+    )  # what it would log is in our own message
     try:
         data = datasets.load_dataset(source, split="train", streaming=True)
         columns = data.column_names or list(next(iter(data)))
     except ConnectionError:
-        raise UserError(f"{source}: the hub cannot be reached; name a local parquet file or folder instead") from None
-    except (OSError, ValueError, StopIteration) as error:  # ArrowInvalid is a ValueError
-        raise UserError(f"{source}: cannot be read as a table ({first_line(error)}); {wanted}") from None
-    layout = _layout(columns, layouts, source, wanted)
+        raise UserError(
+            f"{source}: the hub cannot be reached; name a local parquet file or folder instead"
+        ) from None
+    except (*DAMAGE, StopIteration) as error:
+        raise UserError(
+            f"{source}: cannot be read as a table ({first_line(error)}); {wanted}"
+        ) from None
+    layout = _choose(columns, layouts, source, wanted)
     data = data.select_columns(list(layout))
-    # Images as bytes: a damaged one costs its row, not the run.
-    return HubTable(data.decode(False) if data.features else data, layout, source)
+    data = (
+        data.decode(False) if data.features else data
+    )  # images as bytes: a damaged one costs its row, not the run
+    count = data.num_shards
+    names = [f"file {file} of {source}" for file in range(count)]
+    return Table(layout, names, lambda file, first: iter(data.shard(count, file).skip(first)))
 
 
-def _layout(columns: Sequence[str], layouts: Sequence[Layout], what: str, wanted: str) -> Layout:
+def _choose(columns: Sequence[str], layouts: Sequence[Layout], what: str, wanted: str) -> Layout:
     for layout in layouts:
         if set(layout) <= set(columns):
             return layout
@@ -127,7 +118,7 @@ def _layout(columns: Sequence[str], layouts: Sequence[Layout], what: str, wanted
     raise UserError(f"{what}: has no column {missing!r}; {wanted}")
 
 
-def _training_files(path: Path) -> list[Path]:
+def training_files(path: Path) -> list[Path]:
     """The files of a folder's table that hold training rows, by the words in their names and in their folders' names.
 
     If any is called train, only those; else all that are not called validation, test or the like.
@@ -135,39 +126,57 @@ def _training_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-    files = next(filter(None, ([p for p in files if p.suffix.lower() == kind] for kind in KINDS)), [])
-    files = [p for p in files if p.name not in ("state.json", "dataset_info.json", "dataset_dict.json")]
-    words = {p: set(re.split(r"[^a-z]+", p.relative_to(path).as_posix().lower())) for p in files}
-    kept = [p for p in files if not words[p] & EVALUATION]
+    files = [
+        p for p in files if p.name not in ("state.json", "dataset_info.json", "dataset_dict.json")
+    ]
+    kind = next((kind for kind in READERS if any(p.suffix.lower() == kind for p in files)), None)
+    words = {
+        p: set(re.split(r"[^a-z]+", p.relative_to(path).as_posix().lower()))
+        for p in files
+        if p.suffix.lower() == kind
+    }
+    kept = [p for p in words if not words[p] & EVALUATION]
     return [p for p in kept if words[p] & TRAINING] or kept
 
 
-def _columns(path: Path, source: str, wanted: str) -> list[str]:
+def _columns(path: Path, wanted: str) -> list[str]:
     kind = path.suffix.lower()
-    if kind not in KINDS:
-        raise UserError(f"{path}: is no table; {wanted}, in {', '.join(KINDS)}")
+    if kind not in READERS:
+        raise UserError(f"{path}: is no table; {wanted}, in {', '.join(READERS)}")
     try:
         if kind == ".parquet":
             return pq.read_schema(path).names
         if kind == ".arrow":
-            with _open_arrow(path) as file:
-                return file.schema.names
-        return list(next(_READ[kind](path, (), 0), ()))
-    # A damaged header fails in any of these ways; ArrowInvalid is a ValueError.
-    except (OSError, ValueError, tarfile.TarError, EOFError, RecursionError, MemoryError) as error:
-        raise UserError(f"{path}: cannot be read as a table ({first_line(error)}); {wanted}") from None
+            return _open_arrow(path).schema.names
+        return list(next(READERS[kind](path, (), 0), ()))
+    except DAMAGE as error:
+        raise UserError(
+            f"{path}: cannot be read as a table ({first_line(error)}); {wanted}"
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# One reader for each kind of file: the rows of a file from `first` on.
 
 
 def _parquet(path: Path, layout: Layout, first: int) -> Iterator[dict]:
     with pq.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            if first >= size:
-                first -= size
-                continue
-            for batch in file.iter_batches(64, row_groups=[group], columns=list(layout)):
-                yield from batch.to_pylist()[first:]
-                first = max(0, first - len(batch))
+        groups = list(range(file.num_row_groups))
+        while groups and first >= (rows := file.metadata.row_group(groups[0]).num_rows):
+            first -= rows  # groups before it are not read
+            del groups[0]
+        batches = file.iter_batches(64, row_groups=groups, columns=list(layout)) if groups else ()
+        yield from islice((row for batch in batches for row in batch.to_pylist()), first, None)
+
+
+def _arrow(path: Path, layout: Layout, first: int) -> Iterator[dict]:
+    table = _open_arrow(path).read_all()  # mapped, not read
+    for batch in table.select(list(layout)).slice(first).to_batches(64):
+        yield from batch.to_pylist()
 
 
 def _open_arrow(path: Path) -> Any:
@@ -177,73 +186,49 @@ def _open_arrow(path: Path) -> Any:
         return pa.ipc.open_file(pa.memory_map(str(path)))
 
 
-def _arrow(path: Path, layout: Layout, first: int) -> Iterator[dict]:
-    with _open_arrow(path) as file:
-        batches = file if hasattr(file, "__iter__") else map(file.get_batch, range(file.num_record_batches))
-        for batch in batches:
-            if first < len(batch):
-                yield from batch.select(list(layout)).slice(first).to_pylist()
-            first = max(0, first - len(batch))
-
-
 def _tar(path: Path, layout: Layout, first: int) -> Iterator[dict]:
-    """Members KEY.COLUMN or KEY.COLUMN.EXTENSION that follow each other are a row; text is parsed where it can be."""
+    """Members KEY.COLUMN or KEY.COLUMN.EXTENSION that follow each other are a row."""
 
-    def samples() -> Iterator[dict]:
-        """One row a key."""
-        key, row = None, {}
-        with closing(tarfile.open(path, "r|*")) as file:
-            for member in file:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, rest = base.partition(".")
-                if (folder, stem) != key and row:
-                    yield row
-                    row = {}
-                key, column = (folder, stem), rest.split(".")[0]
-                content = file.extractfile(member).read()
-                row[column] = content if column.startswith("jpg") else _value(content)
-        if row:
-            yield row
+    def cells() -> Iterator[tuple[str, tuple[str, Any]]]:
+        with tarfile.open(path, "r|*") as file:
+            for member in filter(tarfile.TarInfo.isfile, file):
+                folder, _, name = member.name.rpartition("/")
+                key, _, column = name.partition(".")
+                column, content = column.split(".")[0], file.extractfile(member).read()
+                yield (
+                    f"{folder}/{key}",
+                    (column, content if column.startswith("jpg") else _parsed(content)),
+                )
 
-    yield from islice(samples(), first, None)
+    rows = (dict(cell for _, cell in row) for _, row in groupby(cells(), key=itemgetter(0)))
+    yield from islice(rows, first, None)
 
 
-def _value(content: bytes) -> Any:
+def _parsed(content: bytes) -> Any:
     """Text as text, a number as a number."""
     try:
         text = content.decode()
+        return float(text)
     except UnicodeDecodeError:
         return content
-    try:
-        return float(text)
     except ValueError:
         return text
 
 
-def _jsonl(path: Path, layout: Layout, first: int) -> Iterator[dict]:
-    with path.open(encoding="utf-8-sig") as file:
-        for line in islice(filter(str.strip, file), first, None):
-            yield _object(json.loads(line))
-
-
 def _json(path: Path, layout: Layout, first: int) -> Iterator[dict]:
-    listed = json.loads(path.read_text(encoding="utf-8-sig"))
-    if not isinstance(listed, list):
-        raise ValueError(f"expected a list of rows, found {type(listed).__name__}")
-    yield from map(_object, listed[first:])
+    """A list of objects, or an object a line."""
+    with path.open(encoding="utf-8-sig") as file:
+        rows = (
+            map(json.loads, filter(str.strip, file))
+            if path.suffix.lower() == ".jsonl"
+            else json.load(file)
+        )
+        if isinstance(rows, dict):
+            raise ValueError("expected a list of rows, found an object")
+        for row in islice(rows, first, None):
+            if not isinstance(row, dict):
+                raise ValueError(f"expected a row as an object, found {type(row).__name__}")
+            yield row
 
 
-def _object(row: Any) -> dict:
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a row as an object, found {type(row).__name__}")
-    return row
-
-
-_READ = {".parquet": _parquet, ".arrow": _arrow, ".tar": _tar, ".jsonl": _jsonl, ".json": _json}
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+READERS = {".parquet": _parquet, ".arrow": _arrow, ".tar": _tar, ".jsonl": _json, ".json": _json}

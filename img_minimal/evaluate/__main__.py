@@ -12,14 +12,13 @@ pass with the image's own tokens (no guidance), or aligned with text, stock MLLM
 import json
 from dataclasses import dataclass
 
-from img_minimal.evaluate.options import CompareOptions
+from img_minimal.cli import PICTURES, check, option, parse, quiet_libraries, run, writable_file
 from img_minimal.flags import SamplingFlags
 from img_minimal.presets import PRESETS, find_preset
-from img_minimal.runtime.cli import PICTURES, check, option, parse, quiet_libraries, run, writable_file
 
 
 @dataclass
-class Config(SamplingFlags, CompareOptions):
+class Config(SamplingFlags):
     """The command line."""
 
     model: str = option("tiny-sdxl", "which model", choices=list(PRESETS))
@@ -31,6 +30,14 @@ class Config(SamplingFlags, CompareOptions):
     only_img: bool = option(False, "leave out the arms of text and stock MLLM")
     json: str | None = option(None, "also write the results to this file")
     picture: str | None = option(None, "also draw before and after, of the first prompts that the base gets wrong")
+    # with --prompt-file, see compare.py
+    prompt_file: str | None = option(None, "judge images of these prompts with CLIP models: .txt, .jsonl, .tsv, .json")
+    judges: str = option("pickscore,hpsv2,clipscore", "judges of a prompt file, separated by commas")
+    output: str = option("outputs/evaluate", "folder that keeps the images and scores of a prompt file")
+    pickscore_model: str | None = option(None, "hub id or folder; default: where it was published, see judges.py")
+    hpsv2_model: str | None = option(None, "hub id or folder in CLIPModel's layout; default: where it was published")
+    clipscore_model: str | None = option(None, "hub id or folder; default: where it was published")
+    judge_processor: str | None = option(None, "tokenizer and image processor of the judges; default: each one's own")
 
 
 if __name__ == "__main__":
@@ -38,11 +45,11 @@ if __name__ == "__main__":
 
 import torch
 
+from img_minimal.devices import Precision, best_device
 from img_minimal.evaluate.arms import Arms, ablations, before_and_after, print_results
 from img_minimal.evaluate.compare import compare
+from img_minimal.files import write_whole
 from img_minimal.load import load_img
-from img_minimal.runtime.atomic import write_whole
-from img_minimal.runtime.devices import Precision, best_device
 from img_minimal.tiny.grammar import benchmark
 
 

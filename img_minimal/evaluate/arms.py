@@ -12,14 +12,14 @@ import numpy as np
 from torch import Tensor
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.evaluate.image_folder import FIRST_SEED, NEW_SEED
-from img_minimal.evaluate.intervals import mean_interval, win_rate
+from img_minimal.evaluate.compare import FIRST_SEED, NEW_SEED
+from img_minimal.evaluate.intervals import mean_interval, said, win_rate
+from img_minimal.files import to_pil
 from img_minimal.load import load_guide
 from img_minimal.mllm import MLLM, NOTHING
 from img_minimal.pipeline import IMG
+from img_minimal.plots import pairs_grid
 from img_minimal.presets import Preset
-from img_minimal.runtime.images import to_pil
-from img_minimal.runtime.plots import pairs_grid
 from img_minimal.tiny.edits import correct
 from img_minimal.tiny.grammar import CATEGORIES, Prompt, benchmark
 from img_minimal.tiny.oracle import Verdict, judge
@@ -95,63 +95,59 @@ class Arms:
 
     def words(self) -> dict:
         """How the MLLM's words about the base's images agree with the oracle's; `choices` comes first."""
-        pairs = list(zip(self.said, self.verdicts["base"]))
-        wrong, right = ([(said, v.words) for said, v in pairs if v.strict == kind] for kind in (False, True))
+        seen = list(zip(self.prompts, self.said, self.verdicts["base"]))
+        wrong, right = ([one for one in seen if one[2].strict == kind] for kind in (False, True))
+
+        def share(some: list, silent: bool) -> float:
+            return sum((said == NOTHING) == silent for _, said, _ in some) / max(1, len(some))
+
+        def by_category(some: list, silent: bool) -> dict[str, float]:
+            kinds = {kind: [one for one in some if one[0].category == kind] for kind in CATEGORIES}
+            return {kind: share(few, silent) for kind, few in kinds.items() if few}
+
         return {
-            "nothing_when_wrong": sum(said == NOTHING for said, _ in wrong) / max(1, len(wrong)),
-            "complaint_when_right": sum(said != NOTHING for said, _ in right) / max(1, len(right)),
-            "exact_when_wrong": sum(said == true for said, true in wrong) / max(1, len(wrong)),
+            "nothing_when_wrong": share(wrong, silent=True),
+            "complaint_when_right": share(right, silent=False),
+            "exact_when_wrong": sum(said == verdict.words for _, said, verdict in wrong) / max(1, len(wrong)),
             "n_wrong": len(wrong),
             "n_right": len(right),
-            "nothing_by_category": self._nothing_by_category(False),
-            "complaint_by_category": {kind: 1 - share for kind, share in self._nothing_by_category(True).items()},
+            "nothing_by_category": by_category(wrong, silent=True),
+            "complaint_by_category": by_category(right, silent=False),
         }
-
-    def _nothing_by_category(self, right: bool) -> dict[str, float]:
-        """Of the base's right or wrong images of each category, the share about which the MLLM says nothing."""
-        kinds: dict[str, list[bool]] = {category: [] for category in CATEGORIES}
-        for prompt, said, verdict in zip(self.prompts, self.said, self.verdicts["base"]):
-            if verdict.strict == right:
-                kinds[prompt.category].append(said == NOTHING)
-        return {kind: sum(silent) / len(silent) for kind, silent in kinds.items() if silent}
 
     def results(self) -> dict:
         """Scores of every arm, overall and by category, and IMG against every other, with intervals."""
-        groups = {c: [p.category == c for p in self.prompts] for c in CATEGORIES}
-        groups["seen"] = [not p.held_out for p in self.prompts]
-        groups["held_out"] = [p.held_out for p in self.prompts]
-        strict = {name: np.array([v.strict for v in verdicts]) for name, verdicts in self.verdicts.items()}
-        soft = {name: np.array([v.soft for v in verdicts]) for name, verdicts in self.verdicts.items()}
-        graded = {name: np.array([v.graded for v in verdicts]) for name, verdicts in self.verdicts.items()}
-        arms = {
-            name: {
-                "strict": strict[name].mean().item(),
-                "soft": soft[name].mean().item(),
-                "graded": graded[name].mean().item(),
-                "unclear": float(np.mean([v.unclear for v in self.verdicts[name]])),
-                "n": len(self.prompts),
-                "interval": mean_interval(strict[name], self.captions),
-                "by_category": {c: strict[name][np.array(m)].mean().item() for c, m in groups.items() if any(m)},
-            }
-            for name in TITLES
-            if name in self.verdicts
+        groups = {kind: np.array([p.category == kind for p in self.prompts]) for kind in CATEGORIES}
+        held_out = np.array([p.held_out for p in self.prompts])
+        groups |= {"seen": ~held_out, "held_out": held_out}
+        names = [name for name in TITLES if name in self.verdicts]
+        others = [name for name in names if name != "img"]
+        marks = {
+            mark: {name: np.array([getattr(v, mark) for v in self.verdicts[name]], float) for name in names}
+            for mark in ("strict", "soft", "graded", "unclear")
         }
-        others = [name for name in arms if name != "img"]
-        order = [name for name in ORDER if name in arms]
+        strict = marks["strict"]
+
+        def arm(name: str) -> dict:
+            means = {mark: values[name].mean().item() for mark, values in marks.items()}
+            by_category = {kind: strict[name][here].mean().item() for kind, here in groups.items() if here.any()}
+            interval = mean_interval(strict[name], self.captions)
+            return means | {"n": len(self.prompts), "interval": interval, "by_category": by_category}
+
+        def minus(better: str, worse: str) -> dict:
+            return mean_interval(strict[better] - strict[worse], self.captions)
+
+        def wins(mark: str, ours: str, theirs: str) -> dict:
+            return win_rate(marks[mark][ours], marks[mark][theirs], self.captions)
+
+        steps = list(pairwise(name for name in ORDER if name in names))
         return {
-            "arms": arms,
-            "win_rate": {f"img_vs_{name}": win_rate(soft["img"], soft[name], self.captions) for name in others}
-            | {f"{n}_vs_base": win_rate(soft[n], soft["base"], self.captions) for n in CHOICES if n in arms},
-            "graded_win_rate": {
-                f"img_vs_{name}": win_rate(graded["img"], graded[name], self.captions) for name in others
-            },
-            "difference": {
-                f"img_minus_{name}": mean_interval(1.0 * strict["img"] - strict[name], self.captions) for name in others
-            },
-            "order": {
-                f"{better}_minus_{worse}": mean_interval(1.0 * strict[better] - strict[worse], self.captions)
-                for worse, better in pairwise(order)
-            },
+            "arms": {name: arm(name) for name in names},
+            "win_rate": {f"img_vs_{name}": wins("soft", "img", name) for name in others}
+            | {f"{name}_vs_base": wins("soft", name, "base") for name in CHOICES if name in names},
+            "graded_win_rate": {f"img_vs_{name}": wins("graded", "img", name) for name in others},
+            "difference": {f"img_minus_{name}": minus("img", name) for name in others},
+            "order": {f"{better}_minus_{worse}": minus(better, worse) for worse, better in steps},
         }
 
 
@@ -160,23 +156,20 @@ def print_results(results: dict) -> None:
     groups = list(results["arms"]["img"]["by_category"])
     print(f"{'strict':>56} soft  graded unclear " + " ".join(f"{g[:8]:>8}" for g in groups))
     for name, arm in results["arms"].items():
-        row = " ".join(f"{arm['by_category'][g]:8.2f}" for g in groups)
-        scores = f"{arm['strict']:7.3f} {arm['soft']:5.3f} {arm['graded']:6.3f} {arm['unclear']:7.3f}"
-        print(f"{TITLES[name]:48} {scores} {row}")
+        scores = f"{arm['strict']:7.3f} {arm['soft']:5.3f} {arm['graded']:6.3f} {arm['unclear']:7.3f} "
+        print(f"{TITLES[name]:48} {scores}" + " ".join(f"{arm['by_category'][g]:8.2f}" for g in groups))
     print(f"\n{'IMG against':48} strict, difference       win rate, soft score            win rate, graded score")
-    for name in results["arms"]:
-        if name != "img":
-            d = results["difference"][f"img_minus_{name}"]
-            rates = [results[kind][f"img_vs_{name}"] for kind in ("win_rate", "graded_win_rate")]
-            said = [f"{w['value']:.3f} [{w['low']:.3f}, {w['high']:.3f}] of {w['decided']:<5}" for w in rates]
-            print(f"{TITLES[name]:48} {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]   " + "   ".join(said))
+    for name in (name for name in results["arms"] if name != "img"):
+        rates = [results[kind][f"img_vs_{name}"] for kind in ("win_rate", "graded_win_rate")]
+        wins = "   ".join(f"{said(rate)} of {rate['decided']:<5}" for rate in rates)
+        print(f"{TITLES[name]:48} {said(results['difference'][f'img_minus_{name}'], '+.3f')}   {wins}")
     for name in filter(results["arms"].get, CHOICES):
-        wins = "wins {value:.3f} [{low:.3f}, {high:.3f}] of {decided}".format(**results["win_rate"][f"{name}_vs_base"])
-        print(f"{TITLES[name]} {wins} comparisons with the base model, soft score")
+        rate = results["win_rate"][f"{name}_vs_base"]
+        print(f"{TITLES[name]} wins {said(rate)} of {rate['decided']} comparisons with the base model, soft score")
     print("\nThe paper's order, each beside the one before it, strict:")
-    for name, d in results["order"].items():
+    for name, difference in results["order"].items():
         better, worse = (TITLES[arm] for arm in name.split("_minus_"))
-        print(f"{better:48} {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]   minus {worse}")
+        print(f"{better:48} {said(difference, '+.3f')}   minus {worse}")
     if words := results.get("mllm"):
         print(
             "\nThe MLLM says nothing about {nothing_when_wrong:.0%} of the base's {n_wrong} wrong images, and exactly "

@@ -68,3 +68,8 @@ def ranking_interval(
         return {"value": float("nan"), "low": float("nan"), "high": float("nan")}
     ends = np.nanpercentile(areas, [2.5, 97.5])
     return {"value": float(above.mean()), "low": float(ends[0]), "high": float(ends[1])}
+
+
+def said(interval: dict, form: str = ".3f") -> str:
+    """A number with its interval; the form "+.3f" is for differences."""
+    return f"{interval['value']:{form}} [{interval['low']:{form}}, {interval['high']:{form}}]"

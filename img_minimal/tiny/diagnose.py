@@ -17,10 +17,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from img_minimal.cli import PICTURES, option, parse, quiet_libraries, run, writable_file
+from img_minimal.files import to_pil
 from img_minimal.mllm import MLLM
 from img_minimal.presets import find_preset
-from img_minimal.runtime.cli import PICTURES, option, parse, quiet_libraries, run, writable_file
-from img_minimal.runtime.images import to_pil
 from img_minimal.tiny.grammar import COLOURS, FORMS, Prompt, benchmark, sample_prompt
 from img_minimal.tiny.oracle import FIGURE, judge
 from img_minimal.tiny.readings import agreement, readings
@@ -179,7 +179,7 @@ def sight(mllm: MLLM, count: int = 300, seed: int = 0) -> dict[str, float]:
 def sheet(path: str, count: int = 60) -> None:
     """A picture of what the base draws for validation prompts, with the oracle's verdicts; none is chosen."""
     from img_minimal.load import load_backbone
-    from img_minimal.runtime.plots import labelled_grid
+    from img_minimal.plots import labelled_grid
 
     prompts = benchmark(count, "validation")
     images = load_backbone(find_preset("tiny-sdxl")).draw([str(p) for p in prompts], [*range(count)], progress="draw")

@@ -14,7 +14,7 @@ import random
 import re
 from dataclasses import dataclass
 
-from img_minimal.runtime.errors import UserError
+from img_minimal.cli import UserError
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 FORMS = ("circle", "square", "triangle", "cross")

@@ -14,10 +14,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from img_minimal.runtime.images import from_pil
+from img_minimal.files import from_pil
 from img_minimal.tiny.edits import instruction
 from img_minimal.tiny.grammar import FORMS, Prompt
-from img_minimal.tiny.world import BACKGROUND, PALETTE, SIZE, Scene, Shape, satisfied, signed_distance
+from img_minimal.tiny.world import (
+    BACKGROUND,
+    PALETTE,
+    SIZE,
+    Scene,
+    Shape,
+    satisfied,
+    signed_distance,
+)
 
 FIGURE = 0.3  # distance from the ground in RGB; a third of a yellow pixel's coverage
 SPECK = 24  # pixels; smaller figures are overlooked

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from img_minimal.runtime.images import decode, from_pil
+from img_minimal.files import decode, from_pil
 from img_minimal.tiny.grammar import Prompt, parse
 from img_minimal.tiny.oracle import Verdict, compare, judge
 from img_minimal.tiny.world import CELLS, Shape

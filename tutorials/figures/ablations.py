@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK
+from img_minimal.plots import BLUE, GREEN, GREY, ORANGE, PINK
 
 COLOURS = {"guidance": BLUE, "loss": ORANGE, "lambda": GREEN, "refresh": PINK, "passes": GREY}
 

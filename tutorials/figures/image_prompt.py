@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from PIL.Image import Image
 from torch import Tensor
 
-from img_minimal.runtime.plots import BLUE, GREY, ORANGE
+from img_minimal.plots import BLUE, GREY, ORANGE
 
 
 def draw(

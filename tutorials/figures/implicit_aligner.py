@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL.Image import Image, Resampling, fromarray
 from torch import Tensor
 
-from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK
+from img_minimal.plots import BLUE, GREEN, GREY, ORANGE, PINK
 
 KINDS = {"image patches": BLUE, "words of the question": ORANGE, "words of the prompt": GREEN,
          "after the prompt": PINK, "the tokens themselves": GREY}  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure, SubFigure
 from PIL.Image import Image
 
-from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK
+from img_minimal.plots import BLUE, GREEN, GREY, ORANGE, PINK
 from img_minimal.tiny.oracle import Verdict
 
 SHOWN = 8  # failures

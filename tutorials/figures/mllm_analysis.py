@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL.Image import Image
 
 from img_minimal.evaluate.intervals import mean_interval
-from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE
+from img_minimal.plots import BLUE, GREEN, GREY, ORANGE
 
 SHOWN = 5  # images with their answers
 COLOURS = {"text alone": GREY, "stock MLLM": ORANGE, "finetuned MLLM": BLUE}

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL.Image import Image
 
-from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE
+from img_minimal.plots import BLUE, GREEN, GREY, ORANGE
 from img_minimal.tiny.grammar import CATEGORIES
 
 CELLS = {"base": GREY, "base + IMG": BLUE, "DPO": ORANGE, "DPO + IMG": GREEN}

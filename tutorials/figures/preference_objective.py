@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK, plain
+from img_minimal.plots import BLUE, GREEN, GREY, ORANGE, PINK, plain
 
 Field = Callable[..., tuple[Tensor, Tensor]]  # points, reference, objective -> -grad L, and what is the preference's
 

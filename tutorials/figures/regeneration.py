@@ -9,8 +9,8 @@ from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
 from img_minimal.presets import Preset
-from img_minimal.runtime.images import to_pil
-from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK
+from img_minimal.files import to_pil
+from img_minimal.plots import BLUE, GREEN, GREY, ORANGE, PINK
 
 CONTROLS = {
     "new_seed": "new seed",

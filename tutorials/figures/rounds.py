@@ -3,7 +3,7 @@
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from img_minimal.runtime.plots import BLUE, GREY, ORANGE, PINK
+from img_minimal.plots import BLUE, GREY, ORANGE, PINK
 
 
 def draw(logs: dict[str, list[dict]], shares: dict[str, dict]) -> Figure:

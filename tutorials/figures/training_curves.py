@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from img_minimal.runtime.plots import BLUE, GREEN, GREY, ORANGE, PINK, plain
+from img_minimal.plots import BLUE, GREEN, GREY, ORANGE, PINK, plain
 
 
 class Curves:

@@ -10,8 +10,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from img_minimal.cli import run
 from img_minimal.presets import TINY, find_preset
-from img_minimal.runtime.cli import run
 
 PARTS = {
     "vae": "pictures <-> latents",

@@ -23,10 +23,10 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from img_minimal.backbones.sdxl.sampler import draw
 from img_minimal.data.features import distinct
-from img_minimal.data.pairs import Pair, held_back, parse_pair
-from img_minimal.runtime.images import decode, from_pil
+from img_minimal.data.pairs import PAIRS, Pair, held_back
+from img_minimal.files import decode, from_pil
+from img_minimal.sdxl import draw
 from img_minimal.tiny.build.loop import autocast, fit
 from img_minimal.tiny.build.pairs import BASE
 from img_minimal.tiny.build.scenes import encode_text
@@ -59,6 +59,7 @@ def read(path: Path, limit: int) -> tuple[list[Pair], Tensor]:
     rows = pq.read_table(path).slice(0, limit or None).to_pylist()
     rows = [row for row in rows if not held_back(row["caption"])]
     images: dict[bytes, Image] = {}
+    parse_pair = next(iter(PAIRS.values()))
     pairs = [parse_pair(row, lambda data: images.setdefault(data, decode(data))) for row in rows]
     return pairs, torch.tensor([row["label_0" if row["model_0"] == BASE else "label_1"] == 1 for row in rows])
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from img_minimal.files.weights import write_safetensors
+from img_minimal.hub.weights import write_safetensors
 from img_minimal.load import load_backbone
 from img_minimal.presets import Preset
 from img_minimal.tiny.grammar import Prompt, sample_prompt

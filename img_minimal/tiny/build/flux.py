@@ -9,7 +9,12 @@ import random
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import (
@@ -21,11 +26,17 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from img_minimal.backbones.flux.image_prompt import TOKENS, TokenProjection, public_names
-from img_minimal.backbones.flux.injection import ImageBranch, inject
-from img_minimal.backbones.flux.sampler import Condition, draw
-from img_minimal.files.weights import read_weights, write_safetensors
-from img_minimal.runtime.devices import Precision
+from img_minimal.devices import Precision
+from img_minimal.flux import (
+    TOKENS,
+    Condition,
+    ImageBranch,
+    TokenProjection,
+    draw,
+    inject,
+    public_names,
+)
+from img_minimal.hub.weights import read_weights, write_safetensors
 from img_minimal.tiny.build.clip import TEXT_WIDTH, WIDTH
 from img_minimal.tiny.build.flux_encoder import latents_of
 from img_minimal.tiny.build.loop import CPU, autocast, fit, save_pipeline

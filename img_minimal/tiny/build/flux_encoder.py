@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
-from img_minimal.attention import PerceiverLayers
-from img_minimal.backbones.flux.image_prompt import TOKENS, TokenProjection
-from img_minimal.files.weights import write_safetensors
+from img_minimal.aligner import PerceiverLayers
+from img_minimal.flux import TOKENS, TokenProjection
+from img_minimal.hub.weights import write_safetensors
 from img_minimal.tiny.build.clip import SIDE, WIDTH, image_processor, sine_position_2d
 from img_minimal.tiny.build.loop import autocast, fit
 from img_minimal.tiny.build.vae import random_pictures

@@ -21,8 +21,8 @@ from transformers import (
     LlavaProcessor,
 )
 
-from img_minimal.files.mllm_layouts import CONVERSATION
-from img_minimal.questions import QUESTIONS
+from img_minimal.hub.mllms import CONVERSATION
+from img_minimal.mllm import QUESTIONS
 from img_minimal.tiny.build.loop import autocast, fit, run_train
 from img_minimal.tiny.build.tokenizers import WORDS, llava_tokenizer
 from img_minimal.tiny.grammar import (

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from img_minimal.runtime.atomic import replacing
-from img_minimal.runtime.devices import Precision
-from img_minimal.runtime.optimizer import new_optimizer, warmup_constant_decay
-from img_minimal.training import check_loss
+from img_minimal.devices import Precision
+from img_minimal.files import replacing
+from img_minimal.optimizer import new_optimizer, warmup_constant_decay
+from img_minimal.run import check_loss
 
 CPU = torch.device("cpu")
 MIXED = Precision.named("mixed", CPU)

@@ -5,9 +5,26 @@ from collections import Counter
 from dataclasses import replace
 
 from img_minimal.tiny.edits import NOTHING, instruction
-from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, RELATIONS, Group, Prompt, sample_prompt
+from img_minimal.tiny.grammar import (
+    COLOURS,
+    FORMS,
+    HELD_OUT,
+    RELATIONS,
+    Group,
+    Prompt,
+    sample_prompt,
+)
 from img_minimal.tiny.oracle import is_clear
-from img_minimal.tiny.world import CELLS, JITTER, LARGEST, SMALLEST, Scene, Shape, overlap, satisfied
+from img_minimal.tiny.world import (
+    CELLS,
+    JITTER,
+    LARGEST,
+    SMALLEST,
+    Scene,
+    Shape,
+    overlap,
+    satisfied,
+)
 
 
 def damage(scene: Scene, rng: random.Random) -> Scene:

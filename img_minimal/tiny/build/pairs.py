@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 from tqdm import tqdm
 
-from img_minimal.runtime.images import to_pil
+from img_minimal.files import to_pil
 from img_minimal.tiny.build.drawings import CHUNK, CHUNKS, judged
 from img_minimal.tiny.build.mistakes import damaged, prompts_for, shown_by
 from img_minimal.tiny.build.tables import save_table, to_jpeg, to_webp

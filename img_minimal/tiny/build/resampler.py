@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from img_minimal.attention import PerceiverLayers
-from img_minimal.backbones.sdxl.image_prompt import Resampler
-from img_minimal.files.weights import write_safetensors
+from img_minimal.aligner import PerceiverLayers
+from img_minimal.hub.weights import write_safetensors
+from img_minimal.sdxl import Resampler
 from img_minimal.tiny.build.clip import SIDE, WIDTH, sine_position_2d
 from img_minimal.tiny.build.loop import autocast, fit
 

@@ -6,7 +6,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
 
 from img_minimal.tiny.build.loop import autocast
 from img_minimal.tiny.build.vae import random_pictures

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor
 
-from img_minimal.runtime.atomic import replacing
+from img_minimal.files import replacing
 
 
 def save_table(table: pa.Table, path: Path, what: str) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 from tqdm import tqdm
 
+from img_minimal.files import to_pil
 from img_minimal.finetuning import finetune
-from img_minimal.runtime.images import to_pil
 from img_minimal.tiny.build.drawings import CHUNKS, judged
 from img_minimal.tiny.build.mistakes import damage, prompts_for, shown_by
 from img_minimal.tiny.build.tables import save_table, to_jpeg, to_webp

@@ -16,12 +16,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
 
-from img_minimal.backbones.sdxl.image_prompt import Resampler
-from img_minimal.backbones.sdxl.injection import ImageBranch, inject
-from img_minimal.backbones.sdxl.sampler import draw
-from img_minimal.files.weights import read_weights, write_safetensors
+from img_minimal.hub.weights import read_weights, write_safetensors
+from img_minimal.sdxl import ImageBranch, Resampler, draw, inject
 from img_minimal.tiny.build.clip import TEXT_WIDTH, WIDTH
 from img_minimal.tiny.build.loop import autocast, fit, save_pipeline
 from img_minimal.tiny.build.scenes import encode_text

@@ -1,0 +1,227 @@
+"""What IMG needs of a text-to-image model: draw, with or without image tokens, and make tokens.
+
+sdxl.py and flux.py implement it; nothing else knows what a UNet is. A backbone is a diffusers
+pipeline plus an IP-Adapter in two halves: the *image prompt* turns images into tokens, the *branch*
+lets the network attend to them.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL.Image import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
+
+from img_minimal.cli import check
+from img_minimal.devices import Precision, Turns, best_device, compute_device
+from img_minimal.files import check_finite
+from img_minimal.presets import Models, Preset
+
+CLASSES = {"sdxl": "SDXL", "flux": "Flux"}
+PIPELINES = {"StableDiffusionXLPipeline": "sdxl", "FluxPipeline": "flux"}
+
+
+class ImagePrompt(nn.Module):
+    """Turn images into tokens: CLIP's vision model, then the adapter's projection `head`. Frozen."""
+
+    token_shape: tuple[int, int]  # (N, D) of one image
+
+    def __init__(
+        self,
+        encoder: CLIPVisionModelWithProjection,
+        processor: CLIPImageProcessorPil,
+        head: nn.Module,
+        precision: Precision,
+    ):
+        super().__init__()
+        self.encoder, self.processor = encoder, processor
+        self.head, self.precision = head, precision
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def open(cls, models: Models, precision: Precision, device: torch.device) -> Self:
+        """Load from local files. Raises WeightsError if one is missing or does not fit."""
+        raise NotImplementedError
+
+    def pixels(self, images: list[Image]) -> Tensor:
+        """Normalise images to pixels (B, 3, S, S) in the encoder's dtype and on its device."""
+        pixels = self.processor(images, return_tensors="pt").pixel_values
+        return pixels.to(self.encoder.device, self.encoder.dtype)
+
+    def tokens(self, images: list[Image]) -> Tensor:
+        """Compute the image tokens (B, N, D) in fp32."""
+        raise NotImplementedError
+
+    def negative(self) -> Tensor:
+        """Compute the tokens (1, N, D) of "no image", for classifier-free guidance."""
+        raise NotImplementedError
+
+
+class Backbone:
+    """A frozen text-to-image model that can also attend to image tokens.
+
+    `sampling` holds the current settings of drawing; `turns` decides what is on the device.
+    """
+
+    multiple = 8  # height and width must be multiples of this
+    network = "unet"  # the pipeline's name for the part that attends to the tokens
+    image_prompts = ImagePrompt
+    text_width: int  # of `text_states`
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        image_prompt: ImagePrompt,
+        branch: nn.Module,
+        preset: Preset,
+        turns: Turns,
+    ):
+        self.pipe, self.image_prompt, self.branch = pipe, image_prompt, branch
+        self.preset, self.sampling, self.turns = preset, preset.sampling, turns
+        self.precision = image_prompt.precision
+
+    def draw(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        tokens: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        scale_end: float | None = None,
+        progress: str | None = None,
+    ) -> Tensor:
+        """Draw one image per prompt: (B, 3, H, W) in [0, 1] on the CPU.
+
+        Each image has its own CPU generator, so a seed gives the same noise alone and in a batch,
+        in the first pass and in the second, on every device. `tokens` (B, N, D) are weighted by
+        `scale` in the first step and `scale * scale_end` in the last one, linearly in between; in
+        the unconditional half of classifier-free guidance the tokens of "no image" take their
+        place. Raises UserError if an image is not finite.
+        """
+        sampling, device = self.sampling, self.turns.device
+        scale = sampling.scale if scale is None else scale
+        scale_end = sampling.scale_end if scale_end is None else scale_end
+        scales = torch.linspace(scale, scale * scale_end, sampling.steps).tolist()
+        guided = tokens is not None and scale != 0
+        negative = self.negative_tokens().to(device) if guided else None
+        texts = self.read(prompts)
+        starts = range(0, len(prompts), sampling.draw_batch)
+        bar = tqdm(
+            total=len(starts) * sampling.steps,
+            desc=progress,
+            disable=progress is None,
+            leave=False,
+            delay=1,
+        )
+        images = []
+        for start in starts:
+            batch = slice(start, start + sampling.draw_batch)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
+            both = None
+            if guided:
+                positive = tokens[batch].to(device)
+                both = negative.to(positive).expand_as(positive), positive
+            with torch.no_grad(), self.precision.sampling(device):
+                drawn = self.draw_batch(texts[batch], generators, both, scales, bar)
+            check_finite(drawn, start)
+            images.append(drawn.float().cpu())
+        bar.close()
+        return torch.cat(images)
+
+    def read(self, prompts: list[str]) -> list[Any]:
+        """Prepare what `draw_batch` needs of each prompt."""
+        raise NotImplementedError
+
+    def draw_batch(
+        self,
+        texts: list[Any],
+        generators: list[torch.Generator],
+        tokens: tuple[Tensor, Tensor] | None,
+        scales: list[float],
+        bar: tqdm,
+    ) -> Tensor:
+        """Draw a batch (B, 3, H, W), guided by `tokens`: those of "no image" and of the images."""
+        raise NotImplementedError
+
+    def text_states(self, prompts: list[str]) -> Tensor:
+        """Encode prompts to the text encoder's states (B, L, text_width)."""
+        raise NotImplementedError
+
+    def truncated_part(self, prompt: str) -> tuple[str, int]:
+        """Return the end of the prompt that the text encoders do not see, and their token limit."""
+        raise NotImplementedError
+
+    def tokens(self, images: list[Image], progress: str | None = None) -> Tensor:
+        """Compute the image tokens (B, N, D) of images."""
+        self.turns.bring(self.image_prompt)
+        size = self.preset.models.encode_batch
+        starts = range(0, len(images), size)
+        tokens = []
+        for k in tqdm(starts, desc=progress, disable=progress is None, leave=False):
+            tokens.append(self.image_prompt.tokens(images[k : k + size]).cpu())
+        return torch.cat(tokens)
+
+    def negative_tokens(self) -> Tensor:
+        """Compute the tokens (1, N, D) of "no image"."""
+        self.turns.bring(self.image_prompt)
+        return self.image_prompt.negative()
+
+
+def backbone_class(kind: str) -> type[Backbone]:
+    """Return SDXL or Flux, importing only that module."""
+    return getattr(import_module(f"img_minimal.{kind}"), CLASSES[kind])
+
+
+def open_backbone(
+    preset: Preset,
+    pipe: DiffusionPipeline | None = None,
+    inspect: Callable[[int], object] = id,
+    loaded: Callable[[], object] = lambda: None,
+) -> Backbone:
+    """Load a backbone from local files, or wrap a loaded pipeline without moving or changing it.
+
+    The image prompt is small and comes first: `inspect` may reject the width of its tokens before
+    anything big is loaded. `loaded` is called after each part. Raises UserError for files that are
+    missing or do not fit each other.
+    """
+    kind = backbone_class(preset.backbone)
+    models, sampling = preset.models, preset.sampling
+    for name, size in (("height", sampling.height), ("width", sampling.width)):
+        fits = size is None or size % kind.multiple == 0
+        check(fits, f"--{name} is {size}, this model draws multiples of {kind.multiple}; try 1024")
+    if pipe is None:
+        turns = Turns(best_device(), models.offload)
+        precision = Precision.named(models.dtype, turns.device)
+    else:
+        network = getattr(pipe, kind.network)
+        turns = Turns(compute_device(network))
+        precision = Precision(network.dtype, network.dtype, network.dtype)
+    image_prompt = kind.image_prompts.open(models, precision, turns.home)
+    inspect(image_prompt.token_shape[1])
+    loaded()
+    if pipe is None:
+        pipe = kind.open_pipe(models, precision).to(turns.home)
+        pipe.set_progress_bar_config(disable=True)
+    loaded()
+    branch = kind.open_branch(models, pipe).to(turns.home).requires_grad_(False)
+    loaded()
+    return kind(pipe, image_prompt, branch, preset, turns)
+
+
+def open_image_prompt(preset: Preset) -> ImagePrompt:
+    """Load only what turns images into tokens, from local files. Raises WeightsError."""
+    device = best_device()
+    precision = Precision.named(preset.models.dtype, device)
+    return backbone_class(preset.backbone).image_prompts.open(preset.models, precision, device)
+
+
+def unseen_end(tokenizer: Any, prompt: str, limit: int) -> str:
+    """Return the end of the prompt beyond `limit` tokens, "" if there is none."""
+    offsets = tokenizer(prompt, return_offsets_mapping=True).offset_mapping
+    starts = [start for start, _ in offsets]
+    # Both counts include the begin and end tokens; the last token seen is the end token.
+    return prompt[starts[limit - 1] :] if len(starts) > limit else ""

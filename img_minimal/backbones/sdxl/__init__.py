@@ -1,1 +1,0 @@
-"""SDXL, SDXL-DPO and their twins: a UNet, IP-Adapter Plus with 16 tokens, 70 decoupled cross-attentions."""

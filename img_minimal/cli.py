@@ -1,0 +1,218 @@
+"""Generate command lines from dataclasses and turn user errors into a single line."""
+
+import argparse
+import os
+import re
+import sys
+import typing
+import warnings
+from collections.abc import Callable
+from dataclasses import MISSING, Field, field, fields
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from types import NoneType, TracebackType
+from typing import Any, NoReturn, TypeVar
+
+Config = TypeVar("Config")
+LARGEST = 2**32 - 1  # upper bound of numeric flags that set no bound of their own
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
+
+
+class UserError(ValueError):
+    """Raised for user mistakes: says what was wrong, what was expected, and what to do next."""
+
+
+def check(condition: object, message: str) -> None:
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def option(default: Any, text: str = "", **extra: Any) -> Any:
+    """Declare a dataclass field together with its `--help` line.
+
+    `least` and `most` bound a number; `choices` lists the accepted values.
+    """
+    return field(default=default, metadata={"help": text, **extra})
+
+
+def parse(
+    config: type[Config], description: str, *parts: type, argv: list[str] | None = None
+) -> tuple[Config, dict[str, Any]]:
+    """Read the command line into a dataclass, plus the preset fields it overrides.
+
+    `some_field` becomes `--some-field`; booleans also get a `--no-` form. Of `parts` (dataclasses
+    of a preset), every field with a help line is a flag; those given are returned as a dict. Flags
+    cannot be abbreviated, and "~/" expands to the home folder. Unknown flags, wrong types and
+    numbers out of bounds end the program with one line and exit code 2.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    flags: dict[str, Field] = {f.name: f for f in fields(config)}
+    own = set(flags)
+    types = typing.get_type_hints(config)
+    for part in parts:
+        types = typing.get_type_hints(part) | types
+        for f in fields(part):
+            if f.metadata.get("help"):
+                flags.setdefault(f.name, f)
+    for name, flag in flags.items():
+        _add_flag(parser, flag, types[name], from_preset=name not in own)
+
+    values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        _check_bounds(flags[name], value)
+        if isinstance(value, str) and value.startswith("~/"):
+            values[name] = os.path.expanduser(value)
+    changes = {name: v for name, v in values.items() if name not in own and v is not None}
+    return config(**{name: values[name] for name in own}), changes
+
+
+def _add_flag(parser: argparse.ArgumentParser, flag: Field, kind: Any, from_preset: bool) -> None:
+    """Add one dataclass field to the parser."""
+    alternatives = [t for t in typing.get_args(kind) if t is not NoneType]
+    kind = alternatives[0] if alternatives else kind
+    required = flag.default is MISSING and not from_preset
+    text = flag.metadata["help"]
+    if from_preset:
+        text += "; default: the preset's"
+    elif not required and flag.default is not None:
+        text += f" (default: {flag.default})"
+    settings: dict[str, Any] = {"help": text.replace("%", "%%"), "required": required}
+    settings["default"] = None if from_preset or required else flag.default
+    choices = flag.metadata.get("choices")
+    if kind is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    else:
+        metavar = None if choices else kind.__name__.upper()
+        settings |= {"type": kind, "choices": choices, "metavar": metavar}
+    parser.add_argument(_flag_name(flag.name), **settings)
+
+
+def _check_bounds(flag: Field, value: object) -> None:
+    """End the program if a number is out of bounds; the negated comparison also catches NaN."""
+    least, most = flag.metadata.get("least", 0), flag.metadata.get("most", LARGEST)
+    if isinstance(value, int | float) and not least <= value <= most:
+        end_with(f"{_flag_name(flag.name)} is {value}, expected {least:g} to {most:,}")
+
+
+def _flag_name(field_name: str) -> str:
+    return "--" + field_name.replace("_", "-")
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` and exit; report user errors as one line on stderr with exit code 2."""
+    try:
+        sys.exit(main() or 0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        message = one_line(error)
+        if message is None:
+            raise
+    # Outside the handler, which would keep the error alive and with it a locked run folder.
+    end_with(message)
+
+
+def install_error_hook() -> None:
+    """Report user errors as `run` does, in a script without a `main` function."""
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(130)
+        message = one_line(error)
+        if message is None:
+            sys.__excepthook__(kind, error, trace)
+        else:
+            end_with(message)
+
+    sys.excepthook = hook
+
+
+def end_with(message: str) -> NoReturn:
+    """Print one line to stderr and exit with code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def one_line(error: BaseException) -> str | None:
+    """Return the message for a user error, or None for a bug, whose traceback is needed."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, recognised without importing torch
+        return (
+            "the GPU's memory is full; try --offload, --dtype fp16 or bf16, or close other "
+            "programs that use the GPU"
+        )
+    out_of_memory = "can't allocate memory|not enough memory"
+    if isinstance(error, RuntimeError) and re.search(out_of_memory, str(error)):
+        return "the computer's memory is full; try --dtype bf16, which halves the models"
+    # OSError covers missing or read-only files, a full disk, an unreachable model hub.
+    if isinstance(error, OSError | UserError):
+        return " ".join(str(error).split())
+    return None
+
+
+def quiet_libraries() -> None:
+    """Silence loading bars and deprecation notes of transformers and diffusers."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils.logging
+    import transformers.utils.logging
+
+    # Raised for FLUX's RMSNorm under autocast.
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
+    huggingface_hub.utils.logging.set_verbosity_error()
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+def silence_nonzero_ranks() -> None:
+    """Let only rank 0 of a torchrun job print and show progress; call before importing tqdm."""
+    if int(os.environ.get("RANK", 0)):
+        os.environ["TQDM_DISABLE"] = "1"
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open as long as the process lives
+
+
+def warn(message: str) -> None:
+    """Print one warning line to stderr, on rank 0 only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Replace lone surrogates, which cannot be printed, saved or tokenized, by U+FFFD."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Create a folder and prove that it can be written to. Raises UserError."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path):  # a unique name: another run may test the same folder
+            pass
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"{path}: cannot be written ({reason}); choose another folder") from None
+    return path
+
+
+def writable_file(path: str | None, flag: str, kinds: tuple[str, ...] = ()) -> None:
+    """Prove, before any work is done, that a file can be written; `kinds` are allowed endings.
+
+    Raises UserError. None stands for no file.
+    """
+    if path is None:
+        return
+    suffix = Path(path).suffix.lower()
+    fits = not kinds or suffix in kinds
+    check(fits, f"{path}: cannot be drawn as {suffix or 'that'}; {flag} takes {', '.join(kinds)}")
+    check(not Path(path).is_dir(), f"{path}: is a folder; choose another {flag}")
+    try:
+        with NamedTemporaryFile(dir=Path(path).parent):
+            pass
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"{path}: cannot be written ({reason}); choose another {flag}") from None

@@ -1,0 +1,127 @@
+"""Load what an aligner is trained on, from a preset: encoder, cached or streamed features."""
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+
+from img_minimal.backbone import open_backbone, open_image_prompt
+from img_minimal.cli import writable_folder
+from img_minimal.data.features import CachedData, Encoder, FeatureCache, StreamedData
+from img_minimal.data.pairs import pair_stream
+from img_minimal.devices import best_device
+from img_minimal.files import fingerprint
+from img_minimal.hub.mllms import read_settings
+from img_minimal.hub.where import fetch
+from img_minimal.mllm import find_questions
+from img_minimal.pipeline import ADAPTER, open_guide
+from img_minimal.presets import Preset
+from img_minimal.run import Ranks
+
+RANK_SEEDS = 1_000_000_007  # between the seeds of two ranks' questions
+
+
+def load_encoder(preset: Preset, guidance: str, seed: int) -> Encoder:
+    """Load the frozen models that turn pairs into features.
+
+    Nothing that draws is loaded, except for guidance by "text", which needs the base's encoders.
+    """
+    preset = preset.changed(mllm=preset.guide(guidance))
+    if guidance == "text":
+        tokenizer = open_backbone(fetch(preset, *ADAPTER, "unet", "base"))
+        guide = open_guide(preset, "text", tokenizer)
+    else:
+        preset = fetch(preset, *ADAPTER, "mllm")
+        tokenizer = open_image_prompt(preset)
+        guide = open_guide(preset, "mllm")
+    models = preset.models
+    share = preset.data.identity_share
+    return Encoder(tokenizer, guide, share, seed, models.encode_batch, models.mllm_batch)
+
+
+def load_training_data(
+    preset: Preset, guidance: str, seed: int, cache_gb: float, ranks: Ranks
+) -> CachedData | StreamedData:
+    """Open the training data; models are loaded only if features are missing.
+
+    Ranks share the work: the shards of a cache, or the files of a stream. Raises UserError for a
+    stale cache, or for pairs or models that cannot be read.
+    """
+    data, chunk = preset.data, preset.training.chunk
+    if data.cache_dir == "none":
+        share = ranks.rank, ranks.world
+        stream = pair_stream(data.pairs, chunk, data.max_pairs, seed, share)
+        # Each rank has files of its own, and draws other questions.
+        return StreamedData(stream, load_encoder(preset, guidance, seed + ranks.rank * RANK_SEEDS))
+    stream = pair_stream(data.pairs, chunk, data.max_pairs, seed)
+    encoder = cache(lambda: load_encoder(preset, guidance, seed))
+    return CachedData(stream, encoder, open_cache(preset, guidance, seed, cache_gb), ranks)
+
+
+def compute_features(
+    preset: Preset, guidance: str, seed: int, cache_gb: float, share: tuple[int, int]
+) -> str:
+    """Compute the r-th of n parts of a cache, of `share` (r, n); returns a summary.
+
+    Raises UserError as `load_training_data` does.
+    """
+    data = preset.data
+    stream = pair_stream(data.pairs, preset.training.chunk, data.max_pairs, seed)
+    encoder = cache(lambda: load_encoder(preset, guidance, seed))
+    features = open_cache(preset, guidance, seed, cache_gb)
+    features.collect(stream, lambda pairs, number: encoder()(pairs, number), share)
+    shards = sorted(features.folder.glob("[0-9]*.safetensors"))
+    summary = f"{len(shards)} shards in {features.folder}"
+    return summary + (", all there are" if features.complete else "")
+
+
+def open_cache(preset: Preset, guidance: str, seed: int, cache_gb: float) -> FeatureCache:
+    """Open the feature cache that belongs to a preset's models and data."""
+    data = preset.data
+    root = writable_folder(data.cache_dir)
+    source = data.pairs.replace("/", "--")
+    if Path(data.pairs).exists():
+        source = Path(data.pairs).stem
+    name = f"{preset.name}-{guidance}-{source}-{data.max_pairs or 'all'}-seed{seed}"
+    return FeatureCache(root / name, provenance(preset, guidance, seed), cache_gb * 1e9)
+
+
+def provenance(preset: Preset, guidance: str, seed: int) -> dict[str, str]:
+    """Describe everything that features depend on, in words and hashes, for a cache to compare."""
+    models, data, guide = preset.models, preset.data, preset.guide(guidance)
+    sizes = [_image_size(models.image_encoder, "--image-encoder")]
+    if guidance != "text":
+        sizes.append(_image_size(guide, "--mllm"))
+    return {
+        "the MLLM" if guidance != "text" else "the base": _describe(guide),
+        "the image encoder": _describe(models.image_encoder),
+        "the IP-Adapter": _describe(models.ip_adapter),
+        "the Resampler": _describe(models.resampler or models.ip_adapter),
+        "the pairs": _describe(data.pairs),
+        "at most this many pairs": str(data.max_pairs),
+        "this many pairs in a chunk": str(preset.training.chunk),
+        "a share of identity samples": str(data.identity_share),
+        "the questions, one drawn for each sample": _hash(find_questions(models.questions)),
+        # As asked for: what it resolves to on this machine differs in rounding only.
+        "dtype": models.dtype or f"the default of {best_device().type}",
+        "image size": " and ".join(sizes),
+        "seed": str(seed),
+    }
+
+
+def _image_size(location: str, flag: str) -> str:
+    """Read the side of a model's input images from its config.json; CLIPs and LLaVAs nest it."""
+    settings = read_settings(location, flag)
+    size, vision = settings.get("image_size"), settings.get("vision_config")
+    if not size and isinstance(vision, dict):
+        size = vision.get("image_size")
+    return str(size or "its own")
+
+
+def _describe(location: str) -> str:
+    path = Path(location)
+    return f"{path.name} {_hash(fingerprint(path))}" if path.exists() else location
+
+
+def _hash(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

@@ -1,0 +1,139 @@
+"""Decide where models compute and in which precision, and share one GPU between big models.
+
+bf16 pays off only where the hardware multiplies it: on a plain AVX2 CPU a bf16 product takes 30 to
+70 times as long as an fp32 one. No other module chooses a dtype to compute in.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from img_minimal.cli import UserError
+
+DTYPES = ("fp32", "bf16", "fp16", "mixed")
+
+
+def best_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def known_device(name: str) -> torch.device:
+    """Return the device of that name. Raises UserError if this machine has no such device."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        known = ", ".join(["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))])
+        raise UserError(f"--mllm-device is {name!r}, expected one of: {known}") from None
+    return device
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Return True if the device multiplies bf16 matrices faster than fp32 ones.
+
+    True for GPUs with bf16, and for CPUs with AVX-512-BF16, AMX or Arm's BF16 that torch may use.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    units = torch.cpu.get_capabilities()
+    has_units = any(units.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    # The second call respects ONEDNN_MAX_CPU_ISA, which makes a CPU compute like an older one.
+    return has_units and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Hold the dtypes of a run. Resampler, aligner and SDXL's VAE always stay in fp32."""
+
+    weights: torch.dtype  # of the base model and the image encoder
+    mllm: torch.dtype
+    compute: torch.dtype  # of matrix products with fp32 weights, in all training
+    mixed: bool = False  # draw and encode images in `compute`, too
+
+    @classmethod
+    def named(cls, name: str | None, device: torch.device) -> "Precision":
+        """Look up fp32, bf16, fp16 or mixed.
+
+        None means fp32 on a CPU, and on a GPU what the authors' sampler uses: fp16 for diffusion,
+        whose public files are fp16, and bf16 for the MLLM, whose activations are large. "mixed" is
+        fp32 weights that compute in bf16, where bf16 is fast. Raises UserError for another name.
+        """
+        fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
+        fast = bf16 if bf16_is_fast(device) else fp32
+        known = {
+            "fp32": cls(fp32, fp32, fp32),
+            "bf16": cls(bf16, bf16, bf16),
+            "fp16": cls(fp16, fp16, fast),
+            "mixed": cls(fp32, fast, fast, mixed=True),
+            None: cls(fp16, bf16, fast) if device.type == "cuda" else cls(fp32, fp32, fp32),
+        }
+        if name not in known:
+            raise UserError(f"unknown dtype {name!r}; expected {', '.join(DTYPES)}")
+        return known[name]
+
+    def training(self, device: torch.device) -> AbstractContextManager:
+        """Return the autocast context of a training step: fp32 weights, products in `compute`."""
+        return torch.autocast(device.type, self.compute, enabled=self.compute != torch.float32)
+
+    def sampling(self, device: torch.device) -> AbstractContextManager:
+        """Return the autocast context for drawing and encoding images."""
+        enabled = self.mixed and self.compute != torch.float32
+        return torch.autocast(device.type, self.compute, enabled=enabled)
+
+    def described(self, device: torch.device) -> str:
+        """Describe the run: "products in fp32 on cpu (AVX2, without fast bf16)"."""
+        if device.type == "cuda":
+            kind = torch.cuda.get_device_name(device)
+        else:
+            kind = torch.backends.cpu.get_cpu_capability()
+        units = "with fast bf16" if bf16_is_fast(device) else "without fast bf16"
+        return f"products in {dtype_name(self.compute)} on {device.type} ({kind}, {units})"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Shorten a dtype: torch.bfloat16 -> "bf16"."""
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Count the parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def compute_device(module: nn.Module) -> torch.device:
+    """Return where a module computes: where accelerate's hooks bring it, else where it lies."""
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return module.device if device is None else torch.device(device)
+
+
+class Turns:
+    """Keep all models on the device or, with `offload`, only the ones in use.
+
+    Sampling then moves diffusion -> image prompt -> MLLM -> aligner -> diffusion through the GPU.
+    accelerate's offload hooks cannot: they follow one module's `forward`, and IMG enters the MLLM
+    below its own forward.
+    """
+
+    def __init__(self, device: torch.device, offload: bool = False):
+        self.device, self.offload = device, offload
+        self.home = torch.device("cpu") if offload else device  # where models wait
+        self.resident: tuple[nn.Module | DiffusionPipeline, ...] = ()
+
+    def bring(self, *modules: nn.Module | DiffusionPipeline) -> None:
+        """Move modules that are used together to the device; the previous ones make room first."""
+        if not self.offload or self.resident == modules:
+            return
+        for module in self.resident:
+            module.to(self.home)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.resident = modules
+        for module in modules:
+            module.to(self.device)

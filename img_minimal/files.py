@@ -1,0 +1,272 @@
+"""Read and write files safely: atomic writes, JSON, images, and what a folder was made with."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from img_minimal.cli import UserError
+
+JSON_KINDS = {dict: "an object", list: "a list"}
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others may start programs
+MAX_SIDE = 8192  # pixels
+MAX_ASPECT = 100  # width to height; Qwen's image processor refuses 200
+
+
+# Atomic writes
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` on success and is removed on failure."""
+    path = Path(path)
+    # In the same folder, so that the rename is atomic.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        yield partial
+        partial.chmod(mode)  # safetensors leaves files that only their owner may read
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, text: str | bytes) -> None:
+    """Replace a file atomically by one that holds `text`."""
+    with replacing(path) as partial:
+        partial.write_bytes(text.encode() if isinstance(text, str) else text)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove the unfinished files and folders that killed processes left in `folder`."""
+    for debris in folder.glob(".*.partial"):
+        if debris.is_dir():
+            shutil.rmtree(debris)
+        else:
+            debris.unlink(missing_ok=True)
+
+
+# Provenance
+
+
+def fingerprint(path: Path) -> list:
+    """Return name, size and a hash of three samples of every file under `path`.
+
+    Takes milliseconds for a 26 GB model, and changes when the model is retrained.
+    """
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    prints = []
+    for file in files:
+        size = file.stat().st_size
+        samples = hashlib.sha256()
+        with file.open("rb") as stream:
+            for offset in (0, size // 2, max(0, size - 65_536)):
+                stream.seek(offset)
+                samples.update(stream.read(65_536))
+        prints.append([file.name, size, samples.hexdigest()])
+    return prints
+
+
+def identity(value: object) -> object:
+    """Return the fingerprint of an existing path, and any other value unchanged."""
+    if isinstance(value, str) and value and Path(value).exists():
+        return fingerprint(Path(value))
+    return value
+
+
+def check_provenance(note: Path, settings: dict, advice: str, used: bool = True) -> None:
+    """Record in `note` which settings a folder was made with.
+
+    Raises UserError naming the first difference if the folder was `used` with other settings.
+    """
+    settings = json.loads(json.dumps(settings))
+    before = read_json(note, dict, advice) if used and note.exists() else settings
+    for name in sorted(settings | before):
+        was, now = before.get(name), settings.get(name)
+        if was != now:
+            difference = f"another {name} ({_shorten(was)}; now {_shorten(now)})"
+            raise UserError(f"{note.parent} was made with {difference}; {advice}")
+    write_whole(note, json.dumps(settings, indent=1))
+
+
+def _shorten(value: object) -> str:
+    words = json.dumps(value)
+    return words if len(words) <= 60 else f"{words[:40]}... of {len(words)} characters"
+
+
+def read_json(
+    path: str | Path,
+    kind: type,
+    advice: str,
+    error: type[UserError] = UserError,
+    inspect: Callable[[Any], Any] = id,
+) -> Any:
+    """Read a JSON file that holds a `kind`, dict or list.
+
+    `inspect` may look into the content; whatever it raises counts as wrong content. Raises `error`
+    in one line, ending in `advice`, if the file is missing, damaged or of another kind.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        if not isinstance(content, kind):
+            raise TypeError(f"expected {JSON_KINDS[kind]}, found {type(content).__name__}")
+        inspect(content)
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror}); {advice}") from None
+    except (
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as problem:
+        reason = type(problem).__name__
+        if isinstance(problem, TypeError) and str(problem):
+            reason = str(problem).splitlines()[0]
+        raise error(f"{path}: unreadable ({reason}); {advice}") from None
+    return content
+
+
+# Images: (B, 3, H, W) in [0, 1] <-> list[PIL.Image]
+
+
+def check_finite(images: Tensor, first: int) -> None:
+    """Raise UserError for an image (B, ...) with NaN or infinity; `first` numbers the first one."""
+    broken = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if broken:
+        raise UserError(
+            f"image {first + broken[0]} is not finite: check --scale, the models' files, and "
+            "--dtype (fp16 overflows in some models; try bf16 or fp32)"
+        )
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Convert (B, 3, H, W) in [0, 1] to B images."""
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]
+
+
+def from_pil(images: list[Image.Image]) -> Tensor:
+    """Convert images of equal size to (B, 3, H, W) in [0, 1]."""
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+def png(image: Image.Image, text: dict[str, object] | None = None) -> bytes:
+    """Encode losslessly as PNG; `text` can be read back as `image.text`."""
+    buffer, notes = io.BytesIO(), PngInfo()
+    for key, value in (text or {}).items():
+        notes.add_itxt(key, str(value))
+    image.save(buffer, "PNG", pnginfo=notes)
+    return buffer.getvalue()
+
+
+def open_image(path: str) -> Image.Image:
+    """Read a picture from a file, as `decode` does. Raises UserError if there is none."""
+    try:
+        return decode(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a readable picture"
+        formats = ", ".join(IMAGE_FORMATS)
+        raise UserError(f"{path}: {reason}; expected {formats}") from None
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode image bytes to RGB as a viewer shows them: EXIF rotation, white behind transparency.
+
+    Raises OSError for damaged bytes, formats that image data sets do not use, and shapes whose
+    padded square would take gigabytes.
+    """
+    image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    if max(image.size) > MAX_SIDE:
+        raise OSError(f"{image.width} x {image.height} pixels, more than {MAX_SIDE} on a side")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise OSError(f"{image.width} x {image.height} pixels is a line, not a picture")
+    image = ImageOps.exif_transpose(image)
+    # 16 bits and more are rescaled, where a plain conversion would clip.
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535 if values.max() > 255 else 255
+        scaled = (values.clip(0, top) * (255 / top)).round().astype(np.uint8)
+        return Image.fromarray(scaled).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def cached_images(paths: list[Path], draw: Callable[[], Tensor], advice: str) -> list[Image.Image]:
+    """Read PNG files, after drawing all of them together if any is missing.
+
+    Raises UserError ending in `advice` if a file is damaged.
+    """
+    if not all(path.exists() for path in paths):
+        for path, image in zip(paths, to_pil(draw())):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, png(image))
+    images = []
+    for path in paths:
+        try:
+            images.append(Image.open(path).convert("RGB"))
+        except (OSError, SyntaxError):  # Pillow raises both for a damaged PNG
+            raise UserError(f"{path}: damaged image; {advice}") from None
+    return images
+
+
+# Time and memory
+
+
+class Clock:
+    """Add up seconds by step: `with clock("draw"): ...`; str() gives the total and the shares."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        """Count the time spent in this context for `step`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+    def __str__(self) -> str:
+        total = sum(self.seconds.values())
+        shares = ", ".join(f"{step} {s / total:.0%}" for step, s in self.seconds.items())
+        return f"{total:.1f} s: {shares}; {peak_memory()}"
+
+
+def peak_memory() -> str:
+    """Describe the peak memory of this process, on the GPU if there is one."""
+    if torch.cuda.is_available():
+        return f"at most {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of GPU memory"
+    return f"at most {peak_bytes() / 1e9:.2f} GB of memory"
+
+
+def peak_bytes() -> int:
+    """Return the peak resident memory of this process in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where ru_maxrss would also count the parent process
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,166 @@
+"""Read and write weight files (safetensors, torch), and say in one line what is wrong with one."""
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from img_minimal.cli import UserError
+from img_minimal.files import replacing
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+NOTES = "_metadata"  # torch's own attribute for what a state dict carries beside its tensors
+
+
+class WeightsError(UserError):
+    """Raised for a weight file that is missing, damaged, or another model's, in one line."""
+
+
+def read_weights(path: str | Path, holds: str | None = None) -> dict:
+    """Read a state dict from a .safetensors or torch file to the CPU.
+
+    Torch files are read with `weights_only=True`, so they cannot run code. The `module.` prefix of
+    distributed training is dropped. Torch files may nest dicts: they are returned as they are, or,
+    if `holds` names a key, the innermost dict with that key is. Raises WeightsError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        message = "no such file; expected .safetensors or torch weights, check the path"
+        raise WeightsError(f"{path}: {message}")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
+    # A damaged pickle can fail in any of these ways, depending on where it was cut.
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        OSError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+    ) as error:
+        if would_run_code(error):
+            raise WeightsError(
+                f"{path}: a pickle that holds more than weights and could run code, refused; save "
+                "its state dict alone"
+            ) from error
+        raise WeightsError(
+            f"{path}: unreadable as {path.suffix or 'torch'} weights ({type(error).__name__}); it "
+            "is cut short, a Git LFS pointer or no weight file: download it again"
+        ) from error
+    if not isinstance(state, dict) or not state:
+        kind = type(state).__name__
+        raise WeightsError(f"{path}: expected a state dict, found {kind}; pass weights only")
+    state = _drop_prefix(state)
+    return (_find(state, holds) if holds else None) or state
+
+
+def _load_torch(path: Path) -> object:
+    # Memory-mapped like safetensors, which old torch files do not allow.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def would_run_code(error: Exception) -> bool:
+    """Return True if torch refused a pickle because it holds more than data."""
+    return any(word in str(error) for word in ("GLOBAL", "allowlisted", "Trying to call reduce"))
+
+
+def _drop_prefix(state: dict) -> dict:
+    plain = {}
+    for key, value in state.items():
+        value = _drop_prefix(value) if isinstance(value, dict) else value
+        plain[str(key).removeprefix("module.")] = value
+    return plain
+
+
+def _find(state: dict, key: str) -> dict | None:
+    """Search nested dicts for the first one that has this key."""
+    if key in state:
+        return state
+    for value in state.values():
+        found = _find(value, key) if isinstance(value, dict) else None
+        if found:
+            return found
+    return None
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Read the notes written with a file, {} if there are none; `read_weights` must come first."""
+    if Path(path).suffix != ".safetensors":
+        notes = getattr(_load_torch(Path(path)), NOTES, {})
+        return notes.get(NOTES, {}) if isinstance(notes, dict) else {}
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def write_weights(
+    path: str | Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Replace a weight file atomically; creates parent folders.
+
+    .pth, .pt and .bin become torch files, anything else safetensors. `metadata` holds notes for
+    `read_metadata`; with at most one, the same weights give the same bytes. In a torch file they go
+    where modules keep their versions, out of sight of whoever loads the weights.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = OrderedDict((key, value.detach().cpu()) for key, value in state.items())
+    with writing(path), replacing(path) as partial:
+        if path.suffix in TORCH_SUFFIXES:
+            setattr(tensors, NOTES, {NOTES: metadata or {}})
+            torch.save(tensors, partial)
+        else:
+            tensors = {key: value.contiguous() for key, value in tensors.items()}
+            save_file(tensors, partial, metadata=metadata or {"format": "pt"})
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Convert safetensors' way of reporting a full disk into a WeightsError."""
+    try:
+        yield
+    except SafetensorError as error:
+        reason = str(error).splitlines()[0]
+        message = f"{path}: cannot be written ({reason}); is the disk full?"
+        raise WeightsError(message) from error
+
+
+@contextmanager
+def opening(location: str | Path, what: str) -> Iterator[None]:
+    """Convert exceptions of loading libraries into a one-line WeightsError."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # libraries raise nearly anything, from KeyError to SafetensorError
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise WeightsError(f"{location}: cannot be opened as a {what} ({reason})") from error
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Make `state` the parameters of a module (possibly on the meta device), in the state's dtypes.
+
+    Raises WeightsError, naming `source`, at the first missing, unknown or misshapen key.
+    """
+    expected, kind = module.state_dict(), type(module).__name__
+    for key in sorted(expected.keys() | state.keys()):
+        if key not in state or key not in expected:
+            problem = "lacks" if key in expected else "has an unknown key"
+            message = f"{problem} {key!r}, so it is not a {kind}; check which file it is"
+            raise WeightsError(f"{source}: {message}")
+        value = state[key]
+        plain = isinstance(value, Tensor) and value.is_floating_point()
+        if not plain or value.layout != torch.strided:
+            message = "holds no plain floating-point weights; save the state dict anew"
+            raise WeightsError(f"{source}: {key!r} {message}")
+        if value.shape != expected[key].shape:
+            shapes = f"has shape {tuple(value.shape)}, expected {tuple(expected[key].shape)}"
+            raise WeightsError(f"{source}: {key!r} {shapes}; it belongs to another model")
+    module.load_state_dict(state, assign=True)

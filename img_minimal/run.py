@@ -1,0 +1,362 @@
+"""Keep a training run: its folder, log, checkpoints, Ctrl-C, and the processes that share it.
+
+    with Ranks() as ranks:
+        run = Run("outputs/train", settings, resume=False, ranks=ranks)
+        for step, batch in zip(run.steps(parts, last, save_every), batches):
+            ...                                   # forward, loss, backward
+            row = run.log(batches.where, loss=loss)
+            optimizer.step()
+
+Every decision about how a run goes on (a refresh, a stop, a non-finite loss, a user error) is taken
+by all ranks together: ranks that decide for themselves drift apart or wait for each other for ever.
+"""
+
+import copy
+import fcntl
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from img_minimal.cli import UserError, check, warn, writable_folder
+from img_minimal.files import remove_partial, replacing, write_whole
+from img_minimal.hub.weights import opening, would_run_code
+
+MAY_CHANGE_ON_RESUME = {  # no number depends on these
+    *("resume", "overwrite", "output_dir", "cache_dir", "cache_gb", "save_every"),
+    *("eval_prompts", "rounds"),
+}
+WARN_IF_CHANGED = {
+    "compute": "numbers will differ in rounding",
+    "steps": "the learning rate's decay follows the number of steps",
+}
+# Words in the RuntimeErrors of gloo and NCCL after another process was lost.
+LOST_PEER = ("onnection", "gloo", "NCCL", "peer", "ncclSystemError")
+
+
+class Ranks:
+    """The processes that torchrun started; a single one without it."""
+
+    def __init__(self) -> None:
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.main = self.rank == 0  # prints, validates, saves and draws
+
+    def __enter__(self) -> Self:
+        if self.world > 1:
+            cuda = torch.cuda.is_available()
+            if cuda:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if cuda else "gloo")
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self.world == 1:
+            return
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in LOST_PEER):
+            print(
+                f"error: rank {self.rank}: another process of this run ended, and its own message "
+                "says why; go on with the same command and --resume",
+                file=sys.stderr,
+                flush=True,
+            )
+            # Not an exception: gloo's threads wait for the lost peer and keep the process alive.
+            os._exit(2)
+        dist.destroy_process_group()
+
+    def split(self, number: int, flag: str) -> int:
+        """Return this rank's part of a number. Raises UserError if it does not divide."""
+        message = (
+            f"{flag} is {number}, which {self.world} processes cannot share; choose a multiple"
+        )
+        check(number % self.world == 0, message)
+        return number // self.world
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Average over all ranks; NaN on one rank is NaN on all."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values = values / self.world
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Collect every rank's value, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Leave this block on all ranks, or raise one rank's UserError on all of them."""
+        error = None
+        try:
+            yield
+        except (UserError, OSError) as caught:
+            error = caught
+        messages = self.gather(error and " ".join(str(error).split()))
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise error or UserError(f"rank {rank}: {message}")
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """Wrap a module so that `backward` averages gradients over the ranks."""
+        if self.world == 1:
+            return module
+        on_gpu = next(module.parameters()).device.type == "cuda"
+        device_ids = [torch.cuda.current_device()] if on_gpu else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
+
+
+class Run:
+    """A run folder with config.json, metrics.jsonl and checkpoint.pt, locked while it is open.
+
+    `saved` is the checkpoint to resume from, or None; `stopped` is True after Ctrl-C.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        settings: dict,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        ranks: Ranks | None = None,
+    ):
+        """Create or reopen the folder, before any work is done.
+
+        Raises UserError if another process writes there, if the folder holds a run and neither
+        `resume` nor `overwrite` is given, if there is nothing to resume, or if `settings` would
+        change the numbers of a resumed run.
+        """
+        self.path, self.ranks = writable_folder(path), ranks or Ranks()
+        self.settings = portable(settings)
+        self.checkpoint = self.path / "checkpoint.pt"
+        self.metrics = self.path / "metrics.jsonl"
+        self.stopped = self.interrupted = False
+        if self.ranks.main:
+            self.lock = lock_folder(self.path)
+            remove_partial(self.path)
+            free = resume or overwrite or not self.checkpoint.exists()
+            advice = "go on with --resume, or choose --overwrite or another --output-dir"
+            check(free, f"{path} holds a run; {advice}")
+        self.saved = load_checkpoint(self.checkpoint) if resume else None
+        if self.saved:
+            check_same_settings(self.saved["settings"], self.settings)
+
+    def inside(self, folder: Path) -> "Run":
+        """Open a subfolder as a run of its own, under the same lock and settings; resume it."""
+        inner = copy.copy(self)
+        inner.path = writable_folder(folder)
+        inner.checkpoint, inner.metrics = folder / "checkpoint.pt", folder / "metrics.jsonl"
+        inner.saved = load_checkpoint(inner.checkpoint) if inner.checkpoint.exists() else None
+        return inner
+
+    def steps(
+        self,
+        parts: dict[str, Any],
+        last: int,
+        save_every: int,
+        measure: Callable[[], dict] = dict,
+    ) -> Iterator[int]:
+        """Yield every step up to `last`; the loop's body has to call `log`.
+
+        After each step its row is written. A checkpoint of `parts` (objects with a state_dict;
+        "data" is the position in the data) is saved every `save_every` steps, at the end, and on
+        Ctrl-C or SIGTERM; the row then also holds what `measure` returns.
+        """
+        first, self.stopped, self.interrupted = self.restore(parts, last), False, False
+        handlers = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            progress = tqdm(range(first, last), desc="train", initial=first, total=last)
+            with progress as bar, self.metrics.open("a") as log:
+                for self.step in bar:
+                    yield self.step
+                    done = self.step + 1
+                    self.stopped = self.row.pop("stopping") > 0
+                    saving = done % save_every == 0 or done == last or self.stopped
+                    positions = self.ranks.gather(parts["data"].state_dict()) if saving else []
+                    if self.ranks.main:
+                        row = {"step": done} | self.row | (measure() if saving else {})
+                        log.write(json.dumps(row) + "\n")
+                    if self.ranks.main and saving:
+                        log.flush()  # rows before the checkpoint, so that a kill leaves no hole
+                        state = {name: part.state_dict() for name, part in parts.items()}
+                        state |= {"data": positions, "step": done, "logged": log.tell()}
+                        self.save(state)
+                    bar.set_postfix(loss=f"{self.row['loss']:.4f}", refresh=False)
+                    if self.stopped:
+                        self.stopped = done < last
+                        return
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+
+    def _interrupt(self, *_: object) -> None:
+        self.interrupted = True
+
+    def log(self, samples: str, **metrics: Tensor) -> dict[str, float]:
+        """Average the metrics of this step over the ranks, in one transfer, as the row to write.
+
+        Call it before the weights change. Raises UserError, naming step and samples, if the loss is
+        not finite; the last checkpoint stays as it is.
+        """
+        metrics["stopping"] = metrics["loss"].new_tensor(float(self.interrupted))
+        stacked = torch.stack([value.detach().float() for value in metrics.values()])
+        self.row = dict(zip(metrics, self.ranks.mean(stacked).tolist()))
+        loss = self.row["loss"]
+        check(
+            math.isfinite(loss),
+            f"the loss of step {self.step} is {loss} ({samples}); the last checkpoint is kept in "
+            f"{self.path}. Lower --lr, or check these samples",
+        )
+        return self.row
+
+    def restore(self, parts: dict[str, Any], last: int) -> int:
+        """Load the checkpoint into `parts`, truncate the log to match, and return the next step.
+
+        Whenever this is interrupted, the folder holds the old run, no run, or the new one.
+        """
+        step, logged = 0, 0
+        if self.saved:
+            step, logged = self.saved["step"], self.saved["logged"]
+            with opening(self.checkpoint, "checkpoint of this run"):
+                for name, part in parts.items():
+                    if name != "data":
+                        part.load_state_dict(self.saved[name])
+                torch.set_rng_state(self.saved["rng"])
+            if step < last:
+                self._restore_position(parts["data"], self.saved["data"])
+        if not self.ranks.main:
+            return step
+        if not self.saved:
+            # An overwritten run must not be resumed by mistake, nor its rounds continued.
+            self.checkpoint.unlink(missing_ok=True)
+            shutil.rmtree(self.path / "rounds", ignore_errors=True)
+        self.metrics.touch()
+        size = self.metrics.stat().st_size
+        if size < logged:
+            warn(f"{self.metrics} has lost rows; curves and log begin later")
+        os.truncate(self.metrics, min(logged, size))
+        write_whole(self.path / "config.json", json.dumps(self.settings, indent=1))
+        return step
+
+    def _restore_position(self, batches: Any, positions: list[dict]) -> None:
+        """Resume this rank's position in the data; ranks either share one or each have their own.
+
+        Raises UserError if the run began with another number of ranks that each read own files.
+        """
+        if batches.shared:
+            batches.load_state_dict(positions[0])
+            return
+        before, now = len(positions), self.ranks.world
+        check(
+            before == now,
+            f"the run began with {before} processes, each with files of its own, and this one has "
+            f"{now}: resume with torchrun --nproc_per_node={before}, or keep features with "
+            "--cache-dir from the start",
+        )
+        batches.load_state_dict(positions[self.ranks.rank])
+
+    def save(self, state: dict) -> None:
+        """Write a checkpoint atomically. Raises UserError if it cannot be written."""
+        state |= {"rng": torch.get_rng_state(), "settings": self.settings}
+        try:
+            with replacing(self.checkpoint) as partial:
+                torch.save(state, partial)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{self.checkpoint}: cannot be written ({reason}); an older one is still whole: "
+                "free some space and --resume"
+            ) from None
+
+
+def lock_folder(folder: Path) -> IO:
+    """Lock a folder as long as the returned file is open.
+
+    Raises UserError, naming the process, if another one holds the lock.
+    """
+    lock = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise UserError(
+            f"{folder}: {holder} writes there now; stop it, or choose another --output-dir"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()}")
+    lock.flush()
+    return lock
+
+
+def portable(settings: dict) -> dict:
+    """Make paths into this package independent of where it lies, so that a checkout may move."""
+    package = json.dumps(str(Path(__file__).parent))[1:-1]
+    return json.loads(json.dumps(settings).replace(package, "img_minimal"))
+
+
+def check_same_settings(before: dict, now: dict) -> None:
+    """Raise UserError if resuming with other settings would change numbers; warn about the rest."""
+    for name, value in now.items():
+        known = before.get(name, value)  # a setting that is new since then had today's default
+        if isinstance(value, dict) and isinstance(known, dict):
+            check_same_settings(known, value)
+        elif known == value or name in MAY_CHANGE_ON_RESUME:
+            continue
+        elif name in WARN_IF_CHANGED:
+            if known is not None and value is not None:
+                warn(f"the run began with {name} {known}, now {value}: {WARN_IF_CHANGED[name]}")
+        else:
+            raise UserError(
+                f"cannot resume with {name} {value!r}: the run began with {known!r}; repeat its "
+                "options (config.json in the run folder), or choose another --output-dir"
+            )
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint to the CPU. Raises UserError if it is missing, damaged or holds code."""
+    advice = "start without --resume"
+    check(path.is_file(), f"{path}: no checkpoint to resume from; {advice}, or check --output-dir")
+    flipped = None
+    saved: object = None
+    try:
+        with zipfile.ZipFile(path) as file:
+            flipped = file.testzip()  # torch writes checksums and does not verify them
+        if flipped is None:
+            saved = torch.load(path, weights_only=True, map_location="cpu")
+    except (
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+    ) as error:
+        if would_run_code(error):
+            raise UserError(f"{path}: a pickle that could run code, refused; {advice}") from None
+        kind = type(error).__name__
+        reason = f"unreadable checkpoint ({kind}); it is cut short or no checkpoint"
+        raise UserError(f"{path}: {reason}; {advice}") from None
+    check(flipped is None, f"{path}: damaged at {flipped}; {advice}, or restore a copy")
+    whole = isinstance(saved, dict) and "settings" in saved
+    check(whole, f"{path}: holds no run of this version; {advice}")
+    return saved

@@ -1,0 +1,411 @@
+"""SDXL as IMG's backbone: IP-Adapter Plus, decoupled cross-attention, and drawing.
+
+Image -> CLIP's patch features -> Resampler -> 16 tokens. IMG aligns these tokens: they are its c_l,
+c_w and f(c). Each of the UNet's 70 cross-attentions gets a second pair of key and value projections
+for them, so that its output becomes
+
+    to_out( Attention(Q, K_text, V_text) + scale * Attention(Q, K_image, V_image) )
+
+Module names are those of the public IP-Adapter files.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from einops import rearrange
+from PIL.Image import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from img_minimal import backbone
+from img_minimal.aligner import PerceiverLayers, layer_sizes
+from img_minimal.backbone import Backbone, unseen_end
+from img_minimal.devices import Precision
+from img_minimal.hub.adapters import (
+    check_encoder_width,
+    check_sdxl,
+    open_vision_encoder,
+    read_ip_adapter,
+)
+from img_minimal.hub.weights import fill, opening
+from img_minimal.hub.where import variant
+from img_minimal.presets import Models
+
+# 1. Image -> tokens
+
+
+class Resampler(nn.Module):
+    """Read P patch features with learned queries, into N tokens. The defaults are SDXL's."""
+
+    def __init__(
+        self,
+        feature_width: int,
+        token_width: int,
+        tokens: int = 16,
+        width: int = 1280,
+        depth: int = 4,
+        heads: int = 20,
+        head_dim: int = 64,
+    ):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(1, tokens, width) / width**0.5)  # the N queries
+        self.proj_in = nn.Linear(feature_width, width)
+        self.layers = PerceiverLayers(width, depth, heads, head_dim)
+        self.proj_out = nn.Linear(width, token_width)
+        self.norm_out = nn.LayerNorm(token_width)
+
+    def forward(self, features: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        """Turn patch features (B, P, W) into image tokens (B, N, D)."""
+        latents = self.latents.expand(len(features), -1, -1)  # (B, N, width)
+        x = self.layers(latents, self.proj_in(features), maps=maps)
+        return self.norm_out(self.proj_out(x))
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor], head_dim: int = 64) -> Self:
+        """Build a Resampler of the sizes and dtype of an adapter's `image_proj`.
+
+        Raises WeightsError for another kind of projection.
+        """
+        with opening("image_proj", "Resampler of an IP-Adapter *Plus*"):
+            _, tokens, width = state["latents"].shape
+            feature_width = state["proj_in.weight"].shape[1]
+            token_width = state["proj_out.weight"].shape[0]
+            sizes = layer_sizes(state, head_dim)
+            with torch.device("meta"):  # no initial values, which the file would replace
+                resampler = cls(feature_width, token_width, tokens, width, **sizes)
+        fill(resampler, state, "image_proj")
+        return resampler
+
+
+class ImagePrompt(backbone.ImagePrompt):
+    """CLIP ViT-H and the Resampler. The release makes the tokens of "no image" by another one."""
+
+    def __init__(
+        self, encoder, processor, head: Resampler, precision, negative_head: Resampler | None = None
+    ):
+        super().__init__(encoder, processor, head, precision)
+        self.negative_head = (negative_head or head).requires_grad_(False)
+
+    @classmethod
+    def open(cls, models: Models, precision: Precision, device: torch.device) -> Self:
+        """Load from local files: the encoder in the weights' dtype, the small Resampler in fp32."""
+        state, _, replaced = read_ip_adapter(models)
+        head = Resampler.from_state_dict(state).float()
+        negative_head = Resampler.from_state_dict(replaced).float() if replaced else None
+        # The layers after the penultimate are unused, and CLIP files without them are common.
+        folder = models.image_encoder
+        encoder, processor = open_vision_encoder(folder, precision, used="vision_model.e")
+        width = encoder.config.hidden_size
+        check_encoder_width(folder, width, head.proj_in.in_features, "CLIP ViT-H")
+        return cls(encoder, processor, head, precision, negative_head).to(device)
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """(N, D) of one image."""
+        return self.head.latents.shape[1], self.head.proj_out.out_features
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Compute penultimate features (B, P, W) of pixels, class token first.
+
+        The last layer is shaped by CLIP's contrast of whole images and has lost detail.
+        """
+        states = self.encoder(pixels, output_hidden_states=True).hidden_states
+        return states[-2].to(self.head.latents.dtype)
+
+    @torch.no_grad()
+    def tokens(self, images: list[Image]) -> Tensor:
+        """Compute the image tokens (B, N, D); SDXL: (B, 16, 2048)."""
+        with self.precision.sampling(self.encoder.device):
+            tokens = self.head(self.features(self.pixels(images)))
+        return tokens.to(self.head.latents.dtype)
+
+    @torch.no_grad()
+    def negative(self) -> Tensor:
+        """Compute the tokens (1, N, D) of "no image": pixels that are zero *after* normalisation.
+
+        That is a mid-grey image, as in IP-Adapter; neither zero tokens nor a black image.
+        """
+        side, like = self.encoder.config.image_size, next(self.encoder.parameters())
+        grey = torch.zeros(1, 3, side, side).to(like)
+        with self.precision.sampling(like.device):
+            tokens = self.negative_head(self.features(grey))
+        return tokens.to(self.head.latents.dtype)
+
+    @torch.no_grad()
+    def token_maps(self, images: list[Image]) -> Tensor:
+        """Map where each token reads its image: (B, N, side, side) over patches, each summing to 1.
+
+        This is the Resampler's attention to the patches, averaged over layers and heads.
+        """
+        maps: list[Tensor] = []
+        features = self.features(self.pixels(images))
+        self.head(features, maps)
+        # The class token comes first, the tokens themselves after the patches.
+        patches = torch.stack(maps).mean((0, 2))[..., 1 : features.shape[1]]  # (B, N, P - 1)
+        side = math.isqrt(patches.shape[-1])
+        return (patches / patches.sum(-1, keepdim=True)).unflatten(-1, (side, side))
+
+
+# 2. Tokens -> UNet
+
+
+def cross_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
+    """Return the cross-attentions by their number among *all* attention processors.
+
+    IP-Adapter files number them so: odd ones only, and down blocks before up blocks before the
+    middle.
+    """
+    layers = {}
+    for number, name in enumerate(unet.attn_processors):
+        if "attn2" in name.split("."):
+            layers[str(number)] = unet.get_submodule(name.removesuffix(".processor"))
+    return layers
+
+
+def new_branch(unet: UNet2DConditionModel, token_width: int | None = None) -> nn.ModuleDict:
+    """Create the image keys and values, `{N}.to_k_ip` and `{N}.to_v_ip`, of each cross-attention.
+
+    Where `token_width` is the text's (the default), they start as copies of the text's projections,
+    so that tokens near the text's embeddings mean something from the first step on.
+    """
+    branch = nn.ModuleDict()
+    for number, attn in cross_attentions(unet).items():
+        branch[number] = nn.ModuleDict()
+        for name, text in (("to_k_ip", attn.to_k), ("to_v_ip", attn.to_v)):
+            width, weight = token_width or text.in_features, text.weight
+            image = nn.Linear(width, text.out_features, bias=False, device=weight.device)
+            image.to(weight.dtype)
+            if width == text.in_features and not weight.is_meta:
+                image.load_state_dict({"weight": weight.detach()})
+            branch[number][name] = image
+    return branch
+
+
+class DecoupledAttention:
+    """Attention processor of one cross-attention: diffusers' for the text, plus the image tokens.
+
+    Written for SDXL's UNet, whose cross-attentions have no group, spatial or query/key norms.
+    """
+
+    def __init__(self, projections: nn.ModuleDict, tokens: Tensor, scale: float | Tensor):
+        # The same in every denoising step, hence computed once: (B, N, layer width).
+        self.keys = projections["to_k_ip"](tokens)
+        self.values = projections["to_v_ip"](tokens)
+        self.scale = scale
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Compute spatial features (B, S, C) from text (B, T, E): (B, S, C).
+
+        Raises ValueError if B is not the tokens' batch.
+        """
+        check_batch(len(hidden_states), len(self.keys))
+        query, *text_and_image = self.project(attn, hidden_states, encoder_hidden_states)
+        key, value, image_key, image_value = text_and_image
+        text = F.scaled_dot_product_attention(query, key, value)
+        image = F.scaled_dot_product_attention(query, image_key, image_value)  # the same query
+
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            scale = scale.to(image)[:, None, None] if scale.ndim else scale.item()
+        linear, dropout = attn.to_out
+        return dropout(linear(merge_heads(text) + scale * merge_heads(image)))
+
+    def project(self, attn: Attention, hidden_states: Tensor, text: Tensor) -> list[Tensor]:
+        """Compute the query (B, heads, S, d), and keys and values of text and image, per head."""
+        query = attn.to_q(hidden_states)
+        keys, values = self.keys.to(query.dtype), self.values.to(query.dtype)
+        projected = query, attn.to_k(text), attn.to_v(text), keys, values
+        return [rearrange(x, "b n (h d) -> b h n d", h=attn.heads) for x in projected]
+
+    @torch.no_grad()
+    def attend(
+        self, attn: Attention, hidden_states: Tensor, text: Tensor
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Open up both terms of the formula, for inspection.
+
+        {"text" and "image": (output (B, S, C), weights (B, heads, S, T or N) in fp32)}
+        """
+        query, *text_and_image = self.project(attn, hidden_states, text)
+        terms = {}
+        for name, key, value in zip(("text", "image"), text_and_image[::2], text_and_image[1::2]):
+            scores = (query * query.shape[-1] ** -0.5) @ key.mT
+            weights = scores.softmax(dim=-1, dtype=torch.float32)
+            terms[name] = merge_heads(weights.to(value.dtype) @ value), weights
+        return terms
+
+
+def merge_heads(heads: Tensor) -> Tensor:
+    """(B, heads, S, d) -> (B, S, heads * d)."""
+    return rearrange(heads, "b h n d -> b n (h d)")
+
+
+def check_batch(batch: int, tokens: int) -> None:
+    """Raise ValueError unless the UNet's batch is the tokens'."""
+    if batch != tokens:
+        raise ValueError(
+            f"the UNet sees a batch of {batch}, but there are image tokens for {tokens}: with "
+            "classifier-free guidance the batch is doubled, so pass torch.cat([negative, positive])"
+        )
+
+
+@contextmanager
+def inject(
+    unet: UNet2DConditionModel, branch: nn.ModuleDict, tokens: Tensor, scale: float | Tensor
+) -> Iterator[UNet2DConditionModel]:
+    """Let the UNet attend to image tokens within this context; restore it afterwards.
+
+        with inject(unet, branch, tokens, scale=0.2):
+            noise = unet(latents, t, text, ...).sample
+
+    tokens (B, N, D) are those of the UNet's batch: `torch.cat([negative, positive])` under
+    classifier-free guidance. scale is a number, a tensor (B,) with one per sample, or a tensor ()
+    that may change between calls; with the number 0 the UNet is left alone. Keys and values are
+    computed on entry, so open a new context after a change of the branch's weights. Raises
+    ValueError if tokens, scale or branch do not fit.
+    """
+    if not isinstance(scale, Tensor) and scale == 0:
+        yield unet
+        return
+    layers = cross_attentions(unet)
+    check_injection(layers, branch, tokens, scale)
+    tokens = tokens.to(next(branch.parameters()))
+    before = {number: attn.processor for number, attn in layers.items()}
+    try:
+        for number, attn in layers.items():
+            attn.set_processor(DecoupledAttention(branch[number], tokens, scale))
+        yield unet
+    finally:
+        for number, attn in layers.items():
+            attn.set_processor(before[number])
+
+
+def check_injection(
+    layers: dict[str, Attention], branch: nn.ModuleDict, tokens: Tensor, scale: float | Tensor
+) -> None:
+    """Raise ValueError unless the branch has the UNet's layers, and tokens and scale fit."""
+    if layers.keys() != branch.keys():
+        raise ValueError(
+            f"the image branch has {len(branch)} layers, the UNet {len(layers)} cross-attentions, or "
+            "their numbers differ: use the IP-Adapter made for this UNet"
+        )
+    width = next(branch.parameters()).shape[1]
+    if tokens.ndim != 3 or tokens.shape[-1] != width:
+        shape = tuple(tokens.shape)
+        raise ValueError(f"image tokens have shape {shape}, expected (batch, tokens, {width})")
+    if isinstance(scale, Tensor) and scale.shape not in ((), tokens.shape[:1]):
+        expected = f"a number or one per sample, ({len(tokens)},)"
+        raise ValueError(f"scale has shape {tuple(scale.shape)}, expected {expected}")
+
+
+# 3. Drawing
+
+
+class SDXL(Backbone):
+    """Draw with diffusers' own pipeline, whose scheduler, VAE, LoRAs and hooks stay its own."""
+
+    image_prompts = ImagePrompt
+
+    def read(self, prompts: list[str]) -> list[str]:
+        """Return the prompts, which the pipeline encodes itself."""
+        self.turns.bring(self.pipe, self.branch)
+        return prompts
+
+    def draw_batch(
+        self,
+        texts: list[str],
+        generators: list[torch.Generator],
+        tokens: tuple[Tensor, Tensor] | None,
+        scales: list[float],
+        bar: tqdm,
+    ) -> Tensor:
+        """Draw a batch (B, 3, H, W), guided by `tokens`: those of "no image" and of the images."""
+        pipe, sampling = self.pipe, self.sampling
+        scale = torch.tensor(scales[0])  # read by the injected attention in every step
+
+        def after_step(_: object, step: int, timestep: object, tensors: dict) -> dict:
+            bar.update()
+            if step + 1 < len(scales):
+                scale.fill_(scales[step + 1])
+                return {}
+            # The VAE is in fp32, whatever the UNet computes in.
+            return {"latents": tensors["latents"].to(pipe.vae.dtype)}
+
+        pipe._guidance_scale = sampling.guidance_scale  # decides if the batch is doubled
+        injected = nullcontext()
+        if tokens:
+            both = torch.cat(tokens) if pipe.do_classifier_free_guidance else tokens[1]
+            injected = inject(pipe.unet, self.branch, both, scale)
+        negative = sampling.negative_prompt
+        with injected:
+            return pipe(
+                prompt=texts,
+                negative_prompt=None if negative is None else [negative] * len(texts),
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance_scale,
+                height=sampling.height,
+                width=sampling.width,
+                generator=generators,
+                output_type="pt",
+                callback_on_step_end=after_step,
+            ).images
+
+    @property
+    def text_width(self) -> int:
+        """Width of `text_states`."""
+        return self.pipe.unet.config.cross_attention_dim
+
+    @torch.no_grad()
+    def text_states(self, prompts: list[str]) -> Tensor:
+        """Encode prompts to both text encoders' states side by side: (B, 77, 2048)."""
+        self.turns.bring(self.pipe, self.branch)
+        return self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False)[0]
+
+    def truncated_part(self, prompt: str) -> tuple[str, int]:
+        """Return the end of the prompt that the text encoders do not see, and their token limit."""
+        tokenizers = self.pipe.tokenizer, self.pipe.tokenizer_2
+        ends = [unseen_end(t, prompt, t.model_max_length) for t in tokenizers]
+        return max(ends, key=len), tokenizers[1].model_max_length
+
+    @staticmethod
+    def open_pipe(models: Models, precision: Precision) -> StableDiffusionXLPipeline:
+        """Load the pipeline, with `models.unet` in the place of its UNet if that is given.
+
+        SDXL's VAE overflows in fp16, so it is loaded in fp32.
+        """
+        dtype, parts = precision.weights, {}
+        if models.unet:
+            with opening(models.unet, "UNet"):
+                parts["unet"] = UNet2DConditionModel.from_pretrained(
+                    models.unet, dtype=dtype, variant=variant(models.unet, dtype)
+                )
+        with opening(models.base, "SDXL pipeline"):
+            return StableDiffusionXLPipeline.from_pretrained(
+                models.base,
+                **parts,
+                add_watermarker=False,
+                dtype={"default": dtype, "vae": torch.float32},
+                variant=variant(models.base, dtype),
+            )
+
+    @staticmethod
+    def open_branch(models: Models, pipe: StableDiffusionXLPipeline) -> nn.ModuleDict:
+        """Load the adapter's branch for this UNet."""
+        check_sdxl(pipe, models.unet or models.base)
+        _, state, _ = read_ip_adapter(models)
+        dtype = pipe.unet.dtype
+        token_width = next(iter(state.values())).shape[1]
+        branch = new_branch(pipe.unet, token_width)
+        fill(branch, {key: value.to(dtype) for key, value in state.items()}, models.ip_adapter)
+        return branch
