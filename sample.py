@@ -3,11 +3,11 @@
     python sample.py --prompt "a red circle above a blue square"
     python sample.py --prompt "two yellow triangles left of a red square" --seed 7 --rounds 2
     python sample.py --prompt-file prompts.txt --negative-prompt "a green cross"
-    python sample.py --image mine.png --prompt "a red circle"     start from a picture you have
-    python sample.py --sweep scale=0,0.8,1.6                      the last pass at several settings
+    python sample.py --image mine.png --prompt "a red circle"     start from your own picture
+    python sample.py --sweep scale=0,0.8,1.6                      redraw the last pass at several settings
     python sample.py --model sdxl --prompt "a robot penguin wearing a top hat" --offload
 
-Saves every image with its prompt, seed and settings inside, results.json, and a sheet of all.
+Saves every image with its prompt, seed and settings inside, results.json, and a sheet of all images.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from img_minimal.cli import (
     warn,
     writable_folder,
 )
-from img_minimal.presets import PRESETS, Models, Preset, Sampling, find_preset
+from img_minimal.presets import PRESETS, Models, Sampling, find_preset
 
 
 @dataclass
@@ -30,16 +30,18 @@ class Config:
     """Flags of this command; all others override one number of the preset."""
 
     prompt: str = option("a red circle above a blue square", "what to draw")
-    prompt_file: str | None = option(None, "prompts, one a line (.txt), or .jsonl, .tsv, .json")
+    prompt_file: str | None = option(
+        None, "file of prompts: .txt (one a line), .jsonl, .tsv, .json"
+    )
     image: str | None = option(None, "picture to start from instead of drawing one")
     model: str = option("tiny-sdxl", "models and settings", choices=list(PRESETS))
     seed: int = option(0, "seed of the first image; the same seed gives the same images")
-    num_images: int = option(4, "images per prompt, of consecutive seeds", least=1, most=1000)
+    num_images: int = option(4, "images per prompt, from consecutive seeds", least=1, most=1000)
     rounds: int = option(1, "times to look and draw again", least=1, most=100)
     keep_better: bool = option(False, "keep the first image where the MLLM prefers it")
     sweep: str | None = option(None, "values for the last pass: scale=0,0.2,0.5 or passes=1,3")
     explain: bool = option(True, "decode what the MLLM says; guidance needs no decoding")
-    mllm_device: str | None = option(None, "another device for the MLLM, e.g. cuda:1")
+    mllm_device: str | None = option(None, "separate device for the MLLM, e.g. cuda:1")
     serve: bool = option(False, "open a page in the browser instead (pip install gradio)")
     output: str = option("outputs/sample", "folder for the pictures")
 
@@ -68,7 +70,7 @@ def main() -> int:
     """Check the request, draw, look, align, draw again, save."""
     config, changes = parse(Config, __doc__, Models, Sampling)
     preset = find_preset(config.model).changed(**changes)
-    prompts = read_request(config, preset)
+    prompts = read_request(config, preset.world)
     folder = writable_folder(config.output)
     picture = open_image(config.image) if config.image else None
     swept, values = parse_sweep(config.sweep) if config.sweep else ("", [])
@@ -114,7 +116,7 @@ def main() -> int:
         with clock("put in words"):
             for k, images in enumerate(stages):
                 said[k] = img.explain(images, captions, [seed + k for seed in seeds])
-    save(config, preset, folder, captions, seeds, stages, said, better)
+    save(config, img.backbone.sampling, folder, captions, seeds, stages, said, better)
     if swept:
         with clock("sweep"):
             path = folder / "sweep.png"
@@ -124,21 +126,21 @@ def main() -> int:
     return 0
 
 
-def read_request(config: Config, preset: Preset) -> list[str]:
-    """Return the prompts to draw. Raises UserError for an empty one, or one the twin cannot read."""
+def read_request(config: Config, world: str | None) -> list[str]:
+    """Return the prompts to draw. Raises UserError for one that is empty or foreign to the twin."""
     example = '"a red circle above a blue square"'
     check(config.prompt.strip(), f"--prompt is empty; say what to draw, e.g. {example}")
     prompts = [printable(config.prompt)]
     if config.prompt_file:
         prompts = [prompt.text for prompt in read_prompts(config.prompt_file)]
-    if preset.world == "tiny":
+    if world == "tiny":
         prompts = [str(parse_prompt(text)) for text in prompts]
     return prompts
 
 
 def save(
     config: Config,
-    preset: Preset,
+    sampling: Sampling,
     folder: Path,
     captions: list[str],
     seeds: list[int],
@@ -147,9 +149,9 @@ def save(
     better: list[bool],
 ) -> None:
     """Save every image with its settings, results.json, and the sheet; print what was said."""
-    settings = {"model": preset.name}
+    settings = {"model": config.model}
     for name in ("steps", "guidance_scale", "negative_prompt", "scale", "scale_end", "passes"):
-        settings[name] = getattr(preset.sampling, name)
+        settings[name] = getattr(sampling, name)
     several = len(captions) > config.num_images
     rows, results = [], []
     for i, (caption, seed) in enumerate(zip(captions, seeds)):
@@ -161,7 +163,7 @@ def save(
             notes = {}
             if said[k][i]:
                 notes["MLLM"] = said[k][i]
-            if preset.world == "tiny":
+            if find_preset(config.model).world == "tiny":
                 [verdict] = judge_pictures([images[i]], [parse_prompt(caption)])
                 notes["oracle"] = "right" if verdict.strict else f"wrong: {verdict.words}"
 
@@ -182,7 +184,7 @@ def save(
         results.append({"prompt": caption, "seed": seed, "images": entries})
     report = json.dumps({"settings": settings, "results": results}, indent=1)
     write_whole(folder / "results.json", report)
-    title = f"{preset.name}, seeds {min(seeds)} to {max(seeds)}"
+    title = f"{config.model}, seeds {min(seeds)} to {max(seeds)}"
     sheet(rows, folder / "side-by-side.png", title)
 
 

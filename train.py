@@ -1,17 +1,17 @@
 """Train an Implicit Aligner, or finetune the MLLM that guides it.
 
     python train.py                            the tiny twin, on a CPU, in minutes
-    python train.py --resume                   continue a stopped run, to the same numbers
+    python train.py --resume                   continue a stopped run, bitwise the same
     python train.py --preference-weight 0 --output-dir outputs/base    an ablation: L_base alone
     python train.py --rounds 3                 two more rounds, on pairs the aligner makes itself
-    python train.py --stage mllm               an MLLM that says how to make an image match
+    python train.py --stage mllm               finetune the MLLM that says what to correct
     python train.py --model sdxl               the paper's run, streaming pairs, on one GPU
     python train.py --model sdxl --max-pairs 10000 --cache-dir features --cache-gb 70    ablations
-    python train.py --model sdxl --cache-dir features --shard 3/16     features, job 3 of 0 to 15
+    python train.py --model sdxl --cache-dir features --shard 3/16     part 3 (of 0 to 15) of the cache
     torchrun --nproc_per_node=8 train.py --model sdxl      eight GPUs that share --batch-size
 
 The run folder holds config.json, metrics.jsonl, curves.png, samples.png, checkpoint.pt and
-aligner.safetensors (of an MLLM: the folder mllm/). Training loads no UNet and no VAE.
+aligner.safetensors (for an MLLM: the folder mllm/). Training loads neither UNet nor VAE.
 """
 
 import copy
@@ -35,15 +35,17 @@ class Config:
     resume: bool = option(False, "continue from the checkpoint in the run folder")
     overwrite: bool = option(False, "start over in a run folder that already holds a run")
     guidance: str = option("mllm", "what guides the aligner", choices=["mllm", "stock", "text"])
-    dpo: bool = option(True, "the DPO part of the preference term")
-    spin: bool = option(True, "the SPIN part of the preference term")
-    refresh_after: int = option(10, "k, wins in a row that refresh the reference", least=1)
-    cache_gb: float = option(70.0, "size limit of the cache; excess pairs are unused", least=1e-6)
-    shard: str | None = option(None, "i/n: compute the i-th (from 0) of n parts of the cache only")
-    rounds: int = option(1, "rounds; later ones make new pairs first", least=1, most=100)
+    dpo: bool = option(True, "include the DPO part of the preference term")
+    spin: bool = option(True, "include the SPIN part of the preference term")
+    refresh_after: int = option(10, "k, steps in a row f must beat f_ref to refresh it", least=1)
+    cache_gb: float = option(
+        70.0, "size limit of the cache; pairs beyond it are unused", least=1e-6
+    )
+    shard: str | None = option(None, "i/n: only compute part i (from 0) of n of the cache")
+    rounds: int = option(1, "number of rounds; later ones make new pairs first", least=1, most=100)
     replay: float = option(0.5, "minimum share of original pairs in a later round", most=1)
     gate: bool = option(True, "reject a round that makes held-back prompts worse")
-    eval_prompts: int = option(100, "prompts of the closing comparison, 0 for none", most=100_000)
+    eval_prompts: int = option(100, "prompts of the final comparison, 0 to skip it", most=100_000)
 
 
 if __name__ == "__main__":
@@ -53,7 +55,6 @@ if __name__ == "__main__":
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from img_minimal.aligner import ImplicitAligner, align
 from img_minimal.bench.plan import aligner_plan, mllm_plan
@@ -62,7 +63,7 @@ from img_minimal.data.load import compute_features, load_training_data
 from img_minimal.detector import finetune
 from img_minimal.devices import Precision, best_device
 from img_minimal.files import peak_memory
-from img_minimal.optimizer import new_optimizer, warmup_constant_decay
+from img_minimal.optimizer import optimizer_and_schedule
 from img_minimal.pipeline import IMG
 from img_minimal.plots import ALIGNER, curves, read_rows
 from img_minimal.preference import ReferenceRefresh, preference_loss, squared_distance
@@ -87,7 +88,7 @@ def train(
     It starts as a copy of `start`, or at the identity. Weights and loss are in fp32. With several
     ranks each sees a part of every batch, and all decide on its mean.
     """
-    # What learns: f, its frozen earlier copy f_ref, and when that is refreshed.
+    # What learns: f, its frozen earlier copy f_ref, and when that is refreshed (Eqs. 18, 19).
     torch.manual_seed(seed)
     device = best_device()
     sizes = settings.depth, settings.heads, settings.head_dim
@@ -96,21 +97,9 @@ def train(
         aligner.load_state_dict(start.state_dict())
     reference = copy.deepcopy(aligner).requires_grad_(False)
     refresh = ReferenceRefresh(refresh_after)
-    # Without a preference term nobody asks the reference.
-    with_preference = settings.preference_weight > 0 and (dpo or spin)
-
-    # How it learns: optimiser and learning rate.
-    optimizer = new_optimizer(
-        settings.optimizer,
-        aligner.parameters(),
-        settings.lr,
-        settings.weight_decay,
-        precision.compute,
+    optimizer, schedule = optimizer_and_schedule(
+        settings, aligner.parameters(), floor=0.02, dtype=precision.compute
     )
-    factor = warmup_constant_decay(
-        settings.steps, settings.warmup, hold=settings.constant_share, floor=0.02
-    )
-    schedule = LambdaLR(optimizer, factor)
 
     # What it learns from. All of this is saved in a checkpoint.
     batches = data.batches(settings.batch_size, seed, run.ranks)
@@ -123,6 +112,8 @@ def train(
         "data": batches,
     }
     model = run.ranks.parallel(aligner)
+    weight, norm = settings.preference_weight, settings.norm
+    with_preference = weight > 0 and (dpo or spin)  # else nobody asks the reference
 
     def measure() -> dict[str, float]:
         return validate(aligner, data.unseen)
@@ -138,14 +129,7 @@ def train(
                 with torch.no_grad():
                     f_ref = reference(h, c_l, mask)
         loss, metrics = preference_loss(
-            f,
-            f_ref,
-            c_w,
-            c_l,
-            weight=settings.preference_weight,
-            dpo=dpo,
-            spin=spin,
-            norm=settings.norm,
+            f, f_ref, c_w, c_l, weight=weight, dpo=dpo, spin=spin, norm=norm
         )
 
         # Backward. Gradients are means over the ranks, and so is all that is logged.
@@ -250,7 +234,7 @@ def start(config: Config, preset: Preset) -> Run:
             )
         if mllm_stage:
             print(mllm_plan(preset, run.path), f"  {compute}", sep="\n", flush=True)
-            finetune(preset, run, config.seed)
+            finetune(run, preset.finetuning, preset.models, preset.data.triplets, config.seed)
         else:
             plan = aligner_plan(preset, config.guidance, run.path, config.cache_gb)
             print(plan, f"  {compute}", sep="\n", flush=True)

@@ -1,4 +1,4 @@
-"""The Implicit Aligner (Figs. 9 and 10): from "what is wrong with this image" to a better image prompt.
+"""The Implicit Aligner (Figs. 9 and 10): correct an image prompt by what an MLLM saw.
 
     paper    here       shape             SDXL
     h        guidance   (B, L, H)         (B, ~640, 5120)   last hidden states of the MLLM
@@ -82,7 +82,7 @@ def feed_forward(width: int, mult: int = 4) -> nn.Sequential:
 
 
 class PerceiverLayers(nn.ModuleList):
-    """Stack `depth` blocks of PerceiverAttention and feed_forward, each with a residual (Fig. 10)."""
+    """A stack of PerceiverAttention and feed_forward blocks, each with a residual (Fig. 10)."""
 
     def __init__(self, width: int, depth: int, heads: int, head_dim: int = 64):
         super().__init__(
@@ -126,7 +126,7 @@ class ImplicitAligner(nn.Module):
         self.proj_out = nn.Linear(width, width)
         self.norm_out = nn.LayerNorm(width)
         self.zero_linear = nn.Linear(width, width)
-        # Training starts at "keep the image prompt"; norm_out keeps the gradient of this layer alive.
+        # Training starts at "keep the image prompt"; norm_out keeps this layer's gradient alive.
         nn.init.zeros_(self.zero_linear.weight)
         nn.init.zeros_(self.zero_linear.bias)
 
@@ -154,17 +154,17 @@ class ImplicitAligner(nn.Module):
         return tokens
 
     def check_widths(self, guidance_width: int | None, token_width: int | None) -> None:
-        """Raise UserError for guidance or tokens of another width than the aligner was trained for."""
+        """Raise UserError for guidance or tokens of a width the aligner was not trained for."""
         check(
             guidance_width in (None, self.guidance_width),
-            f"this aligner was trained for an MLLM of width {self.guidance_width}, this one has width "
-            f"{guidance_width}: use the MLLM it was trained with (5120: LLaVA-1.5-13B, 4096: "
+            f"this aligner was trained for an MLLM of width {self.guidance_width}, this one has "
+            f"width {guidance_width}: use the MLLM it was trained with (5120: LLaVA-1.5-13B, 4096: "
             "LLaVA-1.5-7B), or train an aligner for this one",
         )
         check(
             token_width in (None, self.width),
-            f"this aligner was trained for image tokens of width {self.width}, these have width "
-            f"{token_width}: use the image prompt (IP-Adapter) it was trained with",
+            f"this aligner was trained for image tokens of width {self.width}, these have "
+            f"width {token_width}: use the image prompt (IP-Adapter) it was trained with",
         )
 
     @classmethod
@@ -175,7 +175,7 @@ class ImplicitAligner(nn.Module):
         file and which is 64 in the released ones. Raises WeightsError.
         """
         state = read_weights(path, holds="proj_in.weight")
-        with opening(path, "aligner"):
+        with opening(path, "trained aligner"):
             width, guidance_width = state["proj_in.weight"].shape
             sizes = layer_sizes(state, int(read_metadata(path).get("head_dim", 64)))
             with torch.device("meta"):  # no initial values, which the file would replace

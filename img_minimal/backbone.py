@@ -7,7 +7,7 @@ lets the network attend to them.
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,16 +19,23 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from img_minimal.cli import check
 from img_minimal.devices import Precision, Turns, best_device, compute_device
 from img_minimal.files import check_finite
-from img_minimal.presets import Models, Preset
+from img_minimal.presets import Preset
 
 CLASSES = {"sdxl": "SDXL", "flux": "Flux"}
 PIPELINES = {"StableDiffusionXLPipeline": "sdxl", "FluxPipeline": "flux"}
 
 
 class ImagePrompt(nn.Module):
-    """Turn images into tokens: CLIP's vision model, then the adapter's projection `head`. Frozen."""
+    """Turn images into tokens: CLIP's vision model, then the adapter's projection `head`. Frozen.
 
-    token_shape: tuple[int, int]  # (N, D) of one image
+    Subclasses add
+
+        open(models, precision, device)   load from local files; raises WeightsError
+        token_shape                       (N, D) of one image
+        tokens(images)                    image tokens (B, N, D) in fp32
+        negative()                        tokens (1, N, D) of "no image", for guidance
+        token_maps(images)                where each token reads its image, (B, N, side, side)
+    """
 
     def __init__(
         self,
@@ -42,35 +49,30 @@ class ImagePrompt(nn.Module):
         self.head, self.precision = head, precision
         self.eval().requires_grad_(False)
 
-    @classmethod
-    def open(cls, models: Models, precision: Precision, device: torch.device) -> Self:
-        """Load from local files. Raises WeightsError if one is missing or does not fit."""
-        raise NotImplementedError
-
     def pixels(self, images: list[Image]) -> Tensor:
         """Normalise images to pixels (B, 3, S, S) in the encoder's dtype and on its device."""
         pixels = self.processor(images, return_tensors="pt").pixel_values
         return pixels.to(self.encoder.device, self.encoder.dtype)
-
-    def tokens(self, images: list[Image]) -> Tensor:
-        """Compute the image tokens (B, N, D) in fp32."""
-        raise NotImplementedError
-
-    def negative(self) -> Tensor:
-        """Compute the tokens (1, N, D) of "no image", for classifier-free guidance."""
-        raise NotImplementedError
 
 
 class Backbone:
     """A frozen text-to-image model that can also attend to image tokens.
 
     `sampling` holds the current settings of drawing; `turns` decides what is on the device.
+    Subclasses add
+
+        open_pipe(models, precision)      load the diffusers pipeline
+        open_branch(models, pipe)         load the adapter's branch for it
+        read(prompts)                     prepare each prompt for `draw_batch`
+        draw_batch(texts, generators, tokens, scales, bar)
+                                          draw (B, 3, H, W), guided by (negative, positive) tokens
+        text_states(prompts)              the text encoder's states (B, L, text_width)
+        truncated_part(prompt)            the end that the text encoders do not see, and their limit
     """
 
     multiple = 8  # height and width must be multiples of this
     network = "unet"  # the pipeline's name for the part that attends to the tokens
     image_prompts = ImagePrompt
-    text_width: int  # of `text_states`
 
     def __init__(
         self,
@@ -131,29 +133,6 @@ class Backbone:
             images.append(drawn.float().cpu())
         bar.close()
         return torch.cat(images)
-
-    def read(self, prompts: list[str]) -> list[Any]:
-        """Prepare what `draw_batch` needs of each prompt."""
-        raise NotImplementedError
-
-    def draw_batch(
-        self,
-        texts: list[Any],
-        generators: list[torch.Generator],
-        tokens: tuple[Tensor, Tensor] | None,
-        scales: list[float],
-        bar: tqdm,
-    ) -> Tensor:
-        """Draw a batch (B, 3, H, W), guided by `tokens`: those of "no image" and of the images."""
-        raise NotImplementedError
-
-    def text_states(self, prompts: list[str]) -> Tensor:
-        """Encode prompts to the text encoder's states (B, L, text_width)."""
-        raise NotImplementedError
-
-    def truncated_part(self, prompt: str) -> tuple[str, int]:
-        """Return the end of the prompt that the text encoders do not see, and their token limit."""
-        raise NotImplementedError
 
     def tokens(self, images: list[Image], progress: str | None = None) -> Tensor:
         """Compute the image tokens (B, N, D) of images."""

@@ -78,7 +78,7 @@ def _add_flag(parser: argparse.ArgumentParser, flag: Field, kind: Any, from_pres
     required = flag.default is MISSING and not from_preset
     text = flag.metadata["help"]
     if from_preset:
-        text += "; default: the preset's"
+        text += " (default: the preset's)"
     elif not required and flag.default is not None:
         text += f" (default: {flag.default})"
     settings: dict[str, Any] = {"help": text.replace("%", "%%"), "required": required}

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -27,9 +26,9 @@ from img_minimal.hub.mllms import FAMILIES
 from img_minimal.hub.weights import writing
 from img_minimal.hub.where import fetch_folder
 from img_minimal.mllm import MLLM, ask, find_questions, strip_placeholders
-from img_minimal.optimizer import new_optimizer, warmup_constant_decay
+from img_minimal.optimizer import optimizer_and_schedule
 from img_minimal.plots import DETECTOR, curves, read_rows
-from img_minimal.presets import Preset, Training
+from img_minimal.presets import Models, Training
 from img_minimal.run import Run
 
 IGNORE = -100  # label of tokens without a loss, as in transformers
@@ -37,10 +36,10 @@ LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 MAX_HELD_OUT = 1000  # triplets that accuracy is measured on; at most a tenth of the first chunk
 
 
-def finetune(preset: Preset, run: Run, seed: int) -> None:
+def finetune(run: Run, settings: Training, models: Models, triplets: str, seed: int) -> None:
     """Run the whole stage. Raises UserError for models or triplets that cannot be read."""
-    settings, models, device = preset.finetuning, preset.models, best_device()
-    stream = triplet_stream(preset.data.triplets, settings.chunk, seed)
+    device = best_device()
+    stream = triplet_stream(triplets, settings.chunk, seed)
     precision = Precision.named(models.dtype, device)
     # Trained weights must be fp32; LoRA's additions are, whatever the model's own are.
     dtype = precision.mllm if settings.lora_rank else torch.float32
@@ -72,11 +71,7 @@ def train_detector(
     Accuracy on held-out triplets is logged with every checkpoint.
     """
     parameters = list(detector.trained.values())
-    optimizer = new_optimizer(settings.optimizer, parameters, settings.lr, settings.weight_decay)
-    factor = warmup_constant_decay(
-        settings.steps, max(1, settings.warmup), settings.constant_share, floor=0.03
-    )
-    schedule = LambdaLR(optimizer, factor)
+    optimizer, schedule = optimizer_and_schedule(settings, parameters, floor=0.03)
     batches = data.batches(settings.batch_size, seed, run.ranks)
     state = {
         "detector": detector,
@@ -173,8 +168,9 @@ class Detector:
     def __init__(self, mllm: MLLM, lora_rank: int = 0, precision: Precision | None = None):
         self.mllm, self.model = mllm, mllm.model
         self.precision = precision or Precision.named("mixed", self.model.device)
-        # It is saved in this layout, and so will be asked in this way.
-        if mllm.family is FAMILIES["llava, original layout"]:
+        # An original LLaVA is saved in llava-hf's layout, and so will be asked in its way.
+        self.converted = mllm.family is FAMILIES["llava, original layout"]
+        if self.converted:
             mllm.family = FAMILIES["llava"]
         # On a CPU the backward pass of fused attention would take half of a step.
         if self.model.device.type == "cpu":
@@ -305,8 +301,10 @@ class Detector:
         self.merge()
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
+        model = self.model.to(torch.bfloat16)
         with writing(folder):
-            self.model.to(torch.bfloat16).save_pretrained(partial)
+            # Saving would undo the renaming of a converted model, but only half of it.
+            model.save_pretrained(partial, save_original_format=not self.converted)
         self.mllm.processor.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

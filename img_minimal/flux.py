@@ -1,7 +1,7 @@
 """FLUX.1-dev as IMG's backbone, with XLabs' IP-Adapter.
 
-Image -> CLIP's pooled embedding -> one projection -> 4 tokens. The attention is diffusers' own: each
-of the 19 double-stream blocks adds, after its MLP and to the image stream alone,
+Image -> CLIP's pooled embedding -> projection -> 4 tokens. The attention is diffusers' own: each of
+the 19 double-stream blocks adds, after its MLP and to the image stream alone,
 
     scale * Attention(Q, K_image, V_image)       Q: the block's query of the image, before RoPE
 

@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from img_minimal.presets import Training
 
 
 def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,6 +58,22 @@ class Muon(torch.optim.AdamW):
         update = orthogonalized(p.grad.lerp(momentum, 0.95), self.dtype)
         p.mul_(1 - lr * weight_decay)
         p.add_(update, alpha=-lr * 0.2 * max(p.shape) ** 0.5)
+
+
+def optimizer_and_schedule(
+    settings: Training,
+    parameters: Iterable[nn.Parameter],
+    floor: float,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """Create what a run's settings ask for; its rate ends at `floor` times `settings.lr`."""
+    optimizer = new_optimizer(
+        settings.optimizer, parameters, settings.lr, settings.weight_decay, dtype
+    )
+    warmup, hold = max(1, settings.warmup), settings.constant_share
+    return optimizer, LambdaLR(
+        optimizer, warmup_constant_decay(settings.steps, warmup, hold, floor)
+    )
 
 
 def new_optimizer(

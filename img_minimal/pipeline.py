@@ -1,7 +1,7 @@
 """IMG from end to end (Fig. 2): draw, look, align, draw again with the same seed.
 
     prompt --backbone--> image --MLLM--> h  \\
-                           |                 aligner --> tokens --backbone, same seed--> better image
+                           |                 aligner --> tokens --backbone, same seed--> image
                            +--image prompt--> c_l /
 """
 
@@ -31,7 +31,7 @@ from img_minimal.mllm import (
     find_questions,
     guidance_features,
 )
-from img_minimal.presets import Preset, find_preset
+from img_minimal.presets import Models, Preset, find_preset
 
 ADAPTER = ("ip_adapter", "resampler", "image_encoder")  # what turns images into tokens
 
@@ -74,9 +74,8 @@ class IMG:
         for name, given in (("mllm", mllm), ("aligner", aligner)):
             if isinstance(given, str | PathLike):
                 changes[name] = str(given)
-        preset = preset.changed(**changes)
-        preset = preset.changed(mllm=preset.guide(guidance))
-        opens_aligner = not isinstance(aligner, ImplicitAligner)
+        preset = preset.guided_by(guidance).changed(**changes)
+        opens_aligner = aligner is None or "aligner" in changes
         opens_mllm = guidance != "text" and (mllm is None or "mllm" in changes)
         locations = ["aligner"] * opens_aligner + ["mllm"] * opens_mllm
         if not isinstance(pipe, Backbone):
@@ -98,12 +97,12 @@ class IMG:
                 self.backbone = open_backbone(preset, pipe, width_fits, bar.update)
             self.turns = self.backbone.turns
             if opens_mllm or mllm is None:
-                mllm = open_guide(preset, guidance, self.backbone, mllm_device)
+                mllm = open_guide(preset.models, guidance, self.backbone, mllm_device)
         self.guide = mllm
         self.aligner.check_widths(self.guide.width, None)
         self.aligner.to(self.turns.home)
         # Guidance by text has no model of its own; an MLLM on its own device stays there.
-        self.guide_takes_turns = isinstance(mllm, MLLM) and mllm_device is None
+        self.guide_takes_turns = hasattr(mllm, "model") and mllm_device is None
         self.passes, self.mllm_batch = preset.sampling.passes, preset.models.mllm_batch
 
     def __call__(
@@ -136,7 +135,7 @@ class IMG:
         with self.drawing(**given):
             initial, last = map(to_pil, self.stages(prompts, seeds))
         said = [""] * len(prompts)
-        if isinstance(self.guide, MLLM):
+        if hasattr(self.guide, "explain"):
             said = self.explain(initial, prompts, seeds)
         return IMGOutput(initial, said, last)
 
@@ -161,7 +160,7 @@ class IMG:
         seeds: Sequence[int] | int = 0,
         passes: int | None = None,
     ) -> Tensor:
-        """Look and align (steps 2 and 3): images (B, 3, H, W) in [0, 1] or PIL -> tokens (B, N, D)."""
+        """Look and align (steps 2, 3): PIL images or (B, 3, H, W) in [0, 1] -> tokens (B, N, D)."""
         if isinstance(images, Tensor):
             images = to_pil(images)
         images = images if isinstance(images, list) else [images]
@@ -233,18 +232,17 @@ def load_img(preset: Preset | str, **options: object) -> IMG:
 
 
 def open_guide(
-    preset: Preset,
+    models: Models,
     guidance: str,
     backbone: Backbone | None = None,
     device: torch.device | str | None = None,
 ) -> GuidanceEncoder:
-    """Open the MLLM of `preset.models.mllm`, or guidance by the backbone's "text" encoders.
+    """Open the MLLM of `models.mllm`, or guidance by the backbone's "text" encoders.
 
     The MLLM waits where the backbone's parts do, unless it has a `device` of its own.
     """
     if guidance == "text":
         return TextGuidance(backbone.text_states, backbone.text_width)
-    models = preset.models
     turns = backbone.turns if backbone else Turns(best_device())
     home = known_device(str(device)) if device else turns.home
     with opening(models.mllm, "multimodal LLM"):
@@ -253,7 +251,7 @@ def open_guide(
 
 
 def find_preset_for(pipe: object, preset: Preset | str | None) -> Preset:
-    """Choose the preset that is named, or that of a pipeline. Raises UserError if they do not fit."""
+    """Choose the named preset or the pipeline's. Raises UserError if they do not fit."""
     if isinstance(pipe, Backbone) and preset is None:
         return pipe.preset
     kind = None

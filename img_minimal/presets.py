@@ -19,7 +19,7 @@ class Models:
 
     base: str = option(REQUIRED, "base model: diffusers pipeline, folder or hub id")
     unet: str | None = option(
-        None, "UNet instead of the base's, e.g. mhdang/dpo-sdxl-text2image-v1/unet"
+        None, "UNet that replaces the base's, e.g. mhdang/dpo-sdxl-text2image-v1/unet"
     )
     image_encoder: str = option(REQUIRED, "CLIP vision model of the image prompt")
     ip_adapter: str = option(REQUIRED, "IP-Adapter file (.bin, .safetensors)")
@@ -45,12 +45,14 @@ class Sampling:
     stock_aligner: str  # trained on the stock MLLM's features, for the ablation
     text_aligner: str  # trained on text embeddings instead of an MLLM's features
     steps: int = option(REQUIRED, "denoising steps", least=1, most=10_000)
-    guidance_scale: float = option(REQUIRED, "classifier-free guidance; FLUX: embedded", most=1000)
+    guidance_scale: float = option(
+        REQUIRED, "classifier-free guidance scale (FLUX: embedded)", most=1000
+    )
     true_cfg_scale: float = 1.0  # FLUX's classifier-free guidance, on top of the embedded one
     negative_prompt: str | None = option(None, "what not to draw")
     passes: int = option(REQUIRED, "times the aligner is applied", least=1, most=100)
     scale: float = option(REQUIRED, "weight of the image tokens at the first step", most=1000)
-    scale_end: float = option(1.0, "share of it left at the last step, linear between", most=1000)
+    scale_end: float = option(1.0, "fraction of --scale left at the last step, linear", most=1000)
     height: int | None = option(None, "image height in pixels", least=1, most=8192)
     width: int | None = option(None, "image width in pixels", least=1, most=8192)
     draw_batch: int  # images drawn at once
@@ -64,7 +66,7 @@ class Data:
     max_pairs: int = option(0, "number of pairs to use, 0 for all")
     triplets: str = option(REQUIRED, "--stage mllm: edit triplets, hub id, folder or table file")
     identity_share: float = 0.0  # share of extra samples whose winner is its own target; paper: 0
-    cache_dir: str = option("none", "folder for frozen features; none: recompute as pairs stream")
+    cache_dir: str = option("none", "folder that caches features; none: recompute as pairs stream")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,9 @@ class Training:
     save_every: int = option(REQUIRED, "steps between checkpoints", least=1)
     # of an aligner
     preference_weight: float = option(1.0, "lambda, the weight of the preference term")
-    norm: str = option("sum", "squared distances over elements", choices=["mean", "sum"])
+    norm: str = option(
+        "sum", "average or sum squared distances over elements", choices=["mean", "sum"]
+    )
     depth: int = 4
     heads: int = 20
     head_dim: int = 64
@@ -107,20 +111,35 @@ class Preset:
     finetuning: Training
 
     def guide(self, guidance: str) -> str:
-        """Locate the model behind a guidance: "mllm", "stock", or the base, whose "text" is used."""
+        """Locate what guides: the "mllm", the "stock" one, or the base, whose "text" is used."""
         models = self.models
-        return {"mllm": models.mllm, "stock": models.stock_mllm, "text": models.base}[guidance]
+        guides = {"mllm": models.mllm, "stock": models.stock_mllm, "text": models.base}
+        known = ", ".join(guides)
+        check(guidance in guides, f"unknown guidance {guidance!r}; expected one of: {known}")
+        return guides[guidance]
+
+    def guided_by(self, guidance: str) -> "Preset":
+        """Copy the preset with the MLLM and the aligner that belong to a guidance."""
+        sampling, mllm = self.sampling, self.guide(guidance)
+        if guidance == "mllm":
+            return self
+        aligner = sampling.stock_aligner if guidance == "stock" else sampling.text_aligner
+        return self.changed(mllm=mllm, aligner=aligner)
 
     def changed(
         self, parts: tuple[str, ...] = ("models", "sampling"), **changes: object
     ) -> "Preset":
-        """Copy the preset with other values for fields of these parts."""
-        copies = {}
+        """Copy the preset with other values for fields of these parts.
+
+        Raises UserError for a name that none of the parts has.
+        """
+        copies, unknown = {}, set(changes)
         for name in parts:
             part = getattr(self, name)
-            names = {f.name for f in fields(part)}
-            own = {key: value for key, value in changes.items() if key in names}
+            own = {f.name: changes[f.name] for f in fields(part) if f.name in changes}
+            unknown -= own.keys()
             copies[name] = replace(part, **own)
+        check(not unknown, f"unknown setting {min(unknown, default='')!r}; see presets.py")
         return replace(self, **copies)
 
 

@@ -3,7 +3,7 @@
     draw    x0 of training prompts with the base, x1 with IMG and the current aligner, same seeds
     judge   the oracle on the twins; PickScore and HPSv2, which have to agree, on real models
     train   from the current aligner, f_ref = f, on original pairs and those of the last two rounds
-    gate    keep the new aligner if it scores no worse on held-back prompts and breaks no more images
+    gate    keep the new aligner if held-back prompts score no worse and no more images break
 
     x1 is better      loser x0, winner x1     what worked, once more
     x0 is better      loser x1, winner x0     the next aligner learns not to break images
@@ -19,6 +19,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -53,16 +54,14 @@ from img_minimal.files import (
 )
 from img_minimal.pipeline import IMG
 from img_minimal.plots import ROUNDS, curves, read_rows
-from img_minimal.presets import Preset, Training
+from img_minimal.presets import Data, Preset, Training
 from img_minimal.run import Ranks, Run
 
 FIRST_SEED = 2_000_000_000  # of drawn images; no pair and no evaluation has such seeds
 GATE_PROMPTS = 200
 # Columns of rounds/metrics.jsonl.
-COLUMNS = (
-    *("round", "kept", "score", "damage", "drawn", "pairs", "img_better", "base_better"),
-    *("both_right", "step_original", "step_new", "correction", "validation_error"),
-)
+COLUMNS = """round kept score damage drawn pairs img_better base_better both_right
+    step_original step_new correction validation_error""".split()
 PAIR_SCHEMA = pa.schema(
     {
         **{"caption": pa.string(), "ranking_id": pa.int64()},
@@ -183,7 +182,7 @@ class PairMaker:
     def __init__(self, preset: Preset, guidance: str, seed: int, folder: Path):
         self.preset, self.guidance, self.seed, self.folder = preset, guidance, seed, folder
         self.judge = find_judge(preset.world)
-        self.prompts = training_prompts(preset, preset.training.round_prompts, seed)
+        self.prompts = training_prompts(preset.data, preset.training.round_prompts, seed)
         self._img: IMG | None = None
 
     def img(self, aligner: ImplicitAligner) -> IMG:
@@ -225,8 +224,7 @@ class PairMaker:
         if not written:
             tried = f"none of {len(outcomes)} pairs has a better image"
             raise UserError(f"round {number}: {tried}; end with fewer --rounds")
-        categories = [self.judge.category(prompt) for prompt in self.prompts]
-        counts = count_outcomes(outcomes, categories)
+        counts = count_outcomes(outcomes)
         write_whole(note, json.dumps(counts))
         return counts
 
@@ -234,13 +232,13 @@ class PairMaker:
         """Compute or read the features of this round's pairs and of the round before."""
         data = replace(self.preset.data, identity_share=0.0)
         preset = replace(self.preset, data=data)
+        encoder = cache(lambda: load_encoder(preset, self.guidance, self.seed))
         rounds = []
         for k in range(number, max(0, number - 2), -1):
             folder = self.folder / str(k)
-            cache = FeatureCache(folder / "features", {"the round": str(k)}, float("inf"))
+            features = FeatureCache(folder / "features", {"the round": str(k)}, float("inf"))
             stream = pair_stream(folder / "pairs.parquet")
-            encoder = lambda: load_encoder(preset, self.guidance, self.seed)  # noqa: E731
-            rounds.append(CachedData(stream, encoder, cache).data)
+            rounds.append(CachedData(stream, encoder, features).data)
         return rounds
 
     def measure(self, aligner: ImplicitAligner) -> dict[str, float]:
@@ -251,7 +249,7 @@ class PairMaker:
             drawn = benchmark(GATE_PROMPTS, "validation", seed=1000 + self.seed)
             prompts = [str(prompt) for prompt in drawn]
         else:
-            prompts = training_prompts(self.preset, GATE_PROMPTS, self.seed, validation=True)
+            prompts = training_prompts(self.preset.data, GATE_PROMPTS, self.seed, validation=True)
         seeds = [5_000 + seed for seed in self._seeds(len(prompts))]
         x0, x1 = self._drawn(None, aligner, prompts, seeds)
         return self.judge.measure(prompts, x0, x1)
@@ -282,12 +280,11 @@ class PairMaker:
         return x0, cached_images([images / f"{seed}.png" for seed in seeds], draw_again, advice)
 
 
-def training_prompts(preset: Preset, number: int, seed: int, validation: bool = False) -> list[str]:
+def training_prompts(data: Data, number: int, seed: int, validation: bool = False) -> list[str]:
     """Choose prompts of the pairs that are trained on, or held back, in random order.
 
     They are drawn from the first `4 * number` that are found. Raises UserError if there are none.
     """
-    data = preset.data
     stream = pair_stream(data.pairs, limit=data.max_pairs, seed=seed)
     found: dict[str, None] = {}
     for prompt in prompts_of(stream):
@@ -330,18 +327,15 @@ def pair_rows(
     return rows
 
 
-def count_outcomes(outcomes: Sequence[str], categories: Sequence[str]) -> dict:
-    """Count the pairs of each outcome, and IMG's wins of each category."""
-    counts, wins = Counter(outcomes), Counter()
-    for outcome, category in zip(outcomes, categories):
-        wins[category] += outcome == "img"
+def count_outcomes(outcomes: Sequence[str]) -> dict[str, int]:
+    """Count the pairs of each outcome."""
+    counts = Counter(outcomes)
     return {
         "drawn": len(outcomes),
         "pairs": len(outcomes) - counts["none"],
         "img_better": counts["img"],
         "base_better": counts["base"],
         "both_right": counts["both"],
-        "wins_by_category": {kind: wins[kind] for kind in sorted(wins) if wins[kind]},
     }
 
 

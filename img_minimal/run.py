@@ -148,15 +148,22 @@ class Run:
         self.checkpoint = self.path / "checkpoint.pt"
         self.metrics = self.path / "metrics.jsonl"
         self.stopped = self.interrupted = False
-        if self.ranks.main:
-            self.lock = lock_folder(self.path)
-            remove_partial(self.path)
-            free = resume or overwrite or not self.checkpoint.exists()
-            advice = "go on with --resume, or choose --overwrite or another --output-dir"
-            check(free, f"{path} holds a run; {advice}")
-        self.saved = load_checkpoint(self.checkpoint) if resume else None
-        if self.saved:
-            check_same_settings(self.saved["settings"], self.settings)
+        self.saved = None
+        self.lock = lock_folder(self.path) if self.ranks.main else None
+        try:
+            if self.lock:
+                remove_partial(self.path)
+                free = resume or overwrite or not self.checkpoint.exists()
+                advice = "go on with --resume, or choose --overwrite or another --output-dir"
+                check(free, f"{path} holds a run; {advice}")
+            if resume:
+                self.saved = load_checkpoint(self.checkpoint)
+                check_same_settings(self.saved["settings"], self.settings)
+        except UserError:
+            # The error's traceback would keep this object alive, and with it the lock.
+            if self.lock:
+                self.lock.close()
+            raise
 
     def inside(self, folder: Path) -> "Run":
         """Open a subfolder as a run of its own, under the same lock and settings; resume it."""

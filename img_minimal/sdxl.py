@@ -213,7 +213,11 @@ class DecoupledAttention:
         check_batch(len(hidden_states), len(self.keys))
         query, *text_and_image = self.project(attn, hidden_states, encoder_hidden_states)
         key, value, image_key, image_value = text_and_image
-        text = F.scaled_dot_product_attention(query, key, value)
+        if attention_mask is not None:  # of the text: (B, 1, T) -> (B, heads, 1, T)
+            length, batch = encoder_hidden_states.shape[1], len(hidden_states)
+            attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
+            attention_mask = rearrange(attention_mask, "(b h) q t -> b h q t", b=batch)
+        text = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         image = F.scaled_dot_product_attention(query, image_key, image_value)  # the same query
 
         scale = self.scale
@@ -297,8 +301,8 @@ def check_injection(
     """Raise ValueError unless the branch has the UNet's layers, and tokens and scale fit."""
     if layers.keys() != branch.keys():
         raise ValueError(
-            f"the image branch has {len(branch)} layers, the UNet {len(layers)} cross-attentions, or "
-            "their numbers differ: use the IP-Adapter made for this UNet"
+            f"the image branch has {len(branch)} layers, the UNet {len(layers)} cross-attentions, "
+            "or their numbers differ: use the IP-Adapter made for this UNet"
         )
     width = next(branch.parameters()).shape[1]
     if tokens.ndim != 3 or tokens.shape[-1] != width:

@@ -1,10 +1,11 @@
-"""No test reaches for a network, and workers share the cores: spinning threads cost more than they give."""
+"""Settings and fixtures of all tests: no network, and no more threads than cores."""
 
 import os
 
 # Before any import of torch and of the Hugging Face libraries, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing file must fail here as it would on a plane
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+# Spinning threads cost more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -16,13 +17,20 @@ from types import SimpleNamespace  # noqa: E402
 
 import pytest  # noqa: E402
 
-from img_minimal.runtime import cli  # noqa: E402
+from img_minimal import cli  # noqa: E402
 
-MODULES = {"sample.py": "sample", "train.py": "train", "evaluate": "img_minimal.evaluate.__main__"}
+MODULES = {
+    "sample.py": "sample",
+    "train.py": "train",
+    "evaluate": "img_minimal.evaluate.__main__",
+    "plots": "img_minimal.plots",
+}
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., SimpleNamespace]:
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., SimpleNamespace]:
     """Run a command in this process as its user would: returncode, stdout, stderr."""
 
     def run(name: str, *arguments: object) -> SimpleNamespace:
@@ -30,17 +38,25 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Call
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.run(importlib.import_module(MODULES[name]).main)
-        said = capsys.readouterr()
-        return SimpleNamespace(returncode=ended.value.code, stdout=said.out, stderr=said.err)
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=ended.value.code, stdout=printed.out, stderr=printed.err)
 
     return run
 
 
 @pytest.fixture(scope="session")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with everything that `--model sdxl` needs, small and random, in the public layouts."""
+    """Write everything that `--model sdxl` needs, small and random, in the public layouts."""
     from release_folder import write_release
 
     folder = tmp_path_factory.mktemp("release")
     write_release(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def twin() -> object:
+    """Open the shipped twin."""
+    from img_minimal.pipeline import IMG
+
+    return IMG(preset="tiny-sdxl")

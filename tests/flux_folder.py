@@ -1,12 +1,19 @@
-"""A folder with everything that `--model flux` needs, small and random, in the public layouts."""
+"""Write everything that `--model flux` needs, small and random, in the public layouts."""
 
 import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
+from diffusers.models.embeddings import ImageProjection
 from release_folder import lively
 from safetensors.torch import save_file
+from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -23,88 +30,126 @@ from transformers import (
 )
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.flux import TokenProjection
-from img_minimal.flux import ImageBranch
-from img_minimal.presets import TINY, Preset, find_preset, with_overrides
+from img_minimal.flux import TOKENS, new_branch
+from img_minimal.presets import TWINS, Preset, find_preset
 
-TRANSFORMER = {"in_channels": 64, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
-               "num_attention_heads": 2, "joint_attention_dim": 48, "pooled_projection_dim": 32,
-               "guidance_embeds": True, "axes_dims_rope": (4, 6, 6)}  # fmt: skip
-WORDS = "a red blue green circle square triangle cross two three and above below left right of".split()
+WIDTH = 48  # of T5's states and of the image tokens
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+WORDS = (
+    "a red blue green circle square triangle cross two three and above below left right of".split()
+)
 
 
-def new_transformer(seed: int = 0, **changed: object) -> FluxTransformer2DModel:
-    return lively(FluxTransformer2DModel(**(TRANSFORMER | changed)), seed)
+def new_transformer(seed: int = 0) -> FluxTransformer2DModel:
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return lively(transformer, seed)
+
+
+def new_tokenizer() -> T5TokenizerFast:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(f"▁{word}", -1.0) for word in WORDS]
+    pieces += [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz,."]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=24)
 
 
 def new_pipeline() -> FluxPipeline:
-    clip = CLIPTokenizer.from_pretrained(TINY / "sdxl" / "tokenizer", model_max_length=77)
-    letters = [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz,."]
-    vocabulary = [
-        ("<pad>", 0.0),
-        ("</s>", 0.0),
-        ("<unk>", 0.0),
-        ("▁", -2.0),
-        *((f"▁{w}", -1.0) for w in WORDS),
-        *letters,
-    ]
-    t5 = T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=24)
-    text = CLIPTextConfig(
-        vocab_size=len(clip), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id,
-    )  # fmt: skip
-    states = T5Config(vocab_size=len(t5), d_model=48, d_kv=16, d_ff=64, num_layers=2, num_heads=2,
-                      feed_forward_proj="gated-gelu")  # fmt: skip
+    clip = CLIPTokenizer.from_pretrained(TWINS / "sdxl" / "tokenizer", model_max_length=77)
+    ends = {"bos_token_id": clip.bos_token_id, "eos_token_id": clip.eos_token_id}
+    text = CLIPTextConfig(vocab_size=len(clip), hidden_size=32, **SMALL, **ends)
+    t5 = new_tokenizer()
+    states = T5Config(
+        vocab_size=len(t5),
+        d_model=WIDTH,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
     vae = AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=16,
-        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, sample_size=64, scaling_factor=0.3611,
-        shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=16,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
     return FluxPipeline(
-        scheduler=scheduler, vae=lively(vae, 1), text_encoder=lively(CLIPTextModel(text), 2), tokenizer=clip,
-        text_encoder_2=lively(T5EncoderModel(states), 3), tokenizer_2=t5, transformer=new_transformer(4),
-    )  # fmt: skip
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=lively(vae, 1),
+        text_encoder=lively(CLIPTextModel(text), 2),
+        tokenizer=clip,
+        text_encoder_2=lively(T5EncoderModel(states), 3),
+        tokenizer_2=t5,
+        transformer=new_transformer(4),
+    )
 
 
-def public_names(projection: TokenProjection, branch: ImageBranch) -> dict[str, torch.Tensor]:
-    """The state of an adapter under the keys of XLabs' file."""
-    state = {f"ip_adapter_proj_model.{key}": value for key, value in projection.state_dict().items()}
+def public_names(head: nn.Module, branch: nn.Module) -> dict[str, torch.Tensor]:
+    """Return an adapter's weights under the keys of XLabs' file."""
+    state = {}
+    for key, value in head.state_dict().items():
+        state["ip_adapter_proj_model." + key.replace("image_embeds", "proj")] = value
     for key, value in branch.state_dict().items():
-        block, kind, name = key.split(".")
-        state[f"double_blocks.{block}.processor.ip_adapter_double_stream_{kind[3]}_proj.{name}"] = value
+        block, kind, _, name = key.split(".")  # as in 0.to_k_ip.0.weight
+        layer = f"double_blocks.{block}.processor.ip_adapter_double_stream_{kind[3]}_proj"
+        state[f"{layer}.{name}"] = value
     return state
+
+
+def new_adapter(tokens: int = TOKENS) -> dict[str, torch.Tensor]:
+    head = lively(ImageProjection(24, WIDTH, tokens), 7)
+    return public_names(head, lively(new_branch(new_transformer()), 8))
 
 
 def write_flux(folder: Path) -> None:
     new_pipeline().save_pretrained(folder / "base")
-    vision = CLIPVisionConfig(
-        hidden_size=48, intermediate_size=64, image_size=56, patch_size=14, num_hidden_layers=2,
-        num_attention_heads=2, projection_dim=24,
-    )  # fmt: skip
-    lively(CLIPVisionModelWithProjection(vision), 6).save_pretrained(folder / "image_encoder")
+    sizes = {"hidden_size": 48, "image_size": 56, "patch_size": 14, "projection_dim": 24}
+    vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, **SMALL))
     square = {"height": 56, "width": 56}
-    CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=square).save_pretrained(folder / "image_encoder")
-    projection = lively(TokenProjection(24, 48), 7)
-    branch = lively(ImageBranch.for_transformer(new_transformer()), 8)
-    save_file(public_names(projection, branch), folder / "ip_adapter.safetensors")
-    llava = LlavaConfig.from_pretrained(TINY / "llava-stock")
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=square)
+    for part in (lively(vision, 6), processor):
+        part.save_pretrained(folder / "image_encoder")
+    save_file(new_adapter(), folder / "ip_adapter.safetensors")
+    llava = LlavaConfig.from_pretrained(TWINS / "llava-stock")
     lively(LlavaForConditionalGeneration(llava), 10).save_pretrained(folder / "llava")
-    LlavaProcessor.from_pretrained(TINY / "llava-stock").save_pretrained(folder / "llava")
-    aligner = lively(ImplicitAligner(48, llava.text_config.hidden_size, depth=2, heads=1), 11)
-    torch.save({f"module.{k}": v for k, v in aligner.state_dict().items()}, folder / "aligner_flux.pth")
+    LlavaProcessor.from_pretrained(TWINS / "llava-stock").save_pretrained(folder / "llava")
+    aligner = ImplicitAligner(WIDTH, llava.text_config.hidden_size, depth=2, heads=1)
+    lively(aligner, 11).save(folder / "aligner_flux.pth")
 
 
 def locations(folder: Path) -> dict[str, str]:
-    names = {"base": "base", "image_encoder": "image_encoder", "ip_adapter": "ip_adapter.safetensors",
-             "mllm": "llava", "aligner": "aligner_flux.pth"}  # fmt: skip
+    """Return the fields of a preset that name these files."""
+    names = {
+        "base": "base",
+        "image_encoder": "image_encoder",
+        "ip_adapter": "ip_adapter.safetensors",
+        "mllm": "llava",
+        "aligner": "aligner_flux.pth",
+    }
     return {name: str(folder / path) for name, path in names.items()}
 
 
 def preset(folder: Path, **more: object) -> Preset:
-    settings = locations(folder) | {"dtype": "fp32", "height": 64, "width": 64, "sampling_steps": 4}
-    return with_overrides(find_preset("flux"), **(settings | more))
+    """Return FLUX's preset for these files, with few steps and small images."""
+    small = {"dtype": "fp32", "height": 64, "width": 64, "steps": 4}
+    return find_preset("flux").changed(**(locations(folder) | small | more))
 
 
 def edit(path: Path, **values: object) -> None:
+    """Change values of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -1,10 +1,15 @@
-"""What a user has after the downloads: folders and files of the same names and layouts as the real ones, only small."""
+"""Write what a user has after the downloads: the real names and layouts, small and random."""
 
 import sys
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -20,9 +25,8 @@ from transformers import (
 )
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.sdxl import Resampler
-from img_minimal.sdxl import ImageBranch
-from img_minimal.presets import TINY, Preset, find_preset, with_overrides
+from img_minimal.presets import TWINS, Preset, find_preset
+from img_minimal.sdxl import Resampler, new_branch
 
 PROMPT = "a red circle above a blue square"
 UNET = {
@@ -43,10 +47,11 @@ UNET = {
 
 
 def lively(module: nn.Module, seed: int) -> nn.Module:
-    """Weights large enough that every part shows in the result, also those that are usually initialised to zero."""
+    """Draw weights large enough that every part shows in the result, even what starts at zero."""
     noise = torch.Generator().manual_seed(seed)
     for p in module.parameters():
-        p.data = torch.randn(p.shape, generator=noise) * (0.1 if p.ndim == 1 else 0.7 / p[0].numel() ** 0.5)
+        scale = 0.1 if p.ndim == 1 else 0.7 / p[0].numel() ** 0.5
+        p.data = torch.randn(p.shape, generator=noise) * scale
         if p.ndim == 1:
             p.data += 0.5
     return module.eval()
@@ -57,70 +62,111 @@ def new_unet(seed: int) -> UNet2DConditionModel:
 
 
 def new_base() -> StableDiffusionXLPipeline:
-    tokenizer = CLIPTokenizer.from_pretrained(TINY / "sdxl" / "tokenizer", model_max_length=77)
+    tokenizer = CLIPTokenizer.from_pretrained(TWINS / "sdxl" / "tokenizer", model_max_length=77)
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, projection_dim=24, num_hidden_layers=2,
-        num_attention_heads=2, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        projection_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     vae = AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4,
-        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4, sample_size=64, scaling_factor=0.13025,
-    )  # fmt: skip
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.13025,
+    )
     scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
     )
     return StableDiffusionXLPipeline(
-        vae=lively(vae, 1), text_encoder=lively(CLIPTextModel(text), 2),
-        text_encoder_2=lively(CLIPTextModelWithProjection(text), 3), tokenizer=tokenizer, tokenizer_2=tokenizer,
-        unet=new_unet(4), scheduler=scheduler,
-    )  # fmt: skip
+        vae=lively(vae, 1),
+        text_encoder=lively(CLIPTextModel(text), 2),
+        text_encoder_2=lively(CLIPTextModelWithProjection(text), 3),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=new_unet(4),
+        scheduler=scheduler,
+    )
+
+
+def new_resampler(seed: int) -> dict[str, torch.Tensor]:
+    resampler = Resampler(48, 64, tokens=4, width=64, depth=2, heads=1)
+    return lively(resampler, seed).state_dict()
 
 
 def write_release(folder: Path) -> None:
-    """What a user has after the downloads, in files of the same names and layouts, only small."""
     new_base().save_pretrained(folder / "base")
     new_unet(5).save_pretrained(folder / "dpo" / "unet")
     vision = CLIPVisionConfig(
-        hidden_size=48, intermediate_size=64, image_size=224, patch_size=56, num_hidden_layers=3,
-        num_attention_heads=2, projection_dim=16,
-    )  # fmt: skip
+        hidden_size=48,
+        intermediate_size=64,
+        image_size=224,
+        patch_size=56,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        projection_dim=16,
+    )
     encoder = lively(CLIPVisionModelWithProjection(vision), 6)
     encoder.save_pretrained(folder / "image_encoder")
-    torch.save(  # the published file is old and holds a buffer that today's class does not have
-        encoder.state_dict() | {"vision_model.embeddings.position_ids": torch.arange(17)[None]},
-        folder / "image_encoder" / "pytorch_model.bin",
-    )
+    # The published file is old and holds a buffer that today's class does not have.
+    positions = {"vision_model.embeddings.position_ids": torch.arange(17)[None]}
+    torch.save(encoder.state_dict() | positions, folder / "image_encoder" / "pytorch_model.bin")
     (folder / "image_encoder" / "model.safetensors").unlink()
 
-    resampler = lively(Resampler(48, 64, tokens=4, width=64, depth=2, heads=1), 7).state_dict()
-    branch = lively(ImageBranch.for_unet(new_unet(4)), 8).state_dict()
-    other = lively(Resampler(48, 64, tokens=4, width=64, depth=2, heads=1), 9).state_dict()
+    resampler, branch = new_resampler(7), lively(new_branch(new_unet(4)), 8).state_dict()
     torch.save(resampler, folder / "resampler.pth")
-    torch.save({"image_proj": other, "ip_adapter": branch}, folder / "ip-adapter-other.bin")
-    torch.save({"image_proj": resampler, "ip_adapter": branch}, folder / "ip-adapter-whole.bin")
-    torch.save({"ip_adapter": branch}, folder / "ip-adapter-half.bin")
-    flat = {f"image_proj.{k}": v for k, v in resampler.items()} | {f"ip_adapter.{k}": v for k, v in branch.items()}
+    adapters = {
+        "other": {"image_proj": new_resampler(9), "ip_adapter": branch},
+        "whole": {"image_proj": resampler, "ip_adapter": branch},
+        "half": {"ip_adapter": branch},
+    }
+    for name, adapter in adapters.items():
+        torch.save(adapter, folder / f"ip-adapter-{name}.bin")
+    flat = {}
+    for part, state in adapters["whole"].items():
+        flat |= {f"{part}.{key}": value for key, value in state.items()}
     save_file(flat, folder / "ip-adapter.safetensors")
 
-    llava = LlavaConfig.from_pretrained(TINY / "llava-stock")
+    llava = LlavaConfig.from_pretrained(TWINS / "llava-stock")
     lively(LlavaForConditionalGeneration(llava), 10).save_pretrained(folder / "llava")
-    LlavaProcessor.from_pretrained(TINY / "llava-stock").save_pretrained(folder / "llava")
+    LlavaProcessor.from_pretrained(TWINS / "llava-stock").save_pretrained(folder / "llava")
     aligner = lively(ImplicitAligner(64, llava.text_config.hidden_size, depth=2, heads=1), 11)
-    torch.save({f"module.{k}": v for k, v in aligner.state_dict().items()}, folder / "aligner_sdxl.pth")
+    prefixed = {f"module.{key}": value for key, value in aligner.state_dict().items()}
+    torch.save(prefixed, folder / "aligner_sdxl.pth")
     aligner.save(folder / "aligner.safetensors")
 
 
 def locations(folder: Path) -> dict[str, str]:
-    names = {"base": "base", "image_encoder": "image_encoder", "ip_adapter": "ip-adapter-other.bin",
-             "resampler": "resampler.pth", "mllm": "llava", "aligner": "aligner_sdxl.pth"}  # fmt: skip
+    """Return the fields of a preset that name these files."""
+    names = {
+        "base": "base",
+        "image_encoder": "image_encoder",
+        "ip_adapter": "ip-adapter-other.bin",
+        "resampler": "resampler.pth",
+        "mllm": "llava",
+        "aligner": "aligner_sdxl.pth",
+    }
     return {name: str(folder / path) for name, path in names.items()}
 
 
 def preset(folder: Path, **more: object) -> Preset:
-    return with_overrides(find_preset("sdxl"), **(locations(folder) | {"sampling_steps": 2} | more))
+    """Return SDXL's preset for these files, with two steps."""
+    return find_preset("sdxl").changed(**(locations(folder) | {"steps": 2} | more))
 
 
 def command(monkeypatch, folder: Path, *arguments: object, **changed: object) -> None:
-    flags = [f"--{name.replace('_', '-')}={path}" for name, path in (locations(folder) | changed).items()]
-    line = ["sample.py", "--model=sdxl", f"--prompt={PROMPT}", "--steps=2", *flags, *map(str, arguments)]
-    monkeypatch.setattr(sys, "argv", line)
+    """Set a command line that draws with these files."""
+    given = {"model": "sdxl", "prompt": PROMPT, "steps": 2, **locations(folder), **changed}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags, *map(str, arguments)])

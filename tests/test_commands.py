@@ -1,217 +1,201 @@
-"""The commands a user types: good input works, bad input is one line and exit code 2, and costs nothing."""
+"""The commands a user types: good input works, bad input is one line and exit code 2, soon."""
 
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import pyarrow.parquet as pq
 import pytest
+from campaign import Command
+from pair_files import rows, write
 from PIL import Image
+from refusals import assert_refused
+from release_folder import locations
 
-from img_minimal.aligner import ImplicitAligner
 from img_minimal.pipeline import IMG
-from img_minimal.presets import find_preset
-from img_minimal.cli import printable
-from img_minimal.plots import labelled_grid
+from img_minimal.plots import read_rows
 
 ROOT = Path(__file__).parent.parent
-TWIN = find_preset("tiny-sdxl")
+PROMPT = "a red circle above a blue square"
 
 
-def assert_one_clear_line(result: SimpleNamespace, *words: str) -> None:
-    assert result.returncode == 2, result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert "error: " in last
-    for word in words:
-        assert word in last
+def pictures(folder: Path, *names: str) -> list[bytes]:
+    return [Image.open(folder / name).tobytes() for name in names]
 
 
-def test_sample_saves_both_images_and_the_picture_and_says_what_was_seen(call, tmp_path):
-    one = ("--prompt", "a red circle above a blue square", "--seed", 1, "--num-images", 1)
-    result = call("sample.py", *one, "--output", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "initial: MLLM: " in result.stdout and "oracle: " in result.stdout
-    names = {p.name for p in tmp_path.iterdir()}
-    assert names == {"seed1-0-initial.png", "seed1-1-round1.png", "side-by-side.png", "results.json"}
-    last = Image.open(tmp_path / "seed1-1-round1.png")
-    assert last.size == (64, 64)
-    assert (last.text["prompt"], last.text["seed"], last.text["stage"]) == (one[1], "1", "round 1")
+def test_sample_saves_both_images_with_what_was_seen_and_how_long_it_took(call, tmp_path):
+    words = ("--prompt", PROMPT, "--seed", 1, "--num-images", 1)
+    done = call("sample.py", *words, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "initial: MLLM: " in done.stdout and "oracle: " in done.stdout
+    steps = r"in [\d.]+ s: draw \d+%, look \d+%, align \d+%, draw again \d+%, put in words .* GB of"
+    assert re.search(steps, done.stdout)
+    files = ["seed1-0-initial.png", "seed1-1-round1.png"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {*files, "side-by-side.png", "results.json"}
+    notes = Image.open(tmp_path / files[1]).text
+    assert (notes["prompt"], notes["seed"], notes["stage"]) == (PROMPT, "1", "round 1")
     [row] = json.loads((tmp_path / "results.json").read_text())["results"]
-    assert [image["file"] for image in row["images"]] == ["seed1-0-initial.png", "seed1-1-round1.png"]
+    assert [image["file"] for image in row["images"]] == files
     assert all(image["MLLM"] and image["oracle"] for image in row["images"])
-    steps = re.search(r"in [\d.]+ s: draw \d+%, look \d+%, align \d+%, draw again \d+%, put in words", result.stdout)
-    assert steps and "GB of" in result.stdout
 
 
 def test_sample_begins_with_a_picture_that_one_has(call, tmp_path):
     Image.new("RGB", (100, 80), "white").save(tmp_path / "mine.png")
-    out = tmp_path / "out"
-    done = call("sample.py", "--image", tmp_path / "mine.png", "--num-images", 2, "--steps", 2, "--output", out)
+    words = ("--image", tmp_path / "mine.png", "--num-images", 2, "--steps", 2)
+    done = call("sample.py", *words, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert Image.open(out / "seed0-0-given.png").size == (100, 80)
-    first, second = (Image.open(out / f"seed{seed}-1-round1.png").tobytes() for seed in (0, 1))
+    assert Image.open(tmp_path / "out" / "seed0-0-given.png").size == (100, 80)
+    first, second = pictures(tmp_path / "out", "seed0-1-round1.png", "seed1-1-round1.png")
     assert first != second
 
 
-def test_sample_draws_the_prompts_of_a_file_and_a_sweep(call, tmp_path):
+@pytest.mark.parametrize("sweep", ["scale=0,1.5", "passes=1,2"])
+def test_sample_draws_the_prompts_of_a_file_and_a_sweep(call, tmp_path, sweep):
     (tmp_path / "two.txt").write_text("a red circle\na blue square\n")
-    more = ("--num-images", 1, "--steps", 2, "--no-explain", "--guidance-scale", 3)
-    more += ("--negative-prompt", "a green cross")
-    for words in ("scale=0,1.5", "passes=1,2"):
-        done = call("sample.py", "--prompt-file", tmp_path / "two.txt", *more, "--sweep", words, "--output", tmp_path)
-        assert done.returncode == 0, done.stderr
-    assert {"prompt0-seed0-1-round1.png", "prompt1-seed0-1-round1.png", "sweep.png"} <= {
-        path.name for path in tmp_path.iterdir()
-    }
+    words = ["--prompt-file", tmp_path / "two.txt", "--num-images", 1, "--steps", 2, "--no-explain"]
+    words += ["--guidance-scale", 3, "--negative-prompt", "a green cross", "--sweep", sweep]
+    done = call("sample.py", *words, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"prompt0-seed0-1-round1.png", "prompt1-seed0-1-round1.png", "sweep.png"}
     settings = json.loads((tmp_path / "results.json").read_text())["settings"]
     assert (settings["negative_prompt"], settings["guidance_scale"]) == ("a green cross", 3.0)
+
+
+def test_the_first_image_is_kept_where_the_mllm_prefers_it(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(IMG, "better", lambda self, first, *_: [k == 0 for k in range(len(first))])
+    words = ("--keep-better", "--num-images", 2, "--steps", 2)
+    done = call("sample.py", *words, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    starts = [line.split(": ")[0] for line in done.stdout.splitlines()]
+    assert {"seed 0, round 1", "seed 1, round 1, first image kept"} <= {*starts}
+    first, last = pictures(tmp_path, "seed1-0-initial.png", "seed1-1-round1.png")
+    assert first == last
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--prompt", ""], ["empty"]),
-        (["--prompt", "a red zebra"], ["zebra", "--model sdxl"]),
-        (["--seed", "-1"], ["--seed", "0 or more"]),
-        (["--seed", "x"], ["--seed"]),
-        (["--passes", "0"], ["--passes"]),
-        (["--scale", "-0.5"], ["--scale"]),
-        (["--scale-end", "-0.5"], ["--scale-end"]),
-        (["--model", "nope"], ["nope", "tiny-sdxl"]),
-        (["--output", "/proc/nowhere"], ["/proc/nowhere", "choose another folder"]),
-        (["--colour", "red"], ["--colour"]),
-        (["--image", "nowhere.png"], ["nowhere.png", "No such file"]),
-        (["--image", __file__], ["test_commands.py", "no picture", "PNG"]),
-        (["--sweep", "colour=1"], ["--sweep", "scale"]),
-        (["--sweep", "scale=a"], ["--sweep", "scale=0,0.2"]),
-        (["--mllm-device", "cuda:77"], ["--mllm-device", "cpu"]),
-        (["--guidance-scale", "-1"], ["--guidance-scale"]),
+        (["--prompt", ""], "--prompt is empty"),
+        (["--prompt", "a red zebra"], "zebra"),
+        (["--seed", "-1"], "--seed is -1, expected 0 to"),
+        (["--seed", "x"], "--seed"),
+        (["--seed", "9" * 400], "--seed"),
+        (["--num-images", "nan"], "--num-images"),
+        (["--rounds", "99999"], "--rounds is 99999, expected 1 to 100"),
+        (["--steps", "0"], "--steps is 0, expected 1 to 10,000"),
+        (["--scale-end", "1e400"], "--scale-end is inf"),
+        (["--model", "nope"], "tiny-sdxl"),
+        (["--output", "/proc/nowhere"], "/proc/nowhere: cannot be written"),
+        (["--colour", "red"], "--colour"),
+        (["--image", "nowhere.png"], "nowhere.png"),
+        (["--image", __file__], "test_commands.py"),
+        (["--sweep", "colour=1"], "--sweep is 'colour=1', expected a name of scale"),
+        (["--sweep", "scale=a"], "as in scale=0,0.2"),
+        (["--mllm-device", "cuda:77"], "--mllm-device is 'cuda:77', expected one of: cpu"),
+        (["--width", "99"], "--width is 99, this model draws multiples of 8"),
+        (["--aligner", "nowhere.pth"], "check --aligner"),
     ],
 )
-def test_sample_refuses_bad_input_in_one_line(call, arguments, words):
-    assert_one_clear_line(call("sample.py", *arguments), *words)
-
-
-def test_a_missing_a_truncated_and_a_foreign_aligner_are_each_one_line(call, tmp_path):
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes(Path(TWIN.aligner).read_bytes()[:5000])
-    cases = {tmp_path / "none.safetensors": "no such file", cut: "cut short", Path(TWIN.ip_adapter): "not an aligner"}
-    for path, word in cases.items():
-        assert_one_clear_line(call("sample.py", "--aligner", path, "--output", tmp_path), word)
-
-
-def test_an_aligner_of_another_guidance_width_is_refused_in_one_line(call, tmp_path):
-    ImplicitAligner(128, 96, depth=1, heads=2).save(tmp_path / "other.safetensors")
-    result = call("sample.py", "--aligner", tmp_path / "other.safetensors", "--output", tmp_path)
-    assert_one_clear_line(result, "trained for an MLLM of width 96")
+def test_sample_refuses_bad_input(call, tmp_path, arguments, words):
+    assert_refused(call("sample.py", "--output", tmp_path, *arguments), words)
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "words"),
     [
-        ["--steps", "0"],
-        ["--batch-size", "0"],
-        ["--seed", "-3"],
-        ["--resume"],
-        ["--output-dir", "/proc/no"],
-        ["--norm", "l1"],
+        (["--prompts", 0], "--prompts is 0"),
+        (["--json", "/proc/x.json"], "/proc/x.json"),
+        (["--json", "/tmp"], "/tmp: is a folder"),
+        (["--picture", "/tmp/x.doc"], "cannot be drawn as .doc; --picture takes .png"),
     ],
 )
-def test_train_refuses_bad_input_in_one_line(call, arguments, tmp_path):
-    folder = [] if "--output-dir" in arguments else ["--output-dir", tmp_path / "run"]
-    assert_one_clear_line(call("train.py", *folder, *arguments))
-
-
-@pytest.mark.parametrize("flag", ["seed", "num-images", "steps", "passes", "height", "rounds", "scale"])
-@pytest.mark.parametrize("value", ["9" * 5, "9" * 12, "9" * 400, "-99999999999", "1e400", "nan"])
-def test_numbers_that_nothing_can_be_done_with_are_one_line_soon(call, flag, value, tmp_path):
-    if flag == "seed" and value == "9" * 5:
-        return  # that is one
-    done = call("sample.py", f"--{flag}={value}", "--output", tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "error:" in done.stderr
-
-
-def test_dollars_and_halves_of_characters_are_drawn_as_they_stand(tmp_path):
-    picture = Image.new("RGB", (8, 8))
-    for k, text in enumerate(("costs $5 and $6", r"$\\frac{1}$", "$$", "a_b^{", "\ud83d half", "tab\there")):
-        labelled_grid([[(picture, text)]], tmp_path / f"{k}.png", printable(text), text)
-        assert (tmp_path / f"{k}.png").stat().st_size > 1000
-
-
-def test_the_first_image_is_kept_where_the_mllm_prefers_it_and_it_is_said(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(IMG, "better", lambda self, first, *_: [k == 0 for k in range(len(first))])
-    done = call("sample.py", "--keep-better", "--num-images", 2, "--steps", 2, "--output", tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert any(line.startswith("seed 0, round 1: ") for line in lines)
-    assert any(line.startswith("seed 1, round 1, first image kept: ") for line in lines)
-    first, last = (Image.open(tmp_path / f"seed1-{name}.png").tobytes() for name in ("0-initial", "1-round1"))
-    assert first == last
-
-
-def test_evaluate_refuses_bad_input_in_one_line(call):
-    assert_one_clear_line(call("evaluate", "--prompts", 0), "--prompts")
-    assert_one_clear_line(call("evaluate", "--json", "/proc/x.json"), "/proc/x.json")
-    assert_one_clear_line(call("evaluate", "--json", "/tmp"), "/tmp: is a folder")
-    assert_one_clear_line(call("evaluate", "--picture", "/tmp/x.doc"), "as .doc", ".png")
-    assert_one_clear_line(call("sample.py", "--width", 99), "--width is 99", "multiples of 8")
+def test_evaluate_refuses_bad_input(call, arguments, words):
+    assert_refused(call("evaluate", *arguments), words)
 
 
 def test_evaluate_writes_every_arm_with_its_size_and_interval(call, tmp_path):
-    result = call("evaluate", "--prompts", 10, "--split", "validation", "--json", tmp_path / "r.json")
-    assert result.returncode == 0, result.stderr
+    words = ("--prompts", 4, "--split", "validation", "--json", tmp_path / "r.json")
+    done = call("evaluate", *words)
+    assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "r.json").read_text())
     arms = results["arms"]
-    expected = {"base", "new_seed", "best_of_two_mllm", "best_of_two_oracle", "perfect_tokens", "no_guidance", "img",
-                "img_kept", "img_asked"}  # fmt: skip
-    assert set(arms) - {"text", "stock_mllm"} == expected
-    for arm in ("text", "stock"):
-        assert (f"--guidance {arm}" in result.stdout) == (f"{arm}".replace("stock", "stock_mllm") not in arms)
-    assert all(arm["n"] == 10 and 0 <= arm["strict"] <= arm["soft"] <= 1 for arm in arms.values())
-    assert arms["best_of_two_oracle"]["strict"] >= max(arms["base"]["strict"], arms["new_seed"]["strict"])
-    assert set(results["win_rate"]["img_vs_base"]) == {"value", "low", "high", "decided"}
+    always = "base new_seed best_of_two_mllm best_of_two_oracle perfect_tokens no_guidance".split()
+    assert arms.keys() - {"text", "stock_mllm"} == {*always, "img", "img_kept", "img_asked"}
+    for arm, guidance in (("text", "text"), ("stock_mllm", "stock")):
+        assert (f"--guidance {guidance}" in done.stdout) == (arm not in arms)
+    for arm in arms.values():
+        assert arm["n"] == 4 and 0 <= arm["strict"] <= arm["soft"] <= 1
+    best = max(arms["base"]["strict"], arms["new_seed"]["strict"])
+    assert arms["best_of_two_oracle"]["strict"] >= best
+    assert results["win_rate"]["img_vs_base"].keys() == {"value", "low", "high", "decided"}
 
 
 def test_train_stopped_by_sigterm_says_how_to_resume_and_resumes(call, tmp_path):
-    cache = tmp_path / "cache"
-    run = ["train.py", "--output-dir", tmp_path / "run", "--cache-dir", cache, "--pairs", small_pairs(tmp_path)]
-    run += ["--steps", "80", "--eval-prompts", "5", "--save-every", "20"]
-    process = subprocess.Popen(  # a process of its own, because a signal ends it
-        [sys.executable, *map(str, run)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    for _ in range(1200):
-        if metrics.exists() and metrics.stat().st_size:
-            break
+    folder = tmp_path / "run"
+    words = ["--output-dir", folder, "--cache-dir", tmp_path / "cache", "--max-pairs", 60]
+    words += ["--batch-size", 8, "--steps", 80, "--save-every", 20, "--eval-prompts", 5]
+    metrics, command = folder / "metrics.jsonl", Command("train", *words)
+    deadline = time.monotonic() + 120
+    while not read_rows(metrics) and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.kill(process.pid, signal.SIGTERM)
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 130 and "--resume" in said, said
-    result = call(*run, "--resume")
-    assert result.returncode == 0, result.stderr
-    assert "strict alignment on 5 validation prompts: base" in result.stdout
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 81))
-    made = {p.name for p in (tmp_path / "run").iterdir()}
-    assert made >= {"config.json", "metrics.jsonl", "curves.png", "samples.png", "checkpoint.pt", "aligner.safetensors"}
-    # The features were computed once; a cache of another making is refused, not used.
-    [kept] = cache.glob("*-mllm-*/*.safetensors")
-    shutil.copy(Path(small_pairs(tmp_path, rows=40)), kept)
-    assert_one_clear_line(call(*run, "--overwrite"), kept.name)
-    # Nothing of a run is lost by accident: not to a second start, not to a resumption with other settings.
-    assert_one_clear_line(call(*run), "--resume", "--overwrite")
-    assert_one_clear_line(call(*run, "--resume", "--lr", "0.5"), "lr", "0.5")
+    os.kill(command.process.pid, signal.SIGTERM)
+    code, output = command.end()
+    assert code == 130 and "--resume" in output, output
+
+    done = call("train.py", *words, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "strict alignment on 5 validation prompts: base" in done.stdout
+    assert [row["step"] for row in read_rows(metrics)] == list(range(1, 81))
+    made = {path.name for path in folder.iterdir()}
+    pictures = {"curves.png", "samples.png"}
+    assert (
+        made >= {"config.json", "metrics.jsonl", "checkpoint.pt", "aligner.safetensors"} | pictures
+    )
+    # Nothing of a run is lost by accident.
+    assert_refused(call("train.py", *words), "--overwrite")
+    assert_refused(call("train.py", *words, "--resume", "--lr", 0.5), "lr 0.5")
 
 
-def small_pairs(folder: Path, rows: int = 60) -> Path:
-    path = folder / f"pairs-{rows}.parquet"
-    if not path.exists():
-        pq.write_table(pq.read_table(TWIN.pairs).slice(0, rows), path)
-    return path
+COMMANDS = ["sample.py", "train.py", "-m img_minimal.plots", "-m img_minimal.evaluate"]
+COMMANDS += ["-m img_minimal.bench", "-m img_minimal.tiny.build"]
+COMMANDS += [f"tutorials/{path.name}" for path in sorted((ROOT / "tutorials").glob("[0-9]*.py"))]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_there_before_torch_is(command):
+    words = [sys.executable, "-X", "importtime", *command.split(), "--help"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr[-500:]
+    assert not re.search(r"\| +(torch|diffusers|transformers|matplotlib)$", done.stderr, re.M)
+
+
+def test_training_real_models_imports_nothing_of_the_tiny_world(release, tmp_path):
+    files = {
+        name: path for name, path in locations(release).items() if name not in ("base", "aligner")
+    }
+    flags = [f"--{name.replace('_', '-')}={path}" for name, path in files.items()]
+    flags += [f"--pairs={write(tmp_path / 'pairs', rows(12))}", "--steps=1", "--batch-size=2"]
+    flags += [f"--output-dir={tmp_path / 'run'}", "--model=sdxl"]
+    code = """
+import sys, train
+assert train.main() == 0
+print([name for name in sys.modules if name.startswith("img_minimal.tiny")])"""
+    words = [sys.executable, "-c", code, *flags]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr[-2000:]
+
+
+def test_the_examples_of_the_readme_run():
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert examples
+    for example in examples:
+        names: dict = {}
+        exec(example, names)
+        out = names["out"]
+        assert out.initial[0].size == out.images[0].size == (64, 64) and out.said[0]

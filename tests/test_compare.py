@@ -1,6 +1,7 @@
-"""The evaluation over a prompt file, on the shipped twin: resumable, never mixing two runs, judged over prompts."""
+"""Evaluation on a prompt file: resumable, never mixing two runs, with intervals over prompts."""
 
 import json
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -8,22 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from refusals import assert_refused, refused
 from test_judges import make_clip
 
-import img_minimal.evaluate.compare as comparison
-from img_minimal.aligner import ImplicitAligner
-from img_minimal.sdxl import SDXLBackbone
-from img_minimal.evaluate.__main__ import Config as CompareOptions
-from img_minimal.evaluate.compare import ARMS, compare
+from img_minimal.evaluate import __main__ as command
+from img_minimal.evaluate import compare
+from img_minimal.evaluate.compare import ARMS
+from img_minimal.evaluate.intervals import mean_interval, win_rates
 from img_minimal.evaluate.judges import ClipJudge, JudgeFiles
-from img_minimal.load import load_img
-from img_minimal.mllm import MLLM
-from img_minimal.presets import find_preset, with_overrides
-from img_minimal.devices import Placement
-from img_minimal.cli import UserError
+from img_minimal.files import to_pil
+from img_minimal.pipeline import IMG
+from img_minimal.presets import find_preset
+from img_minimal.sdxl import SDXL
 
-ROOT = Path(__file__).parent.parent
-PRESET = with_overrides(find_preset("tiny-sdxl"), sampling_steps=2, mllm_batch=2)
+PRESET = find_preset("tiny-sdxl").changed(steps=2, draw_batch=2)
 ROWS = [
     {"tag": "single_object", "prompt": "a red circle"},
     {"tag": "two_object", "prompt": "a purple cross and a blue square"},
@@ -31,34 +30,33 @@ ROWS = [
     {"tag": "counting", "prompt": "three green squares"},
     {"tag": "complex", "prompt": "a blue circle, a red square and a purple cross"},
 ]
+TEXTS = [row["prompt"] for row in ROWS]
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Path:
-    return make_clip(tmp_path_factory.mktemp("clip"))
+def config(tmp_path_factory) -> command.Config:
+    """Return a command line that judges ROWS with two judges."""
+    folder = tmp_path_factory.mktemp("files")
+    prompt_file = folder / "evaluation_metadata.jsonl"
+    prompt_file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    clip = str(make_clip(folder / "clip"))
+    return command.Config(
+        prompt_file=str(prompt_file),
+        judges="clipscore,pickscore",
+        clipscore_model=clip,
+        pickscore_model=clip,
+        output=str(folder / "whole"),
+    )
+
+
+def evaluate(config: command.Config, preset=PRESET, **changes: object) -> dict:
+    return command.evaluate_file(replace(config, **changes), preset, {})
 
 
 @pytest.fixture(scope="module")
-def prompt_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "evaluation_metadata.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
-
-
-def options(prompt_file: Path, clip: Path, output: Path, **more: object) -> CompareOptions:
-    settings = dict(judges="clipscore,pickscore", clipscore_model=str(clip), pickscore_model=str(clip)) | more
-    return CompareOptions(prompt_file=str(prompt_file), output=str(output), **settings)
-
-
-def run(wanted: CompareOptions, preset=PRESET, seed: int = 0, **more: object) -> dict:
-    return compare(wanted, preset, **dict(count=None, seed=seed) | more)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, prompt_file, clip) -> tuple[Path, dict]:
-    """A run that nothing stopped: its folder and its results."""
-    folder = tmp_path_factory.mktemp("run") / "whole"
-    return folder, run(options(prompt_file, clip, folder))
+def whole(config) -> tuple[Path, dict]:
+    """Return the folder and the results of a run that nothing stopped."""
+    return Path(config.output), evaluate(config)
 
 
 def pixels(folder: Path) -> dict[str, bytes]:
@@ -66,261 +64,219 @@ def pixels(folder: Path) -> dict[str, bytes]:
 
 
 def forbid(monkeypatch, owner: object, name: str) -> None:
-    def called(*args, **kwargs):
-        raise AssertionError(f"{name} was called")
-
-    monkeypatch.setattr(owner, name, called)
+    monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail(f"{name} was called"))
 
 
-def test_every_arm_of_every_prompt_is_kept_under_its_prompt_seed_and_name(whole):
+def test_images_are_those_that_img_draws_and_are_named_by_prompt_seed_and_arm(whole):
     folder, _ = whole
-    names = {f"p{k:05d}-s{100_000 + k + (arm == 'new_seed') * 1_000_000}-{arm}.png" for k in range(5) for arm in ARMS}
-    assert set(pixels(folder)) == names
-    assert all(Image.open(path).size == (64, 64) for path in folder.glob("*.png"))
-    assert not list(folder.glob(".*")), "nothing half-written is left"
+    assert len(pixels(folder)) == 5 * len(ARMS) and not list(folder.glob(".*"))
+    assert (folder / "p00004-s1100004-new_seed.png").exists()
+    stages = IMG(preset=PRESET).stages(TEXTS[:2], [100_000, 100_001])
+    for arm, images in zip(("base", "img"), stages):
+        for k, image in enumerate(to_pil(images)):
+            saved = Image.open(folder / f"p{k:05d}-s{100_000 + k}-{arm}.png")
+            assert np.array_equal(saved, image)
 
 
-def test_the_images_are_those_that_img_itself_draws_from_the_same_seeds(whole):
-    folder, _ = whole
-    base, ours = load_img(PRESET).stages([row["prompt"] for row in ROWS[:2]], [100_000, 100_001])
-    for arm, images in (("base", base), ("img", ours)):
-        for k in range(2):
-            kept = np.asarray(Image.open(folder / f"p{k:05d}-s{100_000 + k}-{arm}.png"))
-            assert np.array_equal(kept, (images[k] * 255).round().byte().permute(1, 2, 0).numpy())
-    assert not (base * 255).round().equal((ours * 255).round()), "or the two arms would show nothing"
-
-
-def test_the_scores_are_the_judges_own_of_the_kept_images(whole, clip):
+def test_results_hold_the_judges_scores_of_the_images_and_a_part_for_each_category(whole, config):
     folder, results = whole
-    judge = ClipJudge.open(JudgeFiles.find("clipscore", str(clip)))
+    judge = ClipJudge.open(JudgeFiles.find("clipscore", config.clipscore_model))
+    result, means = results["judges"]["clipscore"], {}
     for arm in ARMS:
-        paths = sorted(folder.glob(f"*-{arm}.png"))
-        scores = judge.score([Image.open(path) for path in paths], [row["prompt"] for row in ROWS])
-        assert results["judges"]["clipscore"]["arms"][arm]["mean"] == pytest.approx(scores.mean(), abs=1e-4)
+        images = [Image.open(path) for path in sorted(folder.glob(f"*-{arm}.png"))]
+        means[arm] = judge.score(images, TEXTS).mean()
+        assert result["arms"][arm]["mean"] == pytest.approx(means[arm], abs=1e-4)
+    gain = result["difference"]["img_minus_base"]["value"]
+    assert gain == pytest.approx(means["img"] - means["base"], abs=1e-4)
+    counts = {kind: part["n"] for kind, part in result["by_category"].items()}
+    assert counts == {"complex": 1, "counting": 1, "single_object": 1, "two_object": 2}
 
 
-def test_results_have_the_form_of_the_oracles_and_a_part_for_each_category(whole):
-    folder, results = whole
-    assert set(results["judges"]) == {"clipscore", "pickscore"}
-    for one in results["judges"].values():
-        assert list(one["arms"]) == list(ARMS) and all(arm["n"] == 5 for arm in one["arms"].values())
-        assert set(one["win_rate"]) == {"img_vs_base", "img_vs_new_seed", "img_vs_no_guidance"}
-        assert set(one["win_rate"]["img_vs_base"]) == {"value", "low", "high", "decided"}
-        difference = one["difference"]["img_minus_base"]
-        assert difference["value"] == pytest.approx(one["arms"]["img"]["mean"] - one["arms"]["base"]["mean"])
-        assert difference["low"] <= difference["value"] <= difference["high"]
-        assert {c: part["n"] for c, part in one["by_category"].items()} == {
-            "complex": 1, "counting": 1, "single_object": 1, "two_object": 2,
-        }  # fmt: skip
-    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
-
-
-def test_a_finished_run_is_read_and_neither_drawn_nor_judged_again(whole, prompt_file, clip, monkeypatch):
-    folder, results = whole
-    forbid(monkeypatch, comparison, "load_img")
+def test_a_finished_run_is_read_and_a_judge_may_be_added_without_drawing(
+    whole, config, monkeypatch
+):
+    forbid(monkeypatch, compare, "IMG")
+    hpsv2 = evaluate(config, judges="hpsv2", hpsv2_model=config.clipscore_model)["judges"]["hpsv2"]
+    pickscore = whole[1]["judges"]["pickscore"]["arms"]["img"]["mean"]
+    assert hpsv2["arms"]["img"]["mean"] == pytest.approx(100 / np.exp(3.1) * pickscore, rel=1e-4)
     forbid(monkeypatch, ClipJudge, "open")
-    assert run(options(prompt_file, clip, folder)) == results
+    assert evaluate(config) == whole[1]
 
 
 @pytest.mark.parametrize("drawn", [1, 5, 9])
 def test_a_run_killed_while_drawing_draws_only_the_rest_and_ends_in_the_same_numbers(
-    whole, prompt_file, clip, tmp_path, monkeypatch, drawn
+    whole, config, tmp_path, monkeypatch, drawn
 ):
-    original, calls = SDXLBackbone.draw, []
+    original, calls = SDXL.draw, []
 
-    def draw(self, prompts, seeds, tokens=None, *args, **kwargs):
+    def draw(self, prompts, seeds, tokens=None, **options):
         if len(calls) == drawn:
             raise KeyboardInterrupt
         calls.append((tuple(seeds), None if tokens is None else tokens.sum().item()))
-        return original(self, prompts, seeds, tokens, *args, **kwargs)
+        return original(self, prompts, seeds, tokens, **options)
 
-    monkeypatch.setattr(SDXLBackbone, "draw", draw)
+    monkeypatch.setattr(SDXL, "draw", draw)
     with pytest.raises(KeyboardInterrupt):
-        run(options(prompt_file, clip, tmp_path))
-    before, drawn = calls[:], -1
-    results = run(options(prompt_file, clip, tmp_path))
-    assert len(before) + len(calls[len(before) :]) == 3 * len(ARMS) == len(set(calls)), "twelve batches, each once"
+        evaluate(config, output=str(tmp_path))
+    drawn = -1
+    results = evaluate(config, output=str(tmp_path))
+    assert len(calls) == 3 * len(ARMS) == len(set(calls)), "twelve batches, each once"
     assert pixels(tmp_path) == pixels(whole[0])
     assert results["judges"] == whole[1]["judges"]
 
 
 def test_a_run_killed_while_judging_judges_only_the_rest_and_ends_in_the_same_numbers(
-    whole, prompt_file, clip, tmp_path, monkeypatch
+    whole, config, tmp_path, monkeypatch
 ):
-    for name, data in pixels(whole[0]).items():
-        (tmp_path / name).write_bytes(data)
-    (tmp_path / "settings.json").write_bytes((whole[0] / "settings.json").read_bytes())
-    kept = json.loads((whole[0] / "scores-clipscore.json").read_text())
-    kept["prompts"] = {k: row for k, row in kept["prompts"].items() if int(k) < 2}
-    (tmp_path / "scores-clipscore.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(compare, "JUDGE_BATCH", 2)
+    shutil.copytree(whole[0], tmp_path / "run")
+    path = tmp_path / "run" / "scores-clipscore.json"
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps({number: rows[number] for number in ("0", "1")}))
     original, judged = ClipJudge.score, []
-    monkeypatch.setattr(ClipJudge, "score", lambda self, i, texts: judged.append(texts) or original(self, i, texts))
-    results = run(options(prompt_file, clip, tmp_path, judges="clipscore"))
-    assert [len(texts) for texts in judged] == [8, 4], "the batch that is done is not judged again"
-    assert results["judges"]["clipscore"] == whole[1]["judges"]["clipscore"]
+
+    def score(self, images, texts):
+        judged.append(len(texts))
+        return original(self, images, texts)
+
+    monkeypatch.setattr(ClipJudge, "score", score)
+    result = evaluate(config, judges="clipscore", output=str(tmp_path / "run"))["judges"]
+    assert judged == [8, 4], "the batch that is done is not judged again"
+    expected = whole[1]["judges"]["clipscore"]["arms"]["img"]["mean"]
+    assert result["clipscore"]["arms"]["img"]["mean"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_judge_may_be_added_later_without_drawing_again(whole, prompt_file, clip, monkeypatch):
-    forbid(monkeypatch, comparison, "load_img")
-    wanted = options(prompt_file, clip, whole[0], judges="hpsv2", hpsv2_model=str(clip))
-    mean = run(wanted)["judges"]["hpsv2"]["arms"]["img"]["mean"]
-    assert mean == pytest.approx(100 / np.exp(3.1) * whole[1]["judges"]["pickscore"]["arms"]["img"]["mean"], rel=1e-4)
-
-
-def other_prompts(folder: Path) -> Path:
-    path = folder / "others.txt"
-    path.write_text("a red circle\n" * 5)
-    return path
-
-
-@pytest.mark.parametrize("name", ["seed", "scale", "sampling_steps", "mllm_batch", "prompts", "aligner"])
+@pytest.mark.parametrize("name", ["seed", "scale", "prompts", "aligner"])
 def test_a_folder_of_a_run_with_another_setting_is_refused_with_the_reason(
-    whole, prompt_file, clip, tmp_path, monkeypatch, name
+    whole, config, tmp_path, monkeypatch, name
 ):
-    folder, _ = whole
-    forbid(monkeypatch, comparison, "load_img")
-    kept, wanted, more = pixels(folder), options(prompt_file, clip, folder), {}
-    if name == "seed":
-        more = {"seed": 1}
-    elif name in ("scale", "sampling_steps", "mllm_batch"):
-        more = {"preset": replace(PRESET, **{name: 3})}
-    elif name == "prompts":
-        wanted = replace(wanted, prompt_file=str(other_prompts(tmp_path)))
-    else:
-        (tmp_path / "aligner.safetensors").write_bytes(Path(PRESET.aligner).read_bytes() + b"retrained")
-        more = {"preset": replace(PRESET, aligner=str(tmp_path / "aligner.safetensors"))}
-    with pytest.raises(UserError, match=f"another {name} .*--output") as error:
-        run(wanted, **more)
-    assert "\n" not in str(error.value) and pixels(folder) == kept
+    forbid(monkeypatch, compare, "IMG")
+    before = pixels(whole[0])
+    prompt_file, aligner = tmp_path / "others.txt", tmp_path / "aligner.safetensors"
+    prompt_file.write_text("a red circle\n" * 5)
+    aligner.write_bytes(Path(PRESET.sampling.aligner).read_bytes() + b"retrained")
+    changes = {
+        "seed": {"seed": 1},
+        "scale": {"preset": PRESET.changed(scale=3)},
+        "prompts": {"prompt_file": str(prompt_file)},
+        "aligner": {"preset": PRESET.changed(aligner=str(aligner))},
+    }
+    with refused(f"another {name} ", "--output"):
+        evaluate(config, **changes[name])
+    assert pixels(whole[0]) == before
 
 
-def test_scores_by_another_model_of_the_same_judge_are_not_mixed(whole, prompt_file, clip, tmp_path):
+def test_scores_of_other_files_of_the_same_judge_are_not_mixed(whole, config, tmp_path):
     other = make_clip(tmp_path / "other")
     weights = other / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
-    with pytest.raises(UserError, match=r"scores-clipscore.json was made with other files.*--output"):
-        run(options(prompt_file, other, whole[0], judges="clipscore"))
+    with refused("another clipscore model", "--output", "scores-clipscore.json"):
+        evaluate(config, judges="clipscore", clipscore_model=str(other))
 
 
-def test_a_damaged_score_line_and_a_damaged_image_are_named(whole, prompt_file, clip, tmp_path):
+def test_damaged_scores_and_a_damaged_image_are_named(whole, config, tmp_path):
     folder = tmp_path / "run"
-    folder.mkdir()
-    for path in whole[0].iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    scores = folder / "scores-clipscore.json"
+    shutil.copytree(whole[0], folder)
+    scores, image = folder / "scores-clipscore.json", folder / "p00002-s100002-img.png"
     scores.write_text(scores.read_text().replace('"cut"', '"cot"', 1))
-    with pytest.raises(UserError, match=r"scores-clipscore.json: unreadable"):
-        run(options(prompt_file, clip, folder))
+    with refused("scores-clipscore.json: unreadable"):
+        evaluate(config, output=str(folder))
     scores.unlink()
-    image = folder / "p00002-s100002-img.png"
     image.write_bytes(image.read_bytes()[:300])
-    with pytest.raises(UserError, match="p00002-s100002-img.png: damaged image; delete it"):
-        run(options(prompt_file, clip, folder))
+    with refused("p00002-s100002-img.png: damaged image; delete it"):
+        evaluate(config, output=str(folder))
     image.unlink()
-    assert run(options(prompt_file, clip, folder)) == whole[1], "the one image was drawn again, to the same bits"
-
-
-def test_a_missing_judge_is_found_before_anything_is_drawn(prompt_file, clip, tmp_path, monkeypatch):
-    forbid(monkeypatch, comparison, "load_img")
-    with pytest.raises(UserError, match="/nowhere: no such file or folder; check --pickscore-model"):
-        run(options(prompt_file, clip, tmp_path, pickscore_model="/nowhere"))
-    with pytest.raises(UserError, match="unknown judge 'taste'"):
-        run(options(prompt_file, clip, tmp_path, judges="clipscore,taste"))
-    forbid(monkeypatch, ClipJudge, "open")
-    with pytest.raises(AssertionError):  # a folder without images belongs to nobody: other settings are welcome
-        run(options(prompt_file, clip, tmp_path), seed=7)
-
-
-def test_the_diffusion_model_and_the_mllm_are_let_go_before_a_judge_comes(prompt_file, clip, tmp_path, monkeypatch):
-    made, load, open_judge = [], load_img, ClipJudge.open
-
-    def watched(*args):
-        img = load(*args)
-        made.extend(weakref.ref(part) for part in (img.backbone.pipe.unet, img.guide.model, img.aligner))
-        return img
-
-    def open_after(*args):
-        # The first two calls are the look at the files before anything is drawn.
-        assert all(part() is None for part in made), "a big model is still in memory"
-        return open_judge(*args)
-
-    monkeypatch.setattr(comparison, "load_img", watched)
-    monkeypatch.setattr(ClipJudge, "open", open_after)
-    run(options(prompt_file, clip, tmp_path))
-    assert len(made) == 3
-
-
-@pytest.mark.parametrize(("group", "times"), [(64, 1), (2, 3)])
-def test_with_offloading_each_part_is_on_the_device_when_it_is_used_and_the_images_stay_the_same(
-    whole, prompt_file, clip, tmp_path, monkeypatch, group, times
-):
-    monkeypatch.setattr(comparison, "GROUP", group)
-    moves, used, placements = [], set(), []
-    move = Placement._move
-
-    def spy(owner: type, name: str, part: str) -> None:
-        original = getattr(owner, name)
-
-        def method(self, *args, **kwargs):
-            used.add((part, placements[-1].resident))
-            return original(self, *args, **kwargs)
-
-        monkeypatch.setattr(owner, name, method)
-
-    def moved(self, name: str, away: bool) -> None:
-        if self.resident:
-            placements.append(self)
-            moves.extend([] if away else [name])
-        move(self, name, away)
-
-    monkeypatch.setattr(Placement, "_move", moved)
-    spy(MLLM, "guidance", "mllm")
-    spy(ImplicitAligner, "forward", "aligner")
-    results = run(options(prompt_file, clip, tmp_path), replace(PRESET, offload=True))
-    assert used == {("mllm", "mllm"), ("aligner", "aligner")}
-    assert moves.count("mllm") == times, "the biggest model is moved in once for a group of prompts"
-    assert pixels(tmp_path) == pixels(whole[0]) and results["judges"] == whole[1]["judges"]
-
-
-def test_a_run_may_be_resumed_with_offloading(whole, prompt_file, clip):
-    assert run(options(prompt_file, clip, whole[0]), replace(PRESET, offload=True)) == whole[1]
-
-
-def test_prompts_that_are_too_long_are_counted_and_said(whole, prompt_file, clip, capsys):
-    results = run(options(prompt_file, clip, whole[0]))
-    assert results["judges"]["clipscore"]["truncated"] == 1
-    assert "1 of 5 prompts are longer than CLIPScore can read" in capsys.readouterr().out
+    assert evaluate(config, output=str(folder)) == whole[1], "drawn again, to the same bits"
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
+    ("changes", "words"),
     [
-        ({"prompt_file": None}, "tiny-sdxl has no .* --prompt-file"),
-        ({"judges": " , "}, "--judges is empty, expected some of: pickscore"),
-        ({"output": "/proc/nowhere"}, "/proc/nowhere: cannot be written"),
+        ({"pickscore_model": "/nowhere"}, ["/nowhere: no such file", "check --pickscore-model"]),
+        ({"judges": "clipscore,taste"}, ["unknown judge 'taste'"]),
+        ({"judges": " , "}, ["--judges is empty, expected some of: pickscore"]),
+        ({"prompt_file": None}, ["tiny-sdxl has no", "--prompt-file"]),
+        ({"output": "/proc/nowhere"}, ["/proc/nowhere: cannot be written"]),
+        ({"prompt_file": __file__.replace(".py", ".txt")}, ["cannot be read"]),
     ],
 )
-def test_bad_options_are_one_line(prompt_file, clip, tmp_path, more, words):
-    with pytest.raises(UserError, match=words):
-        run(replace(options(prompt_file, clip, tmp_path), **more))
+def test_a_bad_request_is_refused_before_anything_is_drawn(
+    config, tmp_path, monkeypatch, changes, words
+):
+    forbid(monkeypatch, compare, "IMG")
+    with refused(*words):
+        evaluate(config, **({"output": str(tmp_path)} | changes))
 
 
-def test_the_twin_refuses_prompts_that_are_not_of_its_world(clip, tmp_path):
-    path = tmp_path / "p.txt"
-    path.write_text("a red circle\na photo of a bench\n")
-    with pytest.raises(UserError, match="a photo of a bench"):
-        run(options(path, clip, tmp_path / "run"))
+def test_the_twin_refuses_prompts_that_are_not_of_its_world(config, tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\na photo of a bench\n")
+    with refused("a photo of a bench"):
+        evaluate(config, prompt_file=str(tmp_path / "p.txt"))
 
 
-def test_the_command_draws_judges_prints_and_writes_what_it_was_asked_for(call, prompt_file, clip, tmp_path):
-    command = ["evaluate", "--model", "tiny-sdxl", "--prompt-file", prompt_file, "--judges", "clipscore"]
-    command += ["--json", tmp_path / "r.json", "--picture", tmp_path / "p.png", "--prompts", 5]
-    result = call(*command, "--clipscore-model", clip, "--output", tmp_path / "run")
+def test_big_models_are_freed_before_a_judge_comes(config, tmp_path, monkeypatch):
+    opened, open_judge = [], ClipJudge.open
+
+    def open_img(**options):
+        img = IMG(**options)
+        for part in (img.backbone.pipe.unet, img.guide.model, img.aligner):
+            opened.append(weakref.ref(part))
+        return img
+
+    def open_after(*arguments):
+        assert all(part() is None for part in opened), "a big model is still in memory"
+        return open_judge(*arguments)
+
+    monkeypatch.setattr(compare, "IMG", open_img)
+    monkeypatch.setattr(ClipJudge, "open", open_after)
+    evaluate(config, output=str(tmp_path))
+    assert len(opened) == 3
+
+
+def test_offloading_leaves_the_images_as_they_are_and_may_change_on_resume(whole, config, tmp_path):
+    offloaded = PRESET.changed(offload=True)
+    evaluate(config, offloaded, output=str(tmp_path))
+    assert pixels(tmp_path) == pixels(whole[0])
+    assert evaluate(config, offloaded) == whole[1]
+
+
+def test_the_command_prints_tables_and_warnings_and_writes_what_it_is_asked_for(
+    call, config, tmp_path
+):
+    line = ["evaluate", "--prompt-file", config.prompt_file, "--judges", "clipscore"]
+    line += ["--json", tmp_path / "r.json", "--picture", tmp_path / "p.png", "--prompts", 5]
+    line += ["--clipscore-model", config.clipscore_model, "--output", tmp_path / "run"]
+    result = call(*line)
     assert result.returncode == 0, result.stderr
-    assert "CLIPScore" in result.stdout and "same compute, new seed" in result.stdout and "two_object" in result.stdout
-    assert json.loads((tmp_path / "r.json").read_text())["judges"]["clipscore"]["n"] == 5
+    for words in ("base model, two_object", "1 of 5 prompts are longer than CLIPScore can read"):
+        assert words in result.stdout
+    written = (tmp_path / "r.json").read_text()
+    assert written == (tmp_path / "run" / "results.json").read_text()
+    assert json.loads(written)["judges"]["clipscore"]["truncated"] == 1
     assert Image.open(tmp_path / "p.png").width > 500
-    result = call(*command, "--clipscore-model", tmp_path / "none", "--output", tmp_path / "other")
-    last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 2
-    assert last.startswith(f"error: {tmp_path}/none: no such file or folder; check --clipscore-model")
+    line += ["--output", tmp_path / "other", "--clipscore-model", tmp_path / "none"]
+    assert_refused(call(*line), f"{tmp_path}/none: no such file", "check --clipscore-model")
+
+
+# Intervals
+
+
+def test_intervals_are_over_prompts_and_images_of_one_prompt_count_once():
+    differences = np.tile(np.random.default_rng(0).normal(0.2, 1, 40), 4)
+    widths = []
+    for count, prompts in ((40, 40), (160, 40), (160, 160)):
+        texts = [str(k % prompts) for k in range(count)]
+        interval = mean_interval(differences[:count], texts)
+        widths.append(interval["high"] - interval["low"])
+    assert widths[1] == pytest.approx(widths[0]) and widths[2] < 0.6 * widths[0]
+
+
+@pytest.mark.parametrize(
+    ("img", "value", "decided"), [([2, 2, 0, 1, 1], 2 / 3, 3), ([1, 1, 1, 1, 1], None, 0)]
+)
+def test_ties_are_left_out_of_the_win_rate_and_nothing_decided_is_null(img, value, decided):
+    scores = {"img": np.array(img), "base": np.ones(5)}
+    rate = win_rates(scores, list("abcde"), [("img", "base")])["img_vs_base"]
+    assert rate["decided"] == decided
+    assert rate["value"] == (value and pytest.approx(value))
+    json.dumps(rate, allow_nan=False)

@@ -11,20 +11,18 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from refusals import refused
 from release_folder import PROMPT, locations
 
-from img_minimal.hub.where import chosen, fetch_file, fetch_folder, on_hub
-from img_minimal.hub.weights import WeightsError
-from img_minimal.pipeline import fetch
-from img_minimal.presets import find_preset, with_overrides
-from img_minimal.cli import UserError
+from img_minimal.hub.where import chosen, fetch, fetch_file, fetch_folder, split_hub_id
+from img_minimal.presets import find_preset
 
 ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789" * 4
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Repositories are `root/owner/name`; those of the owner "gated" may be listed, but not read."""
+    """Serves repositories root/owner/name; those of "gated" may be listed, but not read."""
 
     root: Path
 
@@ -35,29 +33,31 @@ class Hub(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        place = self.path.split("?")[0].strip("/").split("/")
-        if place[:2] == ["api", "models"]:
-            return self.describe(self.root / place[2] / place[3], "tree" in place)
-        target = self.root.joinpath(*place[:2], *place[4:])  # owner/name/resolve/revision/path
-        if place[0] == "gated":
-            return self.answer(403, b"", X_Error_Code="GatedRepo", X_Error_Message="restricted")
-        if not target.is_file():
-            return self.answer(404, b"", X_Error_Code="EntryNotFound")
-        data = target.read_bytes()
+        parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            return self.describe(self.root / parts[2] / parts[3], "tree" in parts)
+        file = self.root.joinpath(*parts[:2], *parts[4:])  # owner/name/resolve/revision/path
+        if parts[0] == "gated":
+            return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="restricted")
+        if not file.is_file():
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        data = file.read_bytes()
         self.answer(200, data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit=COMMIT)
 
     def describe(self, repo: Path, tree: bool) -> None:
         if not repo.is_dir():
-            return self.answer(401, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-        files = {p.relative_to(repo).as_posix(): p for p in sorted(repo.rglob("*")) if p.is_file()}
-        listing = [
-            {"type": "file", "path": k, "size": p.stat().st_size, "oid": hashlib.sha1(k.encode()).hexdigest()}
-            for k, p in files.items()
-        ]
-        summary = {"id": "/".join(repo.parts[-2:]), "sha": COMMIT, "siblings": [{"rfilename": k} for k in files]}
-        self.answer(200, json.dumps(listing if tree else summary).encode(), Content_Type="application/json")
+            return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="not found")
+        listing = []
+        for path in sorted(repo.rglob("*")):
+            if path.is_file():
+                name, size = path.relative_to(repo).as_posix(), path.stat().st_size
+                listing.append({"type": "file", "path": name, "size": size, "oid": COMMIT})
+        siblings = [{"rfilename": file["path"]} for file in listing]
+        summary = {"id": "/".join(repo.parts[-2:]), "sha": COMMIT, "siblings": siblings}
+        body = json.dumps(listing if tree else summary).encode()
+        self.answer(200, body, Content_Type="application/json")
 
-    def answer(self, code: int, body: bytes, **headers: str) -> None:
+    def answer(self, code: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(code)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -69,7 +69,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub(release, tmp_path_factory) -> Iterator[dict]:
-    """The environment of a program that is to use this hub, with a cache of its own."""
+    """Serve the release, and yield the environment of a program with a cache of its own."""
     root = tmp_path_factory.mktemp("hub")
     (root / "org").mkdir()
     (root / "org" / "release").symlink_to(release, target_is_directory=True)
@@ -77,118 +77,145 @@ def hub(release, tmp_path_factory) -> Iterator[dict]:
     (root / "gated" / "model" / "aligner.pth").write_bytes(b"secret")
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Hub,), {"root": root}))
     Thread(target=server.serve_forever, daemon=True).start()
-    cache = tmp_path_factory.mktemp("cache")
-    address = f"http://127.0.0.1:{server.server_port}"
-    changed = {"HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
-    yield os.environ | changed
+    yield os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path_factory.mktemp("cache")),
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+    }
     server.shutdown()
     server.server_close()
 
 
-def sample(environment: dict, output: Path, folder: str, **changed: object) -> subprocess.CompletedProcess:
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in (locations(Path(folder)) | changed).items()]
-    line = ["sample.py", "--model=sdxl", f"--prompt={PROMPT}", "--steps=2", "--no-explain", f"--output={output}"]
+def python(environment: dict, *arguments: object) -> subprocess.CompletedProcess:
+    line = [sys.executable, *map(str, arguments)]
     return subprocess.run(
-        [sys.executable, *line, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+        line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
     )
 
 
 def refusals(environment: dict, *locations: str) -> list[str]:
-    """What the user is told about each location, asked for as aligner files or MLLM folders by one program."""
-    program = (
-        "import sys\nfrom img_minimal.cli import UserError\n"
-        "from img_minimal.hub.where import fetch_file, fetch_folder\n"
-        "for place in sys.argv[1:]:\n"
-        "    try: print(fetch_file(place, '--aligner') if '.' in place else fetch_folder(place, '--mllm'))\n"
-        "    except UserError as error: print('error:', error)\n"
-    )
-    line = [sys.executable, "-c", program, *locations]
-    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    said = result.stdout.splitlines()
-    assert len(said) == len(locations) and all(line.startswith("error: ") for line in said), result
-    return said
+    """Return the message for each location, asked for as an aligner's file or an MLLM's folder."""
+    program = """
+import sys
+from img_minimal.cli import UserError
+from img_minimal.hub.where import fetch_file, fetch_folder
+for location in sys.argv[1:]:
+    try:
+        fetch_file(location, "--aligner") if "." in location else fetch_folder(location, "--mllm")
+    except UserError as error:
+        print("error:", error)
+"""
+    result = python(environment, "-c", program, *locations)
+    messages = result.stdout.splitlines()
+    assert len(messages) == len(locations), result
+    assert all(message.startswith("error: ") for message in messages), result
+    return messages
 
 
-def test_sample_runs_from_hub_locations_and_again_from_their_cache_without_the_hub(hub, tmp_path):
-    for name, environment in {"online": hub, "offline": hub | {"HF_ENDPOINT": "http://127.0.0.1:1"}}.items():
-        result = sample(environment, tmp_path / name, "org/release", unet="org/release/dpo/unet")
+def test_sample_draws_from_the_hub_and_again_from_its_cache_without_the_hub(hub, tmp_path):
+    given = {"model": "sdxl", "prompt": PROMPT, "steps": 2, "unet": "org/release/dpo/unet"}
+    given |= locations(Path("org/release"))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    images = []
+    for name, endpoint in (("online", hub["HF_ENDPOINT"]), ("offline", "http://127.0.0.1:1")):
+        line = ["sample.py", *flags, "--no-explain", f"--output={tmp_path / name}"]
+        result = python(hub | {"HF_ENDPOINT": endpoint}, *line)
         assert result.returncode == 0, result.stderr
-    images = [(tmp_path / k / "seed0-1-round1.png").read_bytes() for k in ("online", "offline")]
+        images.append((tmp_path / name / "seed0-1-round1.png").read_bytes())
     assert images[0] == images[1]
     [snapshot] = Path(hub["HF_HOME"]).glob("hub/models--org--release/snapshots/*")
-    cached = {p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()}
-    assert "aligner_sdxl.pth" in cached and "aligner.safetensors" not in cached, "only what is needed is fetched"
-    assert not any(name.startswith("base/unet/") and name.endswith(".safetensors") for name in cached)
+    assert (snapshot / "aligner_sdxl.pth").exists()
+    assert not (snapshot / "aligner.safetensors").exists(), "only what is needed is fetched"
+    assert not list(snapshot.glob("base/unet/*.safetensors"))
 
 
-def test_what_the_hub_does_not_give_is_explained_in_one_line(hub):
+def test_a_refusal_of_the_hub_is_explained_in_one_line(hub):
+    login = "hf auth login"
     expected = {
-        "gated/model/aligner.pth": ["restricted", "huggingface.co/gated/model", "hf auth login", "with --aligner"],
-        "nobody/nothing/aligner.pth": ["no such model", "hf auth login", "with --aligner"],
-        "nobody/nothing": ["no such model", "hf auth login", "with --mllm"],
+        "gated/model/aligner.pth": ["restricted", "huggingface.co/gated/model", login, "--aligner"],
+        "nobody/nothing/aligner.pth": ["no such model", login, "with --aligner"],
+        "nobody/nothing": ["no such model", login, "with --mllm"],
         "org/release/absent.pth": ["org/release has no such file"],
         "org/release/absent": ["holds no config.json", "--mllm"],
         "org/release": ["holds no config.json", "llava"],
     }
-    for (location, words), said in zip(expected.items(), refusals(hub, *expected)):
-        assert location in said and all(word in said for word in words), said
+    for (location, words), message in zip(expected.items(), refusals(hub, *expected)):
+        for word in (location, *words):
+            assert word in message
 
 
 @pytest.mark.parametrize("change", [{"HF_ENDPOINT": "http://127.0.0.1:1"}, {"HF_HUB_OFFLINE": "1"}])
-def test_no_network_is_one_line_and_says_how_to_go_on(hub, tmp_path, change):
-    file_said, folder_said = refusals(hub | {"HF_HOME": str(tmp_path)} | change, "org/release/a.pth", "org/release/b")
-    assert "org/release/a.pth" in file_said and "with --aligner" in file_said
-    assert "org/release/b" in folder_said and "with --mllm" in folder_said
-    assert all("cannot be reached" in said and "go online" in said for said in (file_said, folder_said))
+def test_without_a_network_one_line_says_how_to_go_on(hub, tmp_path, change):
+    environment = hub | {"HF_HOME": str(tmp_path)} | change
+    messages = refusals(environment, "org/release/a.pth", "org/release/b")
+    for message, words in zip(messages, (("a.pth", "with --aligner"), ("b", "with --mllm"))):
+        for word in (*words, "org/release/", "cannot be reached", "go online"):
+            assert word in message
 
 
-def test_a_repository_alone_is_no_file():
-    with pytest.raises(UserError, match="org/release: is a repository, --aligner needs a file in it"):
-        fetch_file("org/release", "--aligner")
+@pytest.mark.parametrize(
+    ("location", "words"),
+    [
+        ("org/release", "is a repository, --aligner needs a file in it"),
+        ("/nowhere/model", "no such file or folder; check --aligner"),
+        ("~/nowhere", "no such file or folder; check --aligner"),
+        ("model", "no such file or folder; check --aligner"),
+        ("tests/absent.pth", "no such file or folder; check --aligner"),
+        ("C:\\x", "no such file or folder; check --aligner"),
+        ("a--b..c/d/e.pth", "neither a local path nor owner/name on the hub; check --aligner"),
+    ],
+)
+def test_a_name_that_is_no_file_is_refused_without_asking_the_hub(location, words):
+    with refused(location, words):
+        fetch_file(location, "--aligner")
 
 
-def test_a_name_that_is_neither_path_nor_repository_is_refused_without_asking_the_hub(tmp_path):
-    for location in ("/nowhere/model", "./model", "~/nowhere", "model", "tests/absent.pth", "C:\\x"):
-        with pytest.raises(WeightsError, match="no such file or folder; check --aligner"):
-            fetch_file(location, "--aligner")
-    with pytest.raises(UserError, match="neither a local path nor owner/name on the hub; check --aligner"):
-        fetch_file("a--b..c/d/e.pth", "--aligner")
-
-
-def test_a_folder_that_is_called_like_an_owner_hides_no_repository(tmp_path, monkeypatch):
+def test_a_folder_that_is_named_like_an_owner_hides_no_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shi-labs" / "notes").mkdir(parents=True)
-    assert on_hub("shi-labs/IMG/aligner_sdxl.pth", "--aligner") == ("shi-labs/IMG", "aligner_sdxl.pth")
-    with pytest.raises(WeightsError, match="no such file or folder"):
-        on_hub("shi-labs/notes/aligner_sdxl.pth", "--aligner")
+    location = "shi-labs/IMG/aligner_sdxl.pth"
+    assert split_hub_id(location, "--aligner") == ("shi-labs/IMG", "aligner_sdxl.pth")
+    with refused("no such file or folder"):
+        split_hub_id("shi-labs/notes/aligner_sdxl.pth", "--aligner")
 
 
-def test_a_mistyped_local_path_shows_before_anything_is_fetched(monkeypatch):
-    monkeypatch.setattr("img_minimal.files.hub.snapshot_download", lambda *_, **__: pytest.fail("it fetched"))
-    preset = with_overrides(find_preset("sdxl"), mllm="/nowhere/llava")
-    with pytest.raises(WeightsError, match="/nowhere/llava.*--mllm"):
-        fetch(preset, ("aligner", "base", "mllm"))
+def test_a_mistyped_local_path_is_found_before_anything_is_fetched():
+    with refused("/nowhere/llava", "--mllm"):  # the others would fail otherwise, without a network
+        fetch(find_preset("sdxl").changed(mllm="/nowhere/llava"), "aligner", "base", "mllm")
 
 
-def test_one_set_of_weights_is_chosen_where_a_folder_holds_several(tmp_path):
-    both = ["config.json", "model.safetensors", "model.fp16.safetensors", "pytorch_model.bin", "model.onnx"]
-    assert chosen(tmp_path, both, half=False) == ["model.safetensors"]
-    assert chosen(tmp_path, both, half=True) == ["model.fp16.safetensors"]
-    assert chosen(tmp_path, ["pytorch_model.bin", "training_args.bin"], half=True) == ["pytorch_model.bin"]
-    assert chosen(tmp_path, ["model.fp16.safetensors"], half=False) == ["model.fp16.safetensors"]
-    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    assert chosen(tmp_path, [*shards, "sd_xl_base_1.0.safetensors"], half=True) == shards
-    names = ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model", "extra/model"]
-    files = [f"{name}{kind}.safetensors" for name in names for kind in ("", ".fp16", ".non_ema")]
-    listed = {"_class_name": "X", "unet": ["d", "U"], "vae": ["d", "V"], "text_encoder": ["t", "T"], "none": [None] * 2}
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+BOTH = ["config.json", "model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize(
+    ("names", "half", "expected"),
+    [
+        (BOTH, False, ["model.safetensors"]),
+        (BOTH, True, ["model.fp16.safetensors"]),
+        (["pytorch_model.bin", "training_args.bin"], True, ["pytorch_model.bin"]),
+        (["model.fp16.safetensors"], False, ["model.fp16.safetensors"]),
+        ([*SHARDS, "sd_xl_base_1.0.safetensors"], True, SHARDS),
+    ],
+)
+def test_one_set_of_weights_is_chosen_where_a_folder_holds_several(tmp_path, names, half, expected):
+    assert chosen(tmp_path, names, half) == expected
+
+
+def test_of_a_pipeline_only_the_listed_parts_are_chosen(tmp_path):
+    listed = {"_class_name": "X", "unet": ["d", "U"], "vae": ["d", "V"], "none": [None, None]}
     (tmp_path / "model_index.json").write_text(json.dumps(listed))
-    assert chosen(tmp_path, files, True, ("unet",)) == [
-        "text_encoder/model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors"
-    ]  # fmt: skip
+    names = []
+    for part in ("unet", "vae", "extra"):
+        for kind in ("", ".fp16", ".non_ema"):
+            names.append(f"{part}/diffusion_pytorch_model{kind}.safetensors")
+    expected = ["vae/diffusion_pytorch_model.fp16.safetensors"]
+    assert chosen(tmp_path, names, True, ("unet",)) == expected
 
 
 def test_a_missing_shard_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model-00001-of-00003.safetensors").write_bytes(b"")
-    with pytest.raises(WeightsError, match="has 1 of 3 files model-\\*-of-00003"):
+    with refused("has 1 of 3 files model-*-of-00003"):
         fetch_folder(str(tmp_path), "--mllm")

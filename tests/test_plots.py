@@ -1,4 +1,4 @@
-"""Curves of several runs over each other."""
+"""Curves of several runs over each other, and sheets of images with any text."""
 
 import json
 import sys
@@ -6,43 +6,39 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from refusals import assert_refused
 
-from img_minimal import plots
-from img_minimal.runtime import cli
+from img_minimal.plots import sheet
 
 
 @pytest.fixture
 def runs(tmp_path) -> list[Path]:
-    for k in (1, 2):
-        (tmp_path / f"run{k}").mkdir()
-        rows = [{"step": s, "error": 1 / (s + k), "stage": "x"} | ({"nearer": 0.5} if s % 10 == 0 else {}) for s in
-                range(1, 41)]  # fmt: skip
-        (tmp_path / f"run{k}" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [tmp_path / "run1", tmp_path / "run2"]
+    folders = [tmp_path / "run1", tmp_path / "run2"]
+    for k, folder in enumerate(folders, 1):
+        rows = []
+        for step in range(1, 41):
+            row = {"step": step, "error": 1 / (step + k), "stage": "x"}
+            rows.append(row | ({"nearer": 0.5} if step % 10 == 0 else {}))
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folders
 
 
-def called(monkeypatch, *words: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["plots", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        cli.run(plots.main)
-    return ended.value.code
-
-
-def test_runs_are_drawn_over_each_other(runs, tmp_path, monkeypatch, capsys):
+def test_runs_are_drawn_over_each_other(call, runs, tmp_path):
     both, one = tmp_path / "both.png", tmp_path / "one.png"
-    assert called(monkeypatch, *runs, "--output", both) == 0
-    assert called(monkeypatch, runs[0], "--output", one) == 0
-    assert "saved to" in capsys.readouterr().out
+    done = call("plots", *runs, "--output", both)
+    assert done.returncode == 0 and "saved to" in done.stdout
+    call("plots", runs[0], "--output", one)
     assert Image.open(both).size == Image.open(one).size and both.read_bytes() != one.read_bytes()
-    assert called(monkeypatch, *runs, "--only", "nearer", "--output", one) == 0
+    call("plots", *runs, "--only", "nearer", "--output", one)
     assert Image.open(one).width < Image.open(both).width
 
 
-def test_a_cut_last_row_is_left_out_and_said(runs, tmp_path, monkeypatch, capsys):
+def test_a_cut_last_row_is_left_out_and_said(call, runs, tmp_path):
     with (runs[0] / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "err')
-    assert called(monkeypatch, *runs, "--output", tmp_path / "a.png") == 0
-    assert "1 damaged rows are left out" in capsys.readouterr().err
+    done = call("plots", *runs, "--output", tmp_path / "a.png")
+    assert done.returncode == 0 and "1 damaged rows are left out" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -50,32 +46,40 @@ def test_a_cut_last_row_is_left_out_and_said(runs, tmp_path, monkeypatch, capsys
     [
         (["nowhere"], "nowhere/metrics.jsonl: not there"),
         (["--only", "colour"], "colour: no run has that; they have error"),
+        (["--output", "curves.doc"], "cannot be drawn as .doc"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_line(runs, tmp_path, monkeypatch, capsys, words, said):
-    assert called(monkeypatch, *runs, *words, "--output", tmp_path / "a.png") == 2
-    assert said in capsys.readouterr().err
+def test_what_cannot_be_drawn_is_refused(call, runs, tmp_path, words, said):
+    assert_refused(call("plots", "--output", tmp_path / "a.png", *runs, *words), said)
 
 
-def test_every_number_is_written_for_tensorboard(runs, tmp_path, monkeypatch):
+def test_every_number_is_written_for_tensorboard(call, runs, tmp_path, monkeypatch):
     written = []
 
     class Writer:
         def __init__(self, folder: str):
             self.folder = Path(folder).name
 
-        def __enter__(self):
+        def __enter__(self) -> "Writer":
             return self
 
-        def __exit__(self, *_):
+        def __exit__(self, *_: object) -> None:
             pass
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
             written.append((self.folder, name, step))
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("tensorboard"))
-    sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer
-    assert called(monkeypatch, *runs, "--output", tmp_path / "a.png", "--tensorboard", tmp_path / "tb") == 0
+    command = ("plots", *runs, "--output", tmp_path / "a.png", "--tensorboard", tmp_path / "tb")
+    module = type(sys)("tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert call(*command).returncode == 0
     assert len(written) == 2 * (40 + 4) and written[0] == ("run1", "error", 1)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert called(monkeypatch, *runs, "--output", tmp_path / "a.png", "--tensorboard", tmp_path / "tb") == 2
+    assert_refused(call(*command), "pip install tensorboard")
+
+
+@pytest.mark.parametrize("text", ["costs $5", r"$\frac{1}$", "$$", "a_b^{", "\ud83d half", "tab\t"])
+def test_dollars_and_halves_of_characters_are_drawn_as_they_stand(tmp_path, text):
+    sheet([[(Image.new("RGB", (8, 8)), text)]], tmp_path / "sheet.png", text, text)
+    assert (tmp_path / "sheet.png").stat().st_size > 1000

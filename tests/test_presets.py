@@ -1,80 +1,87 @@
-"""Presets hold the published numbers; flags change one of them and nothing else."""
+"""Presets hold the published numbers; each is a flag that changes it and nothing else."""
 
 from dataclasses import asdict, dataclass, fields
 
 import pytest
+from refusals import refused
 
-from img_minimal.flags import ModelFlags, SamplingFlags
-from img_minimal.presets import PRESETS, find_preset, with_overrides
 from img_minimal.cli import option, parse
-from img_minimal.cli import UserError
+from img_minimal.presets import PRESETS, Models, Sampling, find_preset
+
+SDXL = find_preset("sdxl")
 
 
 @dataclass
-class Command(ModelFlags):
+class Config:
     model: str = option("sdxl", "which models", choices=list(PRESETS))
 
 
-def flags(*arguments: str) -> Command:
-    return parse(Command, "a command", list(arguments))
+def differences(one: dict, other: dict) -> dict:
+    return {name: value for name, value in other.items() if one[name] != value}
 
 
 def changed(*arguments: str) -> dict:
-    preset = find_preset("sdxl")
-    before, after = asdict(preset), asdict(flags(*arguments).applied_to(preset))
-    return {name: value for name, value in after.items() if value != before[name]}
+    """Return what a command line changes in the preset's models and sampling."""
+    _, changes = parse(Config, "a command", Models, Sampling, argv=list(arguments))
+    preset = SDXL.changed(**changes)
+    models = differences(asdict(SDXL.models), asdict(preset.models))
+    return models | differences(asdict(SDXL.sampling), asdict(preset.sampling))
 
 
 def test_sdxl_has_the_released_samplers_and_the_papers_training_settings():
-    preset = find_preset("sdxl")
-    assert (preset.sampling_steps, preset.guidance_scale, preset.scale, preset.passes) == (50, 7.5, 0.2, 3)
-    assert preset.scale_end == 1.0, "the release's sampler does not change the scale"
-    assert (preset.train_steps, preset.batch_size, preset.lr, preset.weight_decay) == (100_000, 8, 1e-4, 1e-4)
-    assert (preset.preference_weight, preset.constant_share) == (1.0, 1.0)
-    assert (preset.identity_share, preset.max_pairs) == (0.0, 0)
-    assert (preset.depth, preset.heads, preset.world, preset.dtype, preset.offload) == (4, 20, None, None, False)
-    assert preset.draw_batch == 1, "more at once would change an image with the number of images"
+    sampling, training = SDXL.sampling, SDXL.training
+    assert (sampling.steps, sampling.guidance_scale, sampling.passes) == (50, 7.5, 3)
+    assert (sampling.scale, sampling.scale_end) == (0.2, 1.0)
+    assert sampling.draw_batch == 1, "more would change an image with the number of images"
+    assert (training.steps, training.batch_size) == (100_000, 8)
+    assert (training.lr, training.weight_decay, training.constant_share) == (1e-4, 1e-4, 1.0)
+    assert (training.preference_weight, training.depth, training.heads) == (1.0, 4, 20)
+    assert (SDXL.data.identity_share, SDXL.data.max_pairs) == (0.0, 0)
+    assert (SDXL.world, SDXL.models.dtype, SDXL.models.offload) == (None, None, False)
 
 
 def test_sdxl_dpo_shares_everything_with_sdxl_but_its_unet():
-    one, other = asdict(find_preset("sdxl")), asdict(find_preset("sdxl-dpo"))
-    assert {name for name in one if one[name] != other[name]} == {"name", "unet"}
-    assert other["unet"] == "mhdang/dpo-sdxl-text2image-v1/unet" and one["unet"] is None
+    dpo = find_preset("sdxl-dpo")
+    assert differences(asdict(SDXL), asdict(dpo)).keys() == {"name", "models"}
+    unet = "mhdang/dpo-sdxl-text2image-v1/unet"
+    assert differences(asdict(SDXL.models), asdict(dpo.models)) == {"unet": unet}
 
 
-def test_every_location_and_how_to_compute_can_be_given_by_a_flag():
+def test_every_field_with_a_help_line_is_a_flag_that_changes_it_alone():
     assert changed() == {}
-    for field in fields(ModelFlags):
-        flag = "--" + field.name.replace("_", "-")
-        value = {"dtype": "bf16", "offload": True}.get(field.name, "owner/name/elsewhere")
-        arguments = [flag] if value is True else [flag, value]
-        assert changed(*arguments) == {field.name: value}
+    values = {"int": "64", "float": "0.5", "bool": None}
+    for field in (*fields(Models), *fields(Sampling)):
+        if not field.metadata.get("help"):
+            continue
+        value = values.get(str(getattr(field.type, "__name__", "")), "64")
+        if choices := field.metadata.get("choices"):
+            value = choices[0]
+        flag = f"--{field.name.replace('_', '-')}"
+        found = changed(flag) if value is None else changed(flag, value)
+        assert found.keys() == {field.name} and str(found[field.name]) in (value, "True")
 
 
-def test_an_empty_resampler_keeps_the_one_in_the_adapter_file():
-    assert find_preset("sdxl").resampler and not flags("--resampler", "").applied_to(find_preset("sdxl")).resampler
+def test_an_empty_resampler_keeps_the_one_in_the_adapter_file_and_a_scale_of_zero_is_a_value():
+    assert changed("--resampler", "", "--scale", "0") == {"resampler": "", "scale": 0.0}
 
 
-def test_an_unknown_dtype_and_an_unknown_model_are_refused(capsys):
-    for arguments in (["--dtype", "int8"], ["--model", "sd3"]):
-        with pytest.raises(SystemExit) as ended:
-            flags(*arguments)
-        assert ended.value.code == 2 and arguments[1] in capsys.readouterr().err
-    with pytest.raises(UserError, match="sd3.*tiny-sdxl"):
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(("--steps", "0"), ("--steps", "99999"), ("--passes", "1000000000"), ("--width", "-8")),
+        *(("--scale", "-1"), ("--scale", "inf"), ("--scale-end", "nan"), ("--height", "9" * 400)),
+        *(("--dtype", "int8"), ("--model", "sd3"), ("--colour", "red"), ("--step", "3")),
+    ],
+)
+def test_values_out_of_a_fields_bounds_and_unknown_flags_end_with_one_line_and_code_2(
+    capsys, flag, value
+):
+    with pytest.raises(SystemExit) as ended:
+        changed(flag, value)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and "error: " in last and flag in last
+
+
+def test_an_unknown_preset_is_refused_with_the_known_names():
+    with refused("sd3", "tiny-sdxl"):
         find_preset("sd3")
-
-
-def test_overrides_that_are_none_leave_the_preset_as_it_is():
-    preset = find_preset("tiny-sdxl")
-    assert with_overrides(preset, scale=None, passes=None) == preset
-    assert with_overrides(preset, scale=0.0).scale == 0.0
-
-
-def test_numbers_of_drawing_that_cannot_be_are_refused():
-    preset = find_preset("sdxl")
-    assert SamplingFlags(steps=3, scale=0.0, height=512).applied_to(preset).sampling_steps == 3
-    large = [{"passes": 10**9}, {"scale": float("inf")}, {"scale_end": float("nan")}]
-    for wrong in [*large, {"steps": 0}, {"scale": -1.0}, {"width": -8}]:
-        [name] = wrong
-        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is .*, expected"):
-            SamplingFlags(**wrong).applied_to(preset)

@@ -1,118 +1,182 @@
-"""A run's folder: resumed only as the run that began there, locked while it runs, its checkpoint whole or refused."""
+"""A run's folder is locked, resumed only as the run that began there, and whole at any moment."""
 
 import json
 import os
+import pickle
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from refusals import refused
 
-from img_minimal.run import RunFolder, load_checkpoint, portable, save_checkpoint
-from img_minimal.cli import UserError
+from img_minimal.plots import read_rows
+from img_minimal.run import Run, load_checkpoint, portable
 
-SETTINGS = {"config": {"seed": 0, "output_dir": "a"}, "preset": {"lr": 1.0, "steps": 5, "finetuning": {"lr": 1.0}},
-            "compute": "products in fp32"}  # fmt: skip
-
-
-def begun(folder: Path, step: int = 2) -> None:
-    """A run of SETTINGS that was stopped after `step`."""
-    run_folder = RunFolder.open(folder, SETTINGS, resume=False, overwrite=True)
-    run_folder.begin(0)
-    save_checkpoint(folder / "checkpoint.pt", {"step": step, "weights": torch.zeros(1000)})
-    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {k + 1}}}\n' for k in range(step + 1)) + '{"ste')
-    run_folder.lock.close()
+SETTINGS = {
+    "config": {"seed": 0, "output_dir": "a"},
+    "preset": {"lr": 1.0, "steps": 5, "finetuning": {"lr": 1.0}},
+    "compute": "products in fp32",
+}
 
 
-def resumed(folder: Path, **changed: object) -> RunFolder:
-    run_folder = RunFolder.open(folder, SETTINGS | changed, resume=True, overwrite=False)
-    run_folder.lock.close()
-    return run_folder
+class Total:
+    """Add up numbers; its state is the sum."""
+
+    shared = True
+
+    def __init__(self) -> None:
+        self.sum = torch.zeros(1000)
+
+    def state_dict(self) -> dict:
+        return {"sum": self.sum.clone()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sum = state["sum"]
 
 
-def test_a_run_folder_is_not_resumed_with_other_settings_and_drops_rows_after_its_checkpoint(tmp_path):
-    begun(tmp_path)
-    with pytest.raises(UserError, match="--resume.*--overwrite"):
-        RunFolder.open(tmp_path, SETTINGS, resume=False, overwrite=False)
-    resumed(tmp_path, config={"seed": 0, "output_dir": "b", "new": 5}).begin(2)
-    assert [json.loads(row)["step"] for row in (tmp_path / "metrics.jsonl").open()] == [1, 2]
-    with pytest.raises(UserError, match=r"lr 2.0: the run began with 1.0"):
-        resumed(tmp_path, preset={"lr": 1.0, "steps": 5, "finetuning": {"lr": 2.0}})
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json: unreadable"):
-        resumed(tmp_path)
+def go(run: Run, last: int, save_every: int = 2, broken: int = -1, stopped: int = -1) -> Total:
+    """Run to a step; the loss of step `broken` is NaN, a signal comes in step `stopped`."""
+    total = Total()
+    for step in run.steps({"total": total, "data": Total()}, last, save_every):
+        if step == stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        total.sum += torch.rand(())
+        run.log(f"samples of step {step}", loss=torch.tensor(torch.nan if step == broken else 1.0))
+    return total
+
+
+def opened(folder: Path, **changed: object) -> Run:
+    """Open a run, to resume it if there is one."""
+    resume = (folder / "checkpoint.pt").exists()
+    run = Run(folder, SETTINGS | changed, resume=resume)
+    run.lock.close()
+    return run
+
+
+def test_a_resumed_run_goes_on_bitwise_and_drops_rows_after_its_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    whole = go(opened(tmp_path / "whole"), 5).sum
+    torch.manual_seed(0)
+    go(opened(tmp_path / "parts"), 2)
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 3, "loss": 7}\n{"ste')  # of a process that was killed
+    torch.manual_seed(99)
+    assert torch.equal(go(opened(tmp_path / "parts"), 5).sum, whole)
+    rows, expected = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("parts", "whole"))
+    assert rows == expected and [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert json.loads((tmp_path / "parts" / "config.json").read_text()) == SETTINGS
+
+
+def test_a_run_is_neither_overwritten_by_accident_nor_resumed_with_other_settings(tmp_path):
+    go(opened(tmp_path), 2)
+    with refused("holds a run", "--resume", "--overwrite"):
+        Run(tmp_path, SETTINGS)
+    opened(tmp_path, config={"seed": 0, "output_dir": "b", "new": 5})
+    with refused("lr 2.0: the run began with 1.0"):
+        opened(tmp_path, preset={"lr": 1.0, "steps": 5, "finetuning": {"lr": 2.0}})
 
 
 def test_what_may_change_on_resuming_is_said_in_one_line_each(tmp_path, capsys):
-    begun(tmp_path)
-    resumed(tmp_path, compute="products in bf16", preset={"lr": 1.0, "steps": 9, "finetuning": {"lr": 1.0}})
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "decay follows the number of steps" in said[0] and "differ in rounding" in said[1]
+    go(opened(tmp_path), 2)
     (tmp_path / "metrics.jsonl").unlink()
-    resumed(tmp_path).begin(2)
-    assert "has 0 of the 2 steps before" in capsys.readouterr().err
+    capsys.readouterr()
+    preset = SETTINGS["preset"] | {"steps": 9}
+    go(opened(tmp_path, compute="products in bf16", preset=preset), 2)
+    words = "decay follows the number of steps", "differ in rounding", "has lost rows"
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == 3 and all(word in line for word, line in zip(words, lines))
 
 
-def test_an_overwritten_run_killed_before_its_first_checkpoint_cannot_be_resumed_as_the_old_one(tmp_path):
-    begun(tmp_path)
-    fresh = RunFolder.open(tmp_path, SETTINGS, resume=False, overwrite=True)
-    fresh.begin(0)
-    fresh.lock.close()
-    with pytest.raises(UserError, match="no checkpoint to resume from"):
-        resumed(tmp_path)
-
-
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    for name in ("one", "other"):
-        (tmp_path / name).mkdir()
-        begun(tmp_path / name)
-    (tmp_path / "one" / "checkpoint.pt").replace(tmp_path / "other" / "checkpoint.pt")
-    with pytest.raises(UserError, match="of two runs"):
-        resumed(tmp_path / "other")
+def test_an_overwritten_run_killed_before_its_first_checkpoint_leaves_no_old_one(tmp_path):
+    go(opened(tmp_path), 2)
+    (tmp_path / "rounds" / "1").mkdir(parents=True)
+    run = Run(tmp_path, SETTINGS, overwrite=True)
+    for _ in run.steps({"data": Total()}, 2, 2):
+        break
+    run.lock.close()
+    assert not (tmp_path / "rounds").exists()
+    with refused("no checkpoint to resume from"):
+        Run(tmp_path, SETTINGS, resume=True)
 
 
 def test_two_runs_in_one_folder_are_refused_with_who_holds_it(tmp_path):
-    first = RunFolder.open(tmp_path, SETTINGS, resume=False, overwrite=False)
-    with pytest.raises(UserError, match=f"process {os.getpid()} writes there now.*--output-dir"):
-        RunFolder.open(tmp_path, SETTINGS, resume=False, overwrite=True)
+    first = Run(tmp_path, SETTINGS)
+    with refused(f"process {os.getpid()} writes there now", "--output-dir"):
+        Run(tmp_path, SETTINGS, overwrite=True)
     first.lock.close()
-    RunFolder.open(tmp_path, SETTINGS, resume=False, overwrite=True).lock.close()
+    Run(tmp_path, SETTINGS, overwrite=True)
 
 
-def test_what_killed_runs_left_half_written_is_cleared_away(tmp_path):
+def test_half_written_files_of_killed_runs_are_cleared_away(tmp_path):
     (tmp_path / ".checkpoint.pt.99.partial").write_bytes(b"half")
     (tmp_path / ".mllm.partial").mkdir()
     (tmp_path / ".mllm.partial" / "model.safetensors").write_bytes(b"half")
-    RunFolder.open(tmp_path, SETTINGS, resume=False, overwrite=False).lock.close()
+    opened(tmp_path)
     assert not list(tmp_path.glob(".*.partial"))
 
 
-def test_a_checkout_that_moved_resumes_its_runs(tmp_path):
+def test_a_stop_signal_saves_a_checkpoint_and_ends_the_loop(tmp_path):
+    run, before = opened(tmp_path), signal.getsignal(signal.SIGTERM)
+    go(run, 12, save_every=12, stopped=4)
+    assert run.stopped and load_checkpoint(run.checkpoint)["step"] == 5
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_loss_that_is_not_finite_names_step_and_samples_and_keeps_the_last_checkpoint(tmp_path):
+    with refused("the loss of step 3 is nan (samples of step 3)", "--lr"):
+        go(opened(tmp_path), 6, broken=3)
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
+
+
+def test_a_checkout_that_moved_resumes_its_runs():
     package = Path(__file__).parent.parent / "img_minimal"
-    settings = SETTINGS | {"preset": {"base": str(package / "tiny" / "twins" / "sdxl")}}
-    assert portable(settings)["preset"] == {"base": "img_minimal/tiny/twins/sdxl"}
+    settings = {"base": str(package / "tiny" / "twins" / "sdxl")}
+    assert portable(settings) == {"base": "img_minimal/tiny/twins/sdxl"}
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
-    begun(tmp_path)
-    content = bytearray((tmp_path / "checkpoint.pt").read_bytes())
-    place = content.index(bytes(2000))  # within the thousand zeros of the weights
-    content[place + 1000] ^= 1
-    (tmp_path / "checkpoint.pt").write_bytes(content)
-    with pytest.raises(UserError, match="damaged at .*data") as caught:
-        resumed(tmp_path)
-    assert "\n" not in str(caught.value)
+class Intruder:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("intruded",)
 
 
-def test_a_truncated_checkpoint_is_one_clear_line(tmp_path):
-    save_checkpoint(tmp_path / "checkpoint.pt", {"step": 1, "weights": torch.zeros(1000)})
-    whole = (tmp_path / "checkpoint.pt").read_bytes()
-    (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cut short") as caught:
-        load_checkpoint(tmp_path / "checkpoint.pt")
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("flipped bit", "damaged at "),
+        ("cut", "cut short or no checkpoint"),
+        ("code", "a pickle that could run code"),
+        ("plain pickle", "unreadable checkpoint"),
+        ("no settings", "holds no run of this version"),  # as before settings were in it
+    ],
+)
+def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, monkeypatch, damage, words):
+    monkeypatch.chdir(tmp_path)
+    go(opened(tmp_path), 2)
+    path = tmp_path / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    if damage == "flipped bit":
+        content[content.index(load_checkpoint(path)["total"]["sum"].numpy().tobytes()) + 1000] ^= 1
+    elif damage == "cut":
+        del content[len(content) // 2 :]
+    elif damage == "plain pickle":
+        content = pickle.dumps(Intruder())
+    path.write_bytes(content)
+    if damage in ("code", "no settings"):
+        torch.save(Intruder() if damage == "code" else {"step": 1}, path)
+    with refused(words, "start without --resume"):
+        opened(tmp_path)
+    assert not Path("intruded").exists()
 
 
-def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match="cannot be written.*--resume") as caught:
-        save_checkpoint(tmp_path / "gone" / "checkpoint.pt", {"step": 1})
-    assert "\n" not in str(caught.value)
+def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(tmp_path, monkeypatch):
+    def full(*_: object) -> None:  # as torch reports it
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    go(opened(tmp_path), 2)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(torch, "save", full)
+    with refused("cannot be written", "an older one is still whole", "--resume"):
+        go(opened(tmp_path), 4)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert not list(tmp_path.glob(".*.partial"))

@@ -4,65 +4,62 @@
 IMG corrects nothing but 16 image tokens, so whatever they cannot say it cannot repair. Shown:
 
 1. reconstruction: the tokens of an image and an empty prompt; how near does the drawing come?
-2. disagreement: the text asks for one picture, the tokens are another's; the scale decides who is heard;
+2. disagreement: the text asks for one picture, the tokens are another's; the scale decides who is
+   heard;
 3. exchange: two prompts, two token sets, the four combinations;
-4. the two branches of one cross-attention: their sizes at every layer, and where two of the tokens are heard.
+4. the two branches of one cross-attention: their sizes at every layer, and where two of the tokens
+   are heard.
 
-    tokens   c = Resampler(CLIP penultimate states of the image)                   (N, D); SDXL: 16 x 2048
-    layer    to_out( A_text + s A_image ),   A_x = softmax(Q K_x^T / sqrt(d)) V_x      (backbones/sdxl/injection.py)
+    tokens   c = Resampler(CLIP penultimate states of the image)         (N, D); SDXL: 16 x 2048
+    layer    to_out( A_text + s A_image ),   A_x = softmax(Q K_x^T / sqrt(d)) V_x      (sdxl.py)
 
-so an image token is heard at scale s in proportion to s ||A_image|| / ||A_text||. Without text the distance of tokens,
+so an image token is heard at scale s in proportion to s ||A_image|| / ||A_text||. Without text the
+distance of tokens,
 
-    rest = ||c(drawn from c) - c||^2 / ||c' - c||^2,   c' the tokens of another image: 0 is "the same picture",
+    rest = ||c(drawn from c) - c||^2 / ||c' - c||^2,   c' the tokens of another image,
 
-tells how much of an image its tokens hold.
+tells how much of an image its tokens hold: 0 is "the same picture".
 """
 
 # %% Options
-from dataclasses import dataclass, replace
+from common import begin, check, curve, option, picture, save, sheet, step
 
-from common import Options, begin, check, chosen_preset, option, save, step
-
-
-@dataclass
-class Config(Options):
-    """The command line."""
-
-    images: int = option(80, "how many images the curves are about")
-
-
-options = begin(Config, __doc__)
-check(options.images >= 4, f"--images is {options.images}, expected 4 or more")
-preset = replace(chosen_preset(options), scale_end=1.0)  # the same in all steps, so that one number says it
+help_text = "how many images the curves are about"
+options, preset = begin(__doc__, images=option(80, help_text, least=4, quick=4))
 check(
     preset.backbone == "sdxl",
-    f"this tutorial opens the cross-attentions of SDXL's UNet, which {preset.name} has not; see 04 and 07",
+    f"this tutorial opens the cross-attentions of SDXL's UNet, which {preset.name} has not; see 04 "
+    "and 07",
 )
 
 from itertools import product
 
 import numpy as np
 import torch
-from figures import image_prompt
-from torch import Tensor
 
-from img_minimal.sdxl import cross_attentions, inject
-from img_minimal.evaluate.intervals import bootstrap_ratio, mean_interval
-from img_minimal.load import load_backbone
+from img_minimal.backbone import open_backbone
+from img_minimal.evaluate.intervals import bootstrap_ratio, mean_interval, said
 from img_minimal.files import to_pil
+from img_minimal.hub.where import fetch
+from img_minimal.pipeline import ADAPTER
+from img_minimal.plots import BLUE, GREY, ORANGE
+from img_minimal.sdxl import cross_attentions, inject
 from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, Group, parse
 from img_minimal.tiny.oracle import judge
 
 SCALES = (0.0, 0.3, 1.0) if options.quick else (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-PAIR = ("a red circle and a blue square", "three yellow triangles")
+PAIR = ["a red circle and a blue square", "three yellow triangles"]
+seed = options.seed
 with step("load"):
-    backbone = load_backbone(preset)
+    preset = preset.changed(scale_end=1.0)  # the same in all steps, so that one number says it
+    backbone = open_backbone(fetch(preset, *ADAPTER, "unet", "base"))
 
-# %% 1. Images of one shape each, which the base draws well, so that what is drawn later tells whom it listened to
-count = 4 if options.quick else options.images
+# %% 1. Images of one shape each, which the base draws well, so that what is drawn later tells whom
+# it listened to
+count = options.images
 single = [str(Group(1, *kind)) for kind in product(COLOURS, FORMS) if kind not in HELD_OUT]
 prompts = [single[(7 * k) % len(single)] for k in range(count)]
-seeds = [options.seed + 100 + k for k in range(count)]
+seeds = [seed + 100 + k for k in range(count)]
 with step("draw"):
     pictures = to_pil(backbone.draw(prompts, seeds, progress="images"))
 c = backbone.tokens(pictures)
@@ -70,71 +67,108 @@ c = backbone.tokens(pictures)
 # %% 2. Reconstruction: the tokens and no words
 
 
-def rest(drawn: Tensor) -> dict[str, float]:
-    """`rest` of what was drawn, by its tokens (B, N, D), with its interval; the other image is the next one."""
-    left = (drawn - c).square().sum((1, 2)).numpy()
-    apart = (c.roll(1, 0) - c).square().sum((1, 2)).numpy()
-    return bootstrap_ratio(left, apart, prompts)
+def rest(images) -> dict[str, float]:
+    """Compute `rest` of drawn images, with its interval; the other image is the next one."""
+    left = (backbone.tokens(to_pil(images)) - c).square().sum((1, 2))
+    apart = (c.roll(1, 0) - c).square().sum((1, 2))
+    return bootstrap_ratio(left.numpy(), apart.numpy(), prompts)
 
 
 with step("draw from tokens alone"):
     alone = backbone.draw([""] * count, seeds, c, scale=1.0, progress="from tokens alone")
-kept = rest(backbone.tokens(to_pil(alone)))
-print(f"rest after drawing from tokens alone: {{value:.3f}} [{{low:.3f}}, {{high:.3f}}], n {count}".format(**kept))
+print(f"rest after drawing from tokens alone: {said(rest(alone))}, n {count}")
 
 # %% 3. Disagreement: the text asks for the next image's prompt. Who is heard, at every scale?
 texts = prompts[1:] + prompts[:1]
-heard: dict[str, list[dict]] = {"rest": [], "text": [], "tokens": []}
+heard = {"rest": [], "text": [], "tokens": []}
 with step("draw from both"):
     for scale in SCALES:
         images = backbone.draw(texts, seeds, c, scale=scale, progress=f"scale {scale}")
-        row = {"rest": rest(backbone.tokens(to_pil(images)))}
-        if preset.world == "tiny":  # an oracle says whether the text, or the tokens' own prompt, is satisfied
+        shares = {"rest": rest(images)}
+        if preset.world == "tiny":  # the oracle says whose prompt is satisfied
             for name, wanted in (("text", texts), ("tokens", prompts)):
-                strict = np.array([v.strict for v in judge(images, [parse(p) for p in wanted])])
-                row[name] = mean_interval(strict, texts)
-        words = (f"{name} {part['value']:.2f} [{part['low']:.2f}, {part['high']:.2f}]" for name, part in row.items())
-        print(f"scale {scale}: " + ", ".join(words) + f"  (n {count})")
-        for name, part in row.items():
-            heard[name].append(part)
+                verdicts = judge(images, [parse(prompt) for prompt in wanted])
+                strict = np.array([verdict.strict for verdict in verdicts])
+                shares[name] = mean_interval(strict, texts)
+        for name, share in shares.items():
+            heard[name].append(share)
+        words = ", ".join(f"{name} {said(share, '.2f')}" for name, share in shares.items())
+        print(f"scale {scale}: {words}  (n {count})")
 
-# %% 4. Exchange: two images, each drawn again from its tokens alone, and under the other's prompt at every scale
-pair_seeds = [options.seed + 1, options.seed + 2]
+# %% 4. Exchange: two images, each drawn again from its tokens alone, and under the other's prompt
+columns = {}
 with step("exchange"):
-    pair = to_pil(backbone.draw(list(PAIR), pair_seeds))
+    columns["image"] = pair = to_pil(backbone.draw(PAIR, [seed + 1, seed + 2]))
     own = backbone.tokens(pair)
-    pair_alone = to_pil(backbone.draw(["", ""], pair_seeds, own, scale=1.0))
-    exchanged = [to_pil(backbone.draw(list(PAIR[::-1]), pair_seeds, own, scale=scale)) for scale in SCALES]
+    jobs = {"its tokens,\nno words": (["", ""], 1.0)}
+    jobs |= {f"s = {scale}": (PAIR[::-1], scale) for scale in SCALES}
+    for title, (texts, scale) in jobs.items():
+        images = backbone.draw(texts, [seed + 1, seed + 2], own, scale=scale)
+        columns[title] = to_pil(images)
 
-# %% 5. The two branches: one denoising step at half of the noise, with a look into every cross-attention. Sizes are
-# root mean squares of A_text and A_image; weights (S, N) say where in the latents each token is heard.
-backbone.placement.bring("diffusion")
-pipe, sizes, weights = backbone.pipe, [], []
-embeds, _, pooled, _ = pipe.encode_prompt(PAIR[0], do_classifier_free_guidance=False)
-side = pipe.unet.config.sample_size
-pixels = side * pipe.vae_scale_factor
-noise = torch.randn(1, pipe.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(options.seed))
-added = {"text_embeds": pooled, "time_ids": torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]]).to(pooled)}
-
-
-def look(attn: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-    """Keep what both branches of this layer say."""
-    both = attn.processor.attend(attn, args[0], kwargs["encoder_hidden_states"])
-    sizes.append({name: out.float().square().mean().sqrt().item() for name, (out, _) in both.items()})
-    weights.append(both["image"][1][0].mean(0).float().cpu())
+# %% 5. The two branches: one denoising step at half of the noise, with a look into every
+# cross-attention. Sizes are root mean squares of A_text and A_image; weights (S, N) say where in
+# the latents each token is heard.
+backbone.turns.bring(backbone.pipe, backbone.branch)
+unet, sizes, weights = backbone.pipe.unet, {"text": [], "image": []}, []
 
 
-hooks = [a.register_forward_pre_hook(look, with_kwargs=True) for a in cross_attentions(pipe.unet).values()]
-dtype, tokens = pipe.unet.dtype, own[:1].to(pipe.device)
-with torch.no_grad(), inject(pipe.unet, backbone.branch, tokens, scale=backbone.sampling.scale):
-    pipe.unet(noise.to(pipe.device, dtype), 500, embeds.to(dtype), added_cond_kwargs=added)
-for hook in hooks:
-    hook.remove()
-ratios = [size["image"] / size["text"] for size in sizes]
-print(f"||A_image|| / ||A_text||: from {min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} layers (n 1)")
+def look(attn, args, kwargs) -> None:
+    """Keep what both branches of a layer say, before it runs."""
+    terms = attn.processor.attend(attn, args[0], kwargs["encoder_hidden_states"])
+    for name, (output, _) in terms.items():
+        sizes[name].append(output.float().square().mean().sqrt().item())
+    weights.append(terms["image"][1][0].mean(0).float().cpu())
 
-# %% 6. The picture
-figure = image_prompt.draw(PAIR, pair, pair_alone, SCALES, exchanged, heard, sizes, weights)
-save(figure, options, "03_image_prompt",
-     f"{preset.name}, --seed {options.seed}; curves: n {count} images of one shape, bands: 95 % intervals "
-     "over prompts; the rest: one image of each prompt")  # fmt: skip
+
+for attn in cross_attentions(unet).values():
+    attn.register_forward_pre_hook(look, with_kwargs=True)  # nothing is drawn after this
+embeds, _, pooled, _ = backbone.pipe.encode_prompt(PAIR[0], do_classifier_free_guidance=False)
+side = unet.config.sample_size
+pixels = side * backbone.pipe.vae_scale_factor
+noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)).to(embeds)
+size_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]]).to(pooled)
+added = {"text_embeds": pooled, "time_ids": size_ids}
+tokens = own[:1].to(embeds)
+with torch.no_grad(), inject(unet, backbone.branch, tokens, preset.sampling.scale):
+    unet(noise, 500, embeds, added_cond_kwargs=added)
+ratios = np.divide(sizes["image"], sizes["text"])
+extremes = f"from {ratios.min():.2f} to {ratios.max():.2f}"
+print(f"||A_image|| / ||A_text||: {extremes} over {len(ratios)} layers (n 1)")
+
+# %% 6. The picture: the exchange; who is heard by scale, both branches by layer, and where the two
+# most concentrated tokens are heard, in the most selective of the finest layers
+blocks = ([2.2, 2.2], [1] * len(columns)), ([4], [4, 4, 1.5, 1.5])
+figure, (*rows, (left, middle, *maps)) = sheet(11, *blocks)
+for k, row in enumerate(rows):
+    for axis, (title, images) in zip(row, columns.items()):
+        picture(axis, images[k], title)
+    row[0].set_ylabel(f'tokens of\n"{PAIR[k]}"', fontsize=8)
+    row[2].set_ylabel(f'text:\n"{PAIR[1 - k]}"', fontsize=8)
+for name, colour, label in (
+    ("text", BLUE, "text is satisfied"),
+    ("tokens", ORANGE, "tokens' image is satisfied"),
+    ("rest", GREY, "rest: distance to the tokens' image"),
+):
+    if heard[name]:
+        curve(left, SCALES, heard[name], label=label, color=colour)
+left.set(xlabel="scale s of the image tokens", ylabel="share, or ratio")
+left.set(title="text asks for one thing, tokens for another", ylim=(0, 1.35))
+left.legend()
+layers = np.arange(len(ratios))
+for shift, (name, size) in zip((-0.2, 0.2), sizes.items()):
+    middle.bar(layers + shift, size, 0.4, label=f"A_{name}, before s")
+middle.set(xlabel="cross-attention, in the order of the pass", ylabel="root mean square")
+middle.set_title("the two branches side by side")
+middle.margins(y=0.25)  # room for the legend above the bars
+middle.legend(ncols=2)
+finest = max(map(len, weights))
+selective = max((w for w in weights if len(w) == finest), key=lambda w: w.std(0).max())
+for axis, token in zip(maps, selective.std(0).argsort(descending=True)):
+    where = selective[:, token].view(int(finest**0.5), -1)
+    picture(axis, where, f"token {token}\nis heard here", cmap="inferno_r", vmin=0)
+caption = (
+    f"curves: n {count} images of one shape, with 95 % intervals over prompts; the rest: one image "
+    "of each prompt"
+)
+save(figure, options, "03_image_prompt", caption)

@@ -1,146 +1,223 @@
 # %% [markdown]
 """What happens while an aligner is trained, and what do the curves of a healthy run look like?
 
-One short training with train.py's own code, twice: once without a break, and once with a Ctrl-C halfway and --resume.
-Frozen features of the preset's pairs come first, once. (--model sdxl: one GPU; it has no feature cache, so the models
-are loaded for each of the three starts.)
+One short training with train.py's own code, twice: once without a break, and once with a Ctrl-C
+halfway and --resume. Frozen features of the preset's pairs come first, once. (--model sdxl: one
+GPU; it has no feature cache, so the models are loaded for each of the three starts.)
 
 One step of the loop, and the curve that each line of it leaves in metrics.jsonl:
 
-    f(c), f_ref(c)                  of a batch; error ||c_w - f||^2 and reference_error ||c_w - f_ref||^2 (Eq. 4)
-    x = -[2 D(c_w) - D(c_l) - ||f_ref - f||^2]       implicit_accuracy: the share of samples with x > 0 (Eqs. 5-7)
-    loss = ||c_w - f||^2 + lambda log(1 + exp(-x))   gradient_norm: of this, before it is clipped to 1
-    k wins in a row, error < reference_error: f_ref <- f                     refreshes (Eqs. 18, 19)
+    f(c), f_ref(c) of a batch        error ||c_w - f||^2, reference_error ||c_w - f_ref||^2 (Eq. 4)
+    x = -[2 D(c_w) - D(c_l) - ||f_ref - f||^2]       implicit_accuracy: share with x > 0 (Eqs. 5-7)
+    loss = ||c_w - f||^2 + lambda log(1 + exp(-x))   gradient_norm, before it is clipped to 1
+    k wins in a row, error < reference_error: f_ref <- f                    refreshes (Eqs. 18, 19)
 
-and now and then, on prompts that are never trained on: validation_error, identity_error (that of changing nothing, as
-an untrained aligner does), and nearer, the share of losers that f moves nearer to c_w.
+and now and then, on prompts that are never trained on: validation_error, identity_error (that of
+changing nothing, as an untrained aligner does), and nearer, the share of losers that f moves nearer
+to c_w. Errors are means over elements; in the loss the preset sums distances over elements.
 
-A checkpoint holds weights, reference, both optimisers' moments, schedule, refresh counter, random state and the place
-in the data. The proof that nothing is missing: every number after the break is the number of the run without one.
+A checkpoint holds weights, reference, the optimiser's moments, schedule, refresh counter, random
+state and the position in the data. The proof that nothing is missing: every number after the break
+is the number of the run without one.
 """
 
 # %% Options
-from dataclasses import asdict, dataclass, fields
+from common import begin, check, option, save, sheet, step
 
-from common import Options, begin, check, option, save, step
+options, preset = begin(
+    __doc__,
+    steps=option(600, "training steps of a run", least=1, quick=24),
+    pairs=option(None, "preference pairs in Pick-a-Pic's columns; default: the preset's"),
+    max_pairs=option(10_000, "use only so many pairs, 0 for all", quick=60),
+)
 
-
-@dataclass
-class Config(Options):
-    """Flags of this tutorial; --quick has its own, small numbers."""
-
-    steps: int = option(600, "training steps of a run")
-    pairs: str | None = option(None, "preference pairs in Pick-a-Pic's columns; default: the preset's")
-    max_pairs: int = option(10_000, "use only so many pairs, 0 for all")
-
-
-options = begin(Config, __doc__)
-
-import json
 import os
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
+from textwrap import fill
+from threading import Thread
 
+import numpy as np
 import torch
-from figures import training_curves
-from figures.training_curves import Curves
 
-import train as script
+import train
 from img_minimal.hub.weights import read_weights
-from img_minimal.flags import ModelFlags
-from img_minimal.presets import find_preset
-from img_minimal.run import RunFolder
+from img_minimal.plots import GREEN, GREY, ORANGE, PINK, read_rows
+from img_minimal.run import Run
 
 # %% 1. A run is `python train.py` with these options
-settings = dict(steps=options.steps, max_pairs=options.max_pairs, save_every=max(1, options.steps // 12))
+folder = Path(options.output) / "06_training"
+training, k = preset.training, 10
+batch_size, save_every = training.batch_size, max(1, options.steps // 12)
 if options.quick:
-    settings = dict(steps=24, max_pairs=60, save_every=4, batch_size=8, refresh_after=3)
-folder, cached = Path(options.output) / "06_training", find_preset(options.model).cache_dir != "none"
+    batch_size, save_every, k = 8, 4, 3
+cache = preset.data.cache_dir
+preset = preset.changed(
+    ("data", "training"),
+    steps=options.steps,
+    batch_size=batch_size,
+    save_every=save_every,
+    pairs=options.pairs or preset.data.pairs,
+    max_pairs=options.max_pairs,
+    cache_dir=cache if cache == "none" else str(folder / "features"),
+)
 
 
-def train(name: str, resume: bool = False) -> Path:
-    """`python train.py` or, with `resume`, `python train.py --resume`; returns the run folder."""
-    config = script.Config(
-        model=options.model, seed=options.seed, pairs=options.pairs, output_dir=str(folder / name), resume=resume,
-        overwrite=not resume, eval_prompts=0, cache_dir=str(folder / "features") if cached else None, **settings,
-        **{field.name: getattr(options, field.name) for field in fields(ModelFlags)},
-    )  # fmt: skip
-    preset = script.chosen_preset(config)
-    run = RunFolder.open(config.output_dir, {"config": asdict(config), "preset": asdict(preset)}, resume, not resume)
-    if not resume:
-        (run.path / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier tutorial
-    script.train_aligner(config, preset, run)
-    return run.path
-
-
-def rows_of(run: Path) -> list[dict[str, float]]:
-    """metrics.jsonl, one row a step."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def run(name: str, resume: bool = False) -> Run:
+    """Run `python train.py` or, with `resume`, `python train.py --resume`."""
+    config = train.Config(
+        model=options.model,
+        seed=options.seed,
+        output_dir=str(folder / name),
+        resume=resume,
+        overwrite=not resume,
+        refresh_after=k,
+        eval_prompts=0,
+    )
+    return train.start(config, preset)
 
 
 print("1. a run without a break")
 with step("features and a run"):
-    whole = train("whole")
-rows = rows_of(whole)
-described = json.loads((whole / "config.json").read_text())
-preset, k = described["preset"], described["config"]["refresh_after"]
-check(len(rows) == preset["train_steps"], f"stopped in {whole}; start the tutorial anew to see it whole")
+    whole = run("whole")
+check(not whole.stopped, f"stopped in {whole.path}; start the tutorial anew to see it whole")
+rows = read_rows(whole.metrics)
 
 # %% 2. The same, with a Ctrl-C halfway
+log = folder / "resumed" / "metrics.jsonl"
+log.unlink(missing_ok=True)  # an earlier run's rows must not be taken for this one's
 
 
-@contextmanager
-def control_c(metrics: Path, after: int) -> Iterator[None]:
-    """Within the block, do what a user's Ctrl-C does as soon as `metrics` has so many rows."""
-    left = threading.Event()
-
-    def watch() -> None:
-        while not left.wait(0.02):
-            if metrics.exists() and metrics.read_text().count("\n") >= after:
-                os.kill(os.getpid(), signal.SIGINT)
-                return
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        left.set()
-        watcher.join()
+def interrupt() -> None:
+    """Do what Ctrl-C does, as soon as half of the rows are written."""
+    while len(read_rows(log)) < len(rows) // 2:
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 print("2. the same, with a Ctrl-C halfway")
-(folder / "resumed" / "metrics.jsonl").unlink(missing_ok=True)  # the watcher must not take it for this one's
-with step("half a run"), control_c(folder / "resumed" / "metrics.jsonl", len(rows) // 2):
-    train("resumed")
-stopped = len(rows_of(folder / "resumed"))
+Thread(target=interrupt, daemon=True).start()
+with step("half a run"):
+    run("resumed")
+stopped = len(read_rows(log))
 
 # %% 3. It goes on with --resume
 print(f"   stopped after step {stopped}; going on with --resume")
 with step("resumed"):
-    resumed = rows_of(train("resumed", resume=True))
+    run("resumed", resume=True)
+resumed = read_rows(log)
 
 # %% 4. Every number of both runs, and the final weights
-pairs = [(a[name], b[name]) for a, b in zip(rows, resumed, strict=True) for name in a.keys() & b.keys()]
-differing, largest = sum(a != b for a, b in pairs), max(abs(a - b) for a, b in pairs)
-first, second = (read_weights(folder / name / "aligner.safetensors") for name in ("whole", "resumed"))
-equal = all(torch.equal(first[name], second[name]) for name in first | second)
-verdict = [
+differences = []
+for row, other in zip(rows, resumed, strict=True):
+    differences += [abs(row[name] - other[name]) for name in row.keys() & other.keys()]
+weights = [read_weights(folder / name / "aligner.safetensors") for name in ("whole", "resumed")]
+equal = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+verdict = (
     f"stopped after step {stopped} of {len(rows)}",
-    f"{len(pairs):,} numbers compared, {differing} differ" + (f" (by {largest:.1e} at most)" if differing else ""),
+    f"{len(differences):,} numbers compared, {np.count_nonzero(differences)} differ",
     f"final weights bitwise equal: {'yes' if equal else 'no'}",
-]
+)
 
 # %% 5. The curves of a healthy run, with what is to be read off each
-figure, found = training_curves.draw(Curves(rows), preset["norm"], k, Curves(resumed), stopped, verdict)
-for line in found:
-    print(line)
-save(
-    figure, options, "06_training",
-    f"{preset['name']}: {preset['train_steps']} steps of {preset['batch_size']} on {preset['max_pairs'] or 'all'} "
-    f"pairs, lambda {preset['preference_weight']:g}, seed {options.seed}. Lines: running mean over "
-    f"{Curves(rows).window} steps; pale: every step. Unseen: one prompt in ten. Boxes: computed from this run.",
-)  # fmt: skip
+figure, (upper, lower) = sheet(15, ([4.4], [1] * 3), ([4.4], [1] * 4))
+steps, window = np.arange(len(rows)) + 1, max(1, len(rows) // 20)
+
+
+def values(name):
+    """Return one number of all rows that have it."""
+    return np.array([row[name] for row in rows if name in row])
+
+
+def draw(axis, **lines) -> None:
+    """Draw numbers of every step, pale, and their means over a twentieth of the run."""
+    for label, name in lines.items():
+        mean = np.convolve(values(name), np.ones(window) / window, mode="valid")
+        (line,) = axis.plot(steps[window - 1 :], mean, label=label)
+        axis.plot(steps, values(name), color=line.get_color(), alpha=0.2)
+
+
+def explain(axis, title, unit, how_to_read, *found) -> None:
+    """Write above a panel, and print, how to read it and what is found in this run."""
+    words = "\n".join([title, fill(how_to_read, 44), *found])
+    axis.set(title=words, xlabel="step", ylabel=unit)
+    print(f"{title}: {'; '.join(found)}. Look for: {how_to_read}")
+
+
+def change(values, few=1) -> str:
+    """Describe how the mean over the first `few` values becomes that over the last ones."""
+    first, last = values[:few].mean(), values[-few:].mean()
+    return f"{first:.3g} to {last:.3g}, ratio {last / first:.2f}"
+
+
+unit = "squared distance to c_w, mean over elements"
+lead = 1 - values("error") / values("reference_error")
+draw(upper[0], f="error", f_ref="reference_error")
+how = "f runs ahead, f_ref is brought up to it again and again"
+ahead = f"f ahead of f_ref in {(lead > 0).mean():.0%} of steps"
+found = f"f: {change(values('error'), window)}"
+explain(upper[0], "Error on training batches", unit, how, found, ahead)
+
+found = ["no prompt was set aside"]
+if len(values("nearer")):
+    unseen = np.append(values("identity_error")[0], values("validation_error"))
+    saved = [0, *(row["step"] for row in rows if "nearer" in row)]
+    upper[1].plot(saved, unseen, "o-", color=GREEN, label="f, unseen prompts")
+    upper[1].axhline(unseen[0], ls="--", color=GREY, label="changing nothing")
+    best = unseen.argmin()
+    lowest = f"lowest at step {saved[best]}: ratio {unseen[best] / unseen[0]:.2f}"
+    found = [change(unseen), lowest, f"losers moved nearer to c_w: {values('nearer')[-1]:.0%}"]
+how = "below grey; rises while the left one falls: too few pairs"
+explain(upper[1], "Error on unseen prompts", unit, how, *found)
+
+refreshed = steps[1:][np.diff(values("refreshes")) > 0]
+accuracy = values("implicit_accuracy")
+draw(upper[2], x="implicit_accuracy")
+upper[2].axhline(0.5, color=GREY, ls="--", lw=1)
+how = "above 1/2; 0 just after a refresh, when f is f_ref (x = 0)"
+found = [f"step 1: {accuracy[0]:.2f}; last twentieth: {accuracy[-window:].mean():.2f}"]
+if len(refreshed):  # in the first step after it, f is f_ref
+    before, after = accuracy[refreshed - 1], accuracy[refreshed[refreshed + 1 < len(rows)] + 1]
+    found.append(f"before a refresh {before.mean():.2f}, two steps after {after.mean():.2f}")
+explain(upper[2], "Implicit accuracy", "share of the batch with x > 0", how, *found)
+
+few = max(12, len(rows) // 10)
+lower[0].plot(steps[:few], lead[:few])
+lower[0].vlines(refreshed[refreshed <= few], 0, lead.max(), color=PINK, lw=1)
+how = "a sawtooth: a refresh (pink) takes it back to 0"
+explain(lower[0], "Lead of f over f_ref", "share", how, f"largest {lead.max():.1%}")
+
+lower[1].step(steps, values("refreshes"), color=PINK, where="post")
+lower[1].plot(steps, steps / (k + 1), "--", color=GREY, lw=1)  # after a refresh no one can win
+early = (refreshed <= len(rows) / 2).sum()
+found = f"{early} in the first half, {len(refreshed) - early} in the second"
+how = "dashed: the most there can be, one in k + 1 steps"
+explain(lower[1], "Refreshes", "so far", how, f"{len(refreshed)} refreshes, k = {k}", found)
+
+norms = values("gradient_norm")
+draw(lower[2], norm="gradient_norm")
+lower[2].axhline(1, color="black", ls="--", lw=1)
+lower[2].set_yscale("log")
+lower[2].yaxis.set_major_formatter("{x:g}")
+how = "no lonely spikes; what is above the dashed line is clipped to 1"
+found = f"clipped in {(norms > 1).mean():.0%} of steps"
+largest = f"largest / median: {norms.max() / np.median(norms):.1f}"
+explain(lower[2], "Gradient norm", "logarithmic", how, found, largest)
+
+near = slice(max(0, stopped - 30), stopped + 30)
+loss = [row["loss"] for row in resumed]
+lower[3].plot(steps[near], values("loss")[near], color=ORANGE, alpha=0.5, lw=7, label="whole run")
+lower[3].plot(steps[near], loss[near], ".-", color=GREEN, label="stopped and resumed")
+lower[3].axvline(stopped + 0.5, color="black", ls="--", lw=1)
+how = "the thin line lies on the thick one, to the last digit"
+explain(lower[3], "Stopped and resumed", "loss", how, *verdict)
+for axis in (*upper[:2], lower[3]):
+    axis.legend()
+    axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+caption = (
+    f"{options.steps} steps of {batch_size} on {options.max_pairs or 'all'} pairs, lambda "
+    f"{training.preference_weight:g}. Lines: running mean over {window} steps; pale: every step. "
+    "Unseen: one prompt in ten. Above the panels: what to look for, and what this run has."
+)
+save(figure, options, "06_training", caption)

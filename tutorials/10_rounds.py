@@ -1,99 +1,138 @@
 # %% [markdown]
 """What does an aligner learn from pairs that it makes itself, and what goes wrong without a gate or without replay?
 
-The shipped aligner draws training prompts again, the oracle says which image is better, and the aligner goes on from
-there: x0 is the base's image, x1 IMG's from the same seed (img_minimal/rounds.py).
+The shipped aligner draws training prompts again, the oracle says which image is better, and the
+aligner goes on from there: x0 is the base's image, x1 IMG's from the same seed
+(img_minimal/rounds.py).
 
-    x1 better: (c_l, c_w) = (x0, x1)     x0 better: (x1, x0)     both right: (x0, x0)     both wrong alike: dropped
+    x1 better: (c_l, c_w) = (x0, x1)            both right: (x0, x0)
+    x0 better: (c_l, c_w) = (x1, x0)            both wrong alike: dropped
 
     f_ref = f, then Eqs. 18 and 19 as ever, on a mixture: at least half of it original pairs (replay)
-    the round counts if held-back prompts are drawn no worse and no more right images are broken (gate)
+    the round counts if held-back prompts get no worse and no more right images break (gate)
 
-Three ways, the same prompts and seeds: with both, without the gate, without gate and replay. Look at three things: how
-long the step |c_w - c_l| of its own pairs is beside that of the original ones; in which categories it wins, by a score
-that moves although neither image is right; and what the error on original pairs does where none are replayed.
-"""
+Three ways, the same prompts and seeds: with both, without the gate, without gate and replay. Look
+at three things: how long the step |c_w - c_l| of its own pairs is compared with that of the
+original ones; in which categories it wins, by a score that moves although neither image is right;
+and what the error on original pairs does where none are replayed.
+"""  # noqa: E501
 
 # %% Options
-from dataclasses import dataclass
+from common import bars, begin, option, save, sheet, step
 
-from common import Options, begin, option, oracle_preset, save, step
+judged_help = "prompts of the test split for the closing comparison"
+options, preset = begin(
+    __doc__,
+    oracle=True,
+    rounds=option(2, "rounds after the shipped aligner", most=20, quick=1),
+    prompts=option(500, "training prompts that a round draws", most=100_000, quick=12),
+    steps=option(150, "training steps of a round", most=100_000, quick=4),
+    max_pairs=option(3000, "original pairs", most=10**9, quick=60),
+    judged=option(300, judged_help, most=100_000, quick=10),
+)
 
-
-@dataclass
-class Config(Options):
-    """The command line."""
-
-    rounds: int = option(2, "rounds after the shipped aligner", most=20)
-    prompts: int = option(500, "training prompts that a round draws", most=100_000)
-    steps: int = option(150, "training steps of a round", most=100_000)
-    max_pairs: int = option(3000, "original pairs", most=10**9)
-    judged: int = option(300, "prompts of the test split for the closing comparison", most=100_000)
-
-
-options = begin(Config, __doc__)
-if options.quick:
-    options.rounds, options.prompts, options.steps, options.max_pairs, options.judged = 1, 12, 4, 60, 10
-
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-from figures import rounds
+from pyarrow.parquet import read_table
 
-import train as script
-from img_minimal import rounds as method
+from img_minimal import rounds
 from img_minimal.aligner import ImplicitAligner
+from img_minimal.data.load import load_training_data
+from img_minimal.devices import Precision, best_device
 from img_minimal.evaluate.arms import Arms
-from img_minimal.evaluate.intervals import mean_interval, paired_shares
-from img_minimal.load import load_img, load_training_data
-from img_minimal.rounds import RoundLog
-from img_minimal.run import RunFolder
-from img_minimal.tiny.grammar import benchmark
+from img_minimal.evaluate.intervals import mean_interval, paired_shares, said
+from img_minimal.pipeline import IMG
+from img_minimal.plots import BLUE, GREY, ORANGE, PINK, read_rows
+from img_minimal.run import Run
+from img_minimal.tiny.grammar import benchmark, parse
+from train import train
 
-preset = oracle_preset(options)
+top, seed = Path(options.output) / "10_rounds", options.seed
+preset = preset.changed(
+    ("data", "training"),
+    round_steps=options.steps,
+    round_prompts=options.prompts,
+    max_pairs=options.max_pairs,
+    save_every=max(1, options.steps // 3),
+    cache_dir=str(top / "features"),
+)
 if options.quick:
-    method.GATE_PROMPTS = 8
+    rounds.GATE_PROMPTS = 8
+
+
+def train_round(run: Run, data, settings, start: ImplicitAligner, seed: int) -> ImplicitAligner:
+    """Train a round as train.py does."""
+    precision = Precision.named(preset.models.dtype, best_device())
+    return train(run, data, settings, precision, start=start, seed=seed)
+
 
 # %% 1. Three ways to go on from the shipped aligner
 WAYS = {
-    "gate and replay": dict(gate=True, replay=0.5),
-    "no gate": dict(gate=False, replay=0.5),
-    "no gate, no replay": dict(gate=False, replay=0.0),
+    "gate and replay": {"gate": True, "replay": 0.5},
+    "no gate": {"gate": False, "replay": 0.5},
+    "no gate, no replay": {"gate": False, "replay": 0.0},
 }
-aligners, logs = {"shipped": ImplicitAligner.from_file(preset.aligner)}, {}
-top = Path(options.output) / "10_rounds"
+shipped = ImplicitAligner.from_file(preset.sampling.aligner)
+aligners, logs = {"shipped": shipped}, {}
 for way, switches in WAYS.items():
     print(f"\n{way}")
-    config = script.Config(
-        model=options.model, seed=options.seed, rounds=options.rounds + 1, round_steps=options.steps,
-        round_prompts=options.prompts, max_pairs=options.max_pairs, save_every=max(1, options.steps // 3),
-        cache_dir=str(top / "features") if preset.cache_dir != "none" else None, **switches,
-    )  # fmt: skip
-    own, folder = script.chosen_preset(config), top / way.replace(", ", "-").replace(" ", "-")
     with step(f"rounds, {way}"):
-        data = load_training_data(own, "mllm", options.seed, 10.0)
-        run = RunFolder.open(folder, {"config": asdict(config), "preset": asdict(own)}, False, True)
-        run.begin(0)
-        start = ImplicitAligner.from_file(preset.aligner)
-        aligners[way] = script.train_rounds(config, own, run, data, start)
-    logs[way] = RoundLog(folder / "rounds" / "metrics.jsonl").rows
+        settings = switches | {"seed": seed, "preset": asdict(preset)}
+        run = Run(top / way.replace(", ", "-").replace(" ", "-"), settings, overwrite=True)
+        run.restore({}, 0)  # clears the rounds of an earlier call
+        data = load_training_data(preset, "mllm", seed, 10.0, run.ranks)
+        count = options.rounds + 1
+        aligners[way] = rounds.train_rounds(
+            preset, run, data, shipped, train_round, rounds=count, seed=seed, **switches
+        )
+    logs[way] = read_rows(run.path / "rounds" / "metrics.jsonl")
 
 # %% 2. All of them on the same test prompts and seeds
+right = {}
 with step("compare"):
-    arms = Arms(load_img(preset), benchmark(options.judged, "test", options.seed), options.seed)
-    right = {}
+    arms = Arms(IMG(preset=preset), benchmark(options.judged, "test", seed), seed)
     for name, aligner in aligners.items():
         arms.img.aligner = aligner.eval()
-        arms.aligned(name, arms.img)
-        right[name] = np.array([v.strict for v in arms.verdicts[name]])
-shares = {name: mean_interval(values, arms.captions) for name, values in right.items()}
-print(f"\n{options.judged} test prompts, base {np.mean([v.strict for v in arms.verdicts['base']]):.3f}")
+        arms.aligned("img", arms.img)
+        right[name] = arms.marks("strict")["img"]
+print(f"\n{options.judged} test prompts, base {arms.marks('strict')['base'].mean():.3f}")
+shares = {}
 for name, values in right.items():
-    pair = paired_shares(values, right["shipped"], arms.captions)["difference"]
-    print(f"{name:20} {values.mean():.3f}, against shipped {{value:+.3f}} [{{low:+.3f}}, {{high:+.3f}}]".format(**pair))
+    shares[name] = mean_interval(values, arms.captions)
+    change = paired_shares(values, right["shipped"], arms.captions)["difference"]
+    print(f"{name:20} {values.mean():.3f}, against shipped {said(change, '+.3f')}")
 
-# %% 3. The picture
-note = f"{preset.name}, seed {options.seed}: rounds of {options.prompts} prompts and {options.steps} steps"
-caption = f"{note}; 95 % intervals over {options.judged} test prompts"
-save(rounds.draw(logs, shares), options, "10_rounds", caption)
+# %% 3. The picture: the gate's numbers, the step and the error by round; wins; the end's result
+figure, (upper, (steps, wins, end)) = sheet(14, ([3.7, 3.7], [1] * 3))
+panels = {
+    "score": "held-back prompts right",
+    "damage": "right before, wrong after",
+    "validation_error": "error on held-back original pairs",
+    "step_new": "|c_w - c_l|: how far a pair asks to go",
+}
+colours = (BLUE, ORANGE, PINK)
+for axis, (name, title) in zip((*upper, steps), panels.items()):
+    for colour, (way, rows) in zip(colours, logs.items()):
+        known = [row for row in rows if name in row]
+        x, y = [row["round"] for row in known], [row[name] for row in known]
+        axis.plot(x, y, "o-", color=colour, label=way)
+    axis.set(title=title, xlabel="round")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+first = logs["gate and replay"][1]
+steps.axhline(first["step_original"], color=GREY, ls="--", label="original pairs")
+steps.set_ylim(bottom=0)
+for axis in (*upper, steps):
+    axis.legend()
+pairs = read_table(top / "gate-and-replay" / "rounds" / "1" / "pairs.parquet").to_pylist()
+won = Counter(parse(pair["caption"]).category for pair in pairs if pair["label_1"])
+wins.bar(sorted(won), [won[category] for category in sorted(won)])
+wins.set_title("round 1: IMG's wins by category")
+bars(end, shares, color=(GREY, *colours))
+end.set(title="test prompts right, at the end", ylim=(0, 1.05))
+caption = (
+    f"rounds of {options.prompts} prompts and {options.steps} steps; 95 % intervals over "
+    f"{options.judged} test prompts"
+)
+save(figure, options, "10_rounds", caption)

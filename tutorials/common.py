@@ -1,102 +1,159 @@
-"""What every tutorial begins and ends with: its flags, its clock, and a picture that says what it was made of.
+"""Begin and end a tutorial: flags, clock, and the shapes that its pictures are made of.
 
 A tutorial is a script to be read from top to bottom. Its `# %%` marks are the cells of a notebook:
-`jupytext --to notebook tutorials/01_misalignment.py` makes one, and so do editors that know the marks. How its picture
-is drawn is beside it, in tutorials/figures/.
+`jupytext --to notebook tutorials/01_misalignment.py` makes one, and editors know the marks, too.
 """
 
 import sys
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from textwrap import fill
+from typing import Any
+
+import numpy as np
 
 NOTEBOOK = "ipykernel" in sys.modules
-sys.path.insert(0, str(Path.cwd().parent if NOTEBOOK else Path(__file__).parent.parent))  # so that it just works
+ROOT = Path.cwd().parent if NOTEBOOK else Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # so that a tutorial runs from anywhere
 
-from img_minimal.flags import ModelFlags  # noqa: E402
-from img_minimal.presets import PRESETS, Preset, find_preset  # noqa: E402
-from img_minimal.runtime import cli  # noqa: E402
-from img_minimal.cli import check, option  # noqa: E402
-from img_minimal.cli import UserError  # noqa: E402
+from img_minimal import cli
+from img_minimal.cli import check, option  # noqa: F401 - scripts import it from here
+from img_minimal.plots import COLOURS, GREY, pyplot
+from img_minimal.presets import PRESETS, Models, Preset, find_preset
 
-__all__ = ["Options", "begin", "check", "chosen_preset", "option", "oracle_preset", "save", "step"]
-_clock: Any = None  # that of `begin`; what it imports takes seconds
+FLAGS = {
+    "model": option("tiny-sdxl", "which models", choices=list(PRESETS)),
+    "seed": option(0, "draws the prompts and numbers the images"),
+    "quick": option(False, "the same lines on a few samples: only shows that it runs"),
+    "output": option("outputs/tutorials", "folder for the picture"),
+}
+LOOK = {
+    "axes.axisbelow": True,
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "errorbar.capsize": 3,
+    "legend.fontsize": 8,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+}
+_clock: Any = None  # set by `begin`: importing it takes seconds, and --help should not wait
 
 
-@dataclass
-class Options(ModelFlags):
-    """Flags of every tutorial; inherit to add some."""
+def begin(doc: str, oracle: bool = False, **flags: Any) -> tuple[Any, Preset]:
+    """Read the command line, print the question, and check that the picture can be written.
 
-    model: str = option("tiny-sdxl", "which models", choices=list(PRESETS))
-    seed: int = option(0, "draws the prompts and numbers the images")
-    quick: bool = option(False, "the same lines on a few samples: shows that it runs, and nothing more")
-    output: str = option("outputs/tutorials", "folder for the picture")
-
-
-Chosen = TypeVar("Chosen", bound=Options)
-
-
-def begin(kind: type[Chosen], doc: str) -> Chosen:
-    """Read the command line, print the question the tutorial answers, prove that its picture can be written.
-
-    In a notebook all options have their defaults; change them in the cell that calls this.
+    `flags` are this tutorial's own, made by `option`, some with another value for `quick` mode.
+    Returns the options and the preset that they choose. A notebook gets the defaults. With
+    `oracle`, raises UserError for models whose images the exact oracle cannot judge.
     """
+    global _clock
+    fields = []
+    for name, flag in (FLAGS | flags).items():
+        kind = str | None if flag.default is None else type(flag.default)
+        fields.append((name, kind, flag))
     if not NOTEBOOK:
-        cli.end_scripts_in_one_line()
-    options = cli.parse(kind, doc, [] if NOTEBOOK else None)
-    check(options.seed >= 0, f"--seed is {options.seed}, expected 0 or more")
+        cli.install_error_hook()
+    argv = [] if NOTEBOOK else None
+    options, changes = cli.parse(make_dataclass("Options", fields), doc, Models, argv=argv)
+    preset = find_preset(options.model).changed(**changes)
+    check(
+        preset.world == "tiny" or not oracle,
+        f"this tutorial needs the exact oracle, which cannot judge images of {preset.name}; for "
+        f"real images, see python -m img_minimal.evaluate --model {preset.name} --prompt-file",
+    )
     cli.writable_folder(options.output)
     cli.quiet_libraries()
     from img_minimal.files import Clock
 
-    global _clock
     _clock = Clock()
-    if not NOTEBOOK:  # which shows it above
-        note = " (quick mode: too few samples to mean anything)" if options.quick else ""
-        print(doc.strip().splitlines()[0] + note)
-    return options
+    question = doc.strip().splitlines()[0]
+    if options.quick:
+        question += " (quick mode: too few samples to mean anything)"
+        for name, flag in flags.items():
+            if "quick" in flag.metadata:
+                setattr(options, name, flag.metadata["quick"])
+    if not NOTEBOOK:  # a notebook shows the question above this cell
+        print(question)
+    return options, preset
 
 
 def step(name: str) -> AbstractContextManager[None]:
-    """The time within this context counts for a step; `save` prints the seconds of all."""
+    """Count the time within this context for a step; `save` prints the shares of all steps."""
     return _clock(name)
 
 
-def chosen_preset(options: Options) -> Preset:
-    """The preset of --model, with what other flags change."""
-    return options.applied_to(find_preset(options.model))
+def sheet(width: float, *blocks: tuple[list, list]) -> tuple[Any, list]:
+    """Make a figure of blocks of axes, one below the other; returns it and its rows of axes.
 
-
-def oracle_preset(options: Options) -> Preset:
-    """The same, where the exact oracle is needed. Raises UserError for models whose images it cannot judge."""
-    preset = chosen_preset(options)
-    if preset.world != "tiny":
-        raise UserError(
-            f"this tutorial needs the exact oracle, which cannot judge images of {preset.name}; for real images, see "
-            f"python -m img_minimal.evaluate --model {preset.name} --prompt-file prompts.txt"
-        )
-    return preset
-
-
-def save(figure: Any, options: Options, name: str, caption: str) -> Path:
-    """Save a matplotlib figure as a PNG under `caption`, which states sample size and seed, and quick mode.
-
-    Also prints what the steps of the tutorial have cost.
+    A block is the heights of its rows, in inches, and the relative widths of its columns.
     """
-    import matplotlib.pyplot as plt
+    plt = pyplot()
+    plt.rcParams |= LOOK | {"axes.prop_cycle": plt.cycler(color=COLOURS)}
+    totals = [sum(heights) for heights, _ in blocks]
+    figure = plt.figure(figsize=(width, sum(totals)))
+    parts = figure.subfigures(len(blocks), 1, height_ratios=totals, squeeze=False)
+    rows = []
+    for part, (heights, widths) in zip(parts.flat, blocks):
+        ratios = {"height_ratios": heights, "width_ratios": widths}
+        rows += list(part.subplots(len(heights), len(widths), squeeze=False, **ratios))
+    return figure, rows
 
-    note = "QUICK MODE, too few samples to mean anything. " if options.quick else ""
-    figure.supxlabel(note + caption, fontsize=8, color="#D55E00" if options.quick else "#7F7F7F")
+
+def bars(axis, intervals: dict[str, dict], at=None, lying: bool = False, **look) -> None:
+    """Draw a bar with its interval for each name, standing or lying, at positions `at`."""
+    value, error = spread(intervals.values())
+    at = range(len(value)) if at is None else at
+    if lying:
+        axis.barh(at, value, 0.65, xerr=error, alpha=0.8, **look)
+        axis.set_yticks(at, intervals)
+        axis.invert_yaxis()
+    else:
+        axis.bar(at, value, 0.65, yerr=error, alpha=0.8, **look)
+        axis.set_xticks(at, [fill(name, 10) for name in intervals])
+
+
+def curve(axis, x, intervals: list[dict], **look) -> None:
+    """Draw a line with its intervals."""
+    value, error = spread(intervals)
+    axis.errorbar(x, value, yerr=error, fmt="o-", **look)
+
+
+def spread(intervals) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of n intervals (n,), and how far these reach below and above (2, n)."""
+    value, low, high = np.array([[row["value"], row["low"], row["high"]] for row in intervals]).T
+    return value, np.clip([value - low, high - value], 0, None)
+
+
+def picture(axis, image, above: str = "", below: str = "", colour: str = "black", **look) -> None:
+    """Show an image without ticks, with words above and, in a colour, below it."""
+    axis.imshow(image, interpolation="nearest", **look)
+    axis.set(xticks=[], yticks=[], title=wrapped(above, 26))
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel(wrapped(below, 30), fontsize=8, color=colour)
+
+
+def wrapped(text: str, width: int) -> str:
+    """Wrap each line of a text."""
+    return "\n".join(fill(line, width) for line in text.splitlines())
+
+
+def save(figure, options, name: str, caption: str) -> None:
+    """Save the figure above a caption, which states the sample size; print what the steps cost."""
+    caption = f"{options.model}, --seed {options.seed}: {caption}"
+    if options.quick:
+        caption = f"QUICK MODE, too few samples to mean anything. {caption}"
+    figure.supxlabel(wrapped(caption, int(15 * figure.get_figwidth())), fontsize=8, color=GREY)
+    for axis in figure.axes:
+        if not axis.has_data():
+            axis.set_axis_off()
     path = Path(options.output) / f"{name}.png"
     figure.savefig(path, dpi=110)
-    plt.close(figure)
-    total = sum(_clock.seconds.values()) or 1.0
-    steps = (f"{name} {seconds:.1f} s ({seconds / total:.0%})" for name, seconds in _clock.seconds.items())
-    print(f"{total:.0f} s: " + ", ".join(steps))
-    print(f"saved to {path}")
+    pyplot().close(figure)
+    print(f"{_clock}\nsaved to {path}")
     if NOTEBOOK:
         from IPython.display import Image, display
 
         display(Image(path))
-    return path

@@ -1,1 +1,1 @@
-"""What runs cost: the printed plan, the table of memory, and benchmarks that print ratios of one run."""
+"""Costs: the plan of a training run, the table of memory, and benchmarks that print ratios."""

@@ -1,80 +1,284 @@
-"""How much GPU memory a run needs, computed without a GPU, a download, or a weight.
+"""Compute what the public models take at true size, without a GPU, a download, or a weight.
 
-    python -m img_minimal.bench memory
     python -m img_minimal.bench memory --model flux --mllm llava-7b
 
-Weights: the models are built on PyTorch's meta device (shapes without numbers) from their public settings, and their
-parameters counted. Activations: one forward pass, and for training one backward pass, is made on that device,
-and the largest sum of tensors alive at once is noted. Fused attention keeps no attention maps on a GPU, so they are
-left out here. Not in the numbers: what CUDA, cuDNN and the allocator need for themselves; `usable` allows for that.
+Models are built on PyTorch's meta device, where tensors have shapes and no values. Weights are
+counted. Activations are the largest sum of tensors alive at once during a forward pass and, for
+training, a backward pass. Attention counts as fused, without attention maps. CUDA, cuDNN and the
+allocator need more; `usable` leaves room for them.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+)
 
-from img_minimal.backbone import true_size
-from img_minimal.bench.true_sizes import MLLMS, models
-from img_minimal.devices import parameters
+from img_minimal import flux, sdxl
+from img_minimal.aligner import ImplicitAligner
+from img_minimal.devices import count_parameters
+from img_minimal.files import Clock
 from img_minimal.presets import find_preset
 
-GIB = 2**30
-CARDS = (16, 24, 40, 80)
-MLLM_TOKENS = 640  # length of LLaVA's sequence: 576 of the image, the rest of the question
+Calls = dict[str, Callable[[], object]]
+
+GIB, CARDS = 2**30, (16, 24, 40, 80)
+MLLM_TOKENS = 640  # 576 of the image, the rest of the question
+TOKENS = {"sdxl": (16, 2048), "flux": (4, 4096)}  # (N, D) of an image
+OTHERS = {"mllm": ("mllm",), "aligner": ("aligner",)}
+# What is on the GPU together; with --offload, one group at a time.
+GROUPS = {
+    "sdxl": {
+        "diffusion": ("unet", "branch", "text_encoder", "text_encoder_2", "vae"),
+        "image prompt": ("image_encoder", "resampler"),
+        **OTHERS,
+    },
+    "flux": {
+        "diffusion": ("transformer", "branch", "vae"),
+        "text": ("text_encoder", "text_encoder_2"),
+        "image prompt": ("image_encoder", "projection"),
+        **OTHERS,
+    },
+}
+TRAIN = "train the aligner"
+ALWAYS_FP32 = ("vae", "resampler", "projection", "aligner")
+
+
+# The public models' settings, where they differ from the libraries' defaults
+
+
+def sizes(width: int, inner: int, layers: int, heads: int, **more: int) -> dict[str, int]:
+    """Name the sizes of a transformer as the settings of CLIP and Llama do."""
+    return dict(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        **more,
+    )
+
+
+SDXL_UNET = dict(
+    sample_size=128,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=2,
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    cross_attention_dim=2048,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+    use_linear_projection=True,
+)
+FLUX_TRANSFORMER = dict(guidance_embeds=True)
+SDXL_VAE = dict(
+    block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=2,
+)
+FLUX_VAE = dict(
+    **SDXL_VAE,
+    latent_channels=16,
+    scaling_factor=0.3611,
+    shift_factor=0.1159,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+)
+CLIP_L = sizes(768, 3072, 12, 12)
+BIG_G = sizes(1280, 5120, 32, 20, projection_dim=1280)
+T5_XXL = dict(
+    d_model=4096,
+    d_ff=10240,
+    num_layers=24,
+    num_heads=64,
+    feed_forward_proj="gated-gelu",
+    tie_word_embeddings=False,
+)
+SDXL_VISION = sizes(1280, 5120, 32, 16, projection_dim=1024, patch_size=14)
+FLUX_VISION = sizes(1024, 4096, 24, 16, projection_dim=768, patch_size=14)
+LLAVA_VISION = FLUX_VISION | {"image_size": 336}
+QWEN_VISION = dict(depth=32, hidden_size=1280, num_heads=16, out_hidden_size=3584)
+MLLMS = {
+    "llava-13b": sizes(5120, 13824, 40, 40),
+    "llava-7b": sizes(4096, 11008, 32, 32),
+    "qwen2.5-vl-7b": sizes(3584, 18944, 28, 28, num_key_value_heads=4),
+}
+
+
+def build(
+    mllm: str, backbone: str = "sdxl", device: torch.device | str = "meta"
+) -> dict[str, nn.Module]:
+    """Build everything that a command uses; on another device than meta with random weights."""
+    text, width = MLLMS[mllm], TOKENS[backbone][1]
+    with torch.device(device):
+        if backbone == "sdxl":
+            unet = UNet2DConditionModel(**SDXL_UNET)
+            built = {
+                "unet": unet,
+                "branch": sdxl.new_branch(unet),
+                "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L)),
+                "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G)),
+                "vae": AutoencoderKL(**SDXL_VAE),
+                "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**SDXL_VISION)),
+                "resampler": sdxl.Resampler(SDXL_VISION["hidden_size"], width),
+            }
+        else:
+            transformer = FluxTransformer2DModel(**FLUX_TRANSFORMER)
+            pooled = FLUX_VISION["projection_dim"]
+            built = {
+                "transformer": transformer,
+                "branch": flux.new_branch(transformer),
+                "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L)),
+                "text_encoder_2": T5EncoderModel(T5Config(**T5_XXL)),
+                "vae": AutoencoderKL(**FLUX_VAE),
+                "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**FLUX_VISION)),
+                "projection": flux.ImageProjection(pooled, width, flux.TOKENS),
+            }
+        built["aligner"] = ImplicitAligner(width, text["hidden_size"])
+        if mllm.startswith("qwen"):
+            settings = {"text_config": text, "vision_config": QWEN_VISION}
+            config = Qwen2_5_VLConfig(**settings, tie_word_embeddings=False)
+            built["mllm"] = Qwen2_5_VLForConditionalGeneration(config)
+        else:
+            llama, vision = LlamaConfig(vocab_size=32064, **text), CLIPVisionConfig(**LLAVA_VISION)
+            config = LlavaConfig(text_config=llama, vision_config=vision)
+            built["mllm"] = LlavaForConditionalGeneration(config)
+    return built
+
+
+models = cache(build)  # on the meta device; takes seconds and no memory
+
+
+def one_step(built: dict[str, nn.Module], encode_batch: int) -> Calls:
+    """Return calls for the meta device: a denoising step, a decoding, a batch of the encoder.
+
+    The image is 1024 x 1024. The step computes both halves of classifier-free guidance.
+    """
+    empty, vae, is_sdxl = torch.empty, built["vae"], "unet" in built
+
+    def step() -> None:
+        if is_sdxl:
+            added = {"text_embeds": empty(2, 1280), "time_ids": empty(2, 6)}
+            inputs = empty(2, 4, 128, 128), empty(1), empty(2, 77, 2048)
+            built["unet"](*inputs, added_cond_kwargs=added)
+        else:
+            text, pooled = empty(2, 512, 4096), empty(2, 768)
+            inputs = empty(2, 4096, 64), text, pooled, empty(2), empty(4096, 3), empty(512, 3)
+            built["transformer"](*inputs, guidance=empty(2))
+
+    def decode() -> None:
+        vae.decode(empty(1, vae.config.latent_channels, 128, 128))
+
+    def encode() -> None:
+        pixels = empty(encode_batch, 3, 224, 224)
+        built["image_encoder"](pixels, output_hidden_states=is_sdxl)
+
+    return {"step": step, "decode": decode, "image tokens": encode}
+
+
+# Memory
 
 
 class Alive(TorchDispatchMode):
-    """Within this mode, `peak` is the largest sum of bytes of tensors that were made and not yet freed."""
+    """Track the bytes of tensors that are made within this mode: `now`, and at the `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.known: set[int] = set()  # storages that are counted already, or came from outside
 
-    def __torch_dispatch__(self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None):
-        """Compute as usual, and count what is new."""
-        self.known |= {storage._cdata for storage in _storages((args, kwargs))}
+    def __torch_dispatch__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        """Compute as usual, and count the storages that are new in the result."""
+        self.known |= {storage._cdata for storage in storages((args, kwargs))}
         result = function(*args, **(kwargs or {}))
-        for storage in _storages(result):
+        for storage in storages(result):
             if storage._cdata not in self.known:
                 self.known.add(storage._cdata)
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
         return result
 
-    def _freed(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
 
 
-def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
-    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-
-
-def _fused(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
-    return query.new_empty(*query.shape[:-1], value.shape[-1])
+def storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    """Yield the storages of all tensors in nested containers."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            yield leaf.untyped_storage()
 
 
 @contextmanager
 def counting() -> Iterator[Alive]:
-    """Count activations of what is computed on meta tensors, with attention as if it were fused."""
-    fused = patch("torch.nn.functional.scaled_dot_product_attention", _fused)
-    with torch.device("meta"), fused, Alive() as alive:
+    """Compute on the meta device in this context, counting activations; attention is fused."""
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+    attention = patch("torch.nn.functional.scaled_dot_product_attention", fused)
+    with torch.device("meta"), attention, Alive() as alive:
         yield alive
+
+
+@cache
+def activations(model: str, mllm: str) -> dict[str, float]:
+    """Compute peaks in bytes in fp32, for one image or for a batch of the preset's size."""
+    preset, language = find_preset(model), MLLMS[mllm]
+    built, peaks = models(mllm, preset.backbone), {}
+    for name, call in one_step(built, preset.models.encode_batch).items():
+        with counting() as alive, torch.no_grad():
+            call()
+        peaks[name] = alive.peak
+
+    # Layers follow each other, so one layer's inner features and the sequence are alive.
+    width, heads = language["hidden_size"], language["num_attention_heads"]
+    peaks["look"] = 4 * MLLM_TOKENS * (3 * width + 3 * language["intermediate_size"])
+    cached_width = width * language.get("num_key_value_heads", heads) // heads
+    cache_size = 4 * MLLM_TOKENS * 2 * language["num_hidden_layers"] * cached_width
+    peaks["answer"] = peaks["look"] + cache_size
+
+    aligner, batch = built["aligner"], preset.training.batch_size
+    with counting() as alive:
+        guidance = torch.empty(batch, MLLM_TOKENS, width)
+        aligner(guidance, torch.empty(batch, *TOKENS[preset.backbone])).sum().backward()
+    peaks["train"] = alive.peak
+    aligner.zero_grad(set_to_none=True)
+    return peaks
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one run."""
+    """Bytes of one kind of run."""
 
     run: str
     dtype: str
@@ -83,95 +287,126 @@ class Need:
 
     @property
     def total(self) -> float:
-        """All bytes."""
+        """Sum of weights and activations."""
         return self.weights + self.activations
 
 
-def usable(card: int) -> float:
-    """Bytes of a card of so many GB that tensors can take: 95 % less 1 GiB for CUDA, cuDNN and fragmentation."""
-    return (0.95 * card - 1) * GIB
-
-
-@cache
-def activations(model: str, mllm: str) -> dict[str, float]:
-    """Bytes alive at the peak in fp32: of one image; for `encode` and `train` of the preset's batches."""
-    preset = find_preset(model)
-    shapes = true_size(preset.backbone)
-    built = models(mllm, preset.backbone)
-    found = {}
-    for name, call in shapes.activations(built, preset.encode_batch).items():
-        with counting() as alive, torch.no_grad():
-            call()
-        found[name] = alive.peak
-    # Layers follow each other, so one layer's inner features and the sequence itself are what is alive.
-    language = MLLMS[mllm]
-    width = language["hidden_size"]
-    heads = language["num_attention_heads"]
-    key_heads = language.get("num_key_value_heads", heads)
-    found["look"] = 4 * MLLM_TOKENS * (3 * width + 3 * language["intermediate_size"])
-    cached = 4 * MLLM_TOKENS * 2 * language["num_hidden_layers"] * width * key_heads // heads
-    found["answer"] = found["look"] + cached
-    with counting() as alive:
-        guidance = torch.empty(preset.batch_size, MLLM_TOKENS, width)
-        built["aligner"](guidance, torch.empty(preset.batch_size, *shapes.TOKEN_SHAPE)).sum().backward()
-    found["train"] = alive.peak
-    built["aligner"].zero_grad(set_to_none=True)
-    return found
-
-
-def always_fp32(backbone: str) -> tuple[str, ...]:
-    """Parts that are in fp32 in every run."""
-    return (*true_size(backbone).ALWAYS_FP32, "aligner")
-
-
-def groups(backbone: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Which of the parts `names` are on the GPU together with --offload."""
-    shapes = true_size(backbone)
-    texts = getattr(shapes, "ENCODES_TEXT", ())  # where the text's encoders make room for what draws
-    found = {"diffusion": shapes.DRAWS, "text": texts, "mllm": ("mllm",), "aligner": ("aligner",)}
-    elsewhere = {name for parts in found.values() for name in parts}
-    found["image prompt"] = tuple(name for name in names if name not in elsewhere)
-    return {name: parts for name, parts in found.items() if parts}
-
-
 def needs(model: str, mllm: str) -> list[Need]:
-    """What sampling and training need, by dtype; what is always in fp32 stays so."""
-    preset = find_preset(model)
-    count = {name: parameters(module) for name, module in models(mllm, preset.backbone).items()}
-    peak, members, rows = activations(model, mllm), groups(preset.backbone, count), []
-    always = always_fp32(preset.backbone)
-    training = 4 * 4 * count["aligner"]  # weights, reference, two moments; gradients are among the activations
-    for dtype, size in (("fp32", 4), ("fp16, bf16", 2)):
-        share = size / 4
-        weights = {
-            name: sum(count[part] * (4 if part in always else size) for part in parts)
-            for name, parts in members.items()
+    """Compute what sampling and training need, in fp32 and in half precision."""
+    preset, peaks = find_preset(model), activations(model, mllm)
+    counts = {name: count_parameters(m) for name, m in models(mllm, preset.backbone).items()}
+    # Weights, reference and two moments in fp32; gradients are among the activations.
+    training, look = 16 * counts["aligner"], preset.models.mllm_batch * peaks["look"]
+    rows = []
+    for dtype, share in (("fp32", 1.0), ("fp16, bf16", 0.5)):
+        alive = {
+            "diffusion": max(share * peaks["step"], peaks["decode"]),
+            "image prompt": share * peaks["image tokens"],
+            "mllm": share * peaks["answer"],
         }
-        alive = {"diffusion": max(share * peak["draw"], peak["decode"]), "image prompt": share * peak["encode"],
-                 "mllm": share * peak["answer"]}  # fmt: skip
-        rows.append(Need("sample", dtype, sum(weights.values()), max(alive.values())))
-        apart = [(weights[name], alive.get(name, 0)) for name in members]
-        rows.append(Need("sample --offload", dtype, *max(apart, key=sum)))
-        frozen = weights["image prompt"] + weights["mllm"]
-        busy = max(share * peak["encode"], share * preset.mllm_batch * peak["look"], peak["train"])
-        rows.append(Need("train the aligner, features as they come", dtype, training + frozen, busy))
-    rows.append(Need("train the aligner, features from a cache", "fp32", training, peak["train"]))
+        parts = {}  # weights and activations of what is on the GPU together
+        for group, names in GROUPS[preset.backbone].items():
+            weights = 0.0
+            for name in names:
+                weights += 4 * counts[name] * (1.0 if name in ALWAYS_FP32 else share)
+            parts[group] = weights, alive.get(group, 0.0)
+        every_weight = sum(weights for weights, _ in parts.values())
+        frozen = parts["image prompt"][0] + parts["mllm"][0]
+        busy = max(alive["image prompt"], share * look, peaks["train"])
+        rows += [
+            Need("sample", dtype, every_weight, max(alive.values())),
+            Need("sample --offload", dtype, *max(parts.values(), key=sum)),
+            Need(f"{TRAIN}, features as they come", dtype, training + frozen, busy),
+        ]
+    rows.append(Need(f"{TRAIN}, features from a cache", "fp32", training, peaks["train"]))
     return sorted(rows, key=lambda row: row.run)  # keeps fp32 before half
 
 
+def usable(card: int) -> float:
+    """Return the bytes that tensors can take on a card of so many GB: 95 % minus 1 GiB."""
+    return (0.95 * card - 1) * GIB
+
+
 def table(model: str, mllm: str) -> str:
-    """Both tables as Markdown: the models, and what fits where."""
-    backbone = find_preset(model).backbone
-    always = always_fp32(backbone)
-    lines = ["| model | million parameters | GiB, fp32 run | GiB, half-precision run |", "|---|---|---|---|"]
-    for name, module in models(mllm, backbone).items():
-        n, half = parameters(module), 4 if name in always else 2
+    """Format two Markdown tables: the models, and which card holds which run."""
+    lines = [
+        "| model | million parameters | GiB, fp32 run | GiB, half-precision run |",
+        "|---|---|---|---|",
+    ]
+    for name, module in models(mllm, find_preset(model).backbone).items():
+        count, half = count_parameters(module), 4 if name in ALWAYS_FP32 else 2
         title = mllm if name == "mllm" else name.replace("_", " ")
-        lines.append(f"| {title} | {n / 1e6:,.1f} | {4 * n / GIB:.2f} | {half * n / GIB:.2f} |")
+        gib = f"{4 * count / GIB:.2f} | {half * count / GIB:.2f}"
+        lines.append(f"| {title} | {count / 1e6:,.1f} | {gib} |")
     cards = " | ".join(f"{card} GB" for card in CARDS)
-    lines += ["", f"| with {mllm} | dtype | weights | activations | GiB | {cards} |", "|---" * (5 + len(CARDS)) + "|"]
-    for row in needs(model, mllm):
-        fits = " | ".join("fits" if row.total <= usable(card) else "–" for card in CARDS)
-        numbers = " | ".join(f"{n / GIB:.1f}" for n in (row.weights, row.activations, row.total))
-        lines.append(f"| {row.run} | {row.dtype} | {numbers} | {fits} |")
+    lines.append(f"\n| with {mllm} | dtype | weights | activations | GiB | {cards} |")
+    lines.append("|---" * (5 + len(CARDS)) + "|")
+    for need in needs(model, mllm):
+        cells = [need.run, need.dtype]
+        cells += [f"{n / GIB:.1f}" for n in (need.weights, need.activations, need.total)]
+        cells += ["fits" if need.total <= usable(card) else "–" for card in CARDS]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+# Operations
+
+
+def operations(model: str, mllm: str) -> dict[str, float]:
+    """Count FLOP per step of one image at 1024 x 1024, with the preset's steps and passes."""
+    preset, width = find_preset(model), MLLMS[mllm]["hidden_size"]
+    built, empty = models(mllm, preset.backbone), torch.empty
+    states, language = (1, MLLM_TOKENS, width), built["mllm"].model.language_model
+
+    def look() -> None:
+        # The mask is given whole: transformers cannot look into a shorter one without values.
+        mask = empty(1, 1, MLLM_TOKENS, MLLM_TOKENS)
+        language(inputs_embeds=empty(states), attention_mask=mask, use_cache=False)
+        if mllm.startswith("llava"):  # Qwen's vision encoder costs little in comparison
+            built["mllm"].model.vision_tower(empty(1, 3, 336, 336))
+
+    def align() -> None:
+        tokens = empty(1, *TOKENS[preset.backbone])
+        built["aligner"](empty(states), tokens, passes=preset.sampling.passes)
+
+    flop = {}
+    for name, call in (one_step(built, 1) | {"look": look, "align": align}).items():
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        flop[name] = counter.get_total_flops()
+    return {"draw": preset.sampling.steps * flop.pop("step") + flop.pop("decode")} | flop
+
+
+def operations_table(model: str, mllm: str) -> str:
+    """Format the operations as a Markdown table, with what IMG adds to drawing."""
+    flop, sampling = operations(model, mllm), find_preset(model).sampling
+    draw, encode, look, align = flop.values()
+    lines = [f"| {model}, {mllm}: a step, computed | TFLOP | of a drawing |", "|---|---|---|"]
+    for name, count in (flop | {"draw again": draw}).items():
+        lines.append(f"| {name} | {count / 1e12:,.1f} | {count / draw:.1%} |")
+    added = encode + look + align
+    shares = f"{added / 1e12:,.1f} | {added / (2 * draw):.1%}"
+    lines.append(f"| **IMG's own steps**, of both drawings | {shares} |")
+    # Of a training pair, the image encoder sees both images and the MLLM the loser.
+    share = look / (look + 2 * encode)
+    lines.append(
+        f"\n{sampling.steps} denoising steps, passes of the aligner: {sampling.passes}. The MLLM "
+        f"takes {share:.1%} of the features of a training pair."
+    )
+    return "\n".join(lines)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Measure the seconds of a call, on a GPU until it has finished."""
+    clock = Clock()
+    with clock("call"):
+        call()
+    return clock.seconds["call"]
+
+
+def matmul_rate(
+    device: torch.device, size: int = 2048, dtype: torch.dtype = torch.float32
+) -> float:
+    """Measure FLOP per second of a square product: the best this machine can do."""
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(8))

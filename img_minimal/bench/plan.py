@@ -1,144 +1,181 @@
-"""What a training run will cost, printed before a model is loaded: memory, bytes a sample, files.
+"""Estimate what a training run takes before models are loaded: memory, bytes per sample, disk.
 
-Counted from the models' settings alone (a config.json each), so it takes seconds and downloads next to nothing.
+Counted from the models' settings alone (a config.json each) on PyTorch's meta device, so it takes
+seconds and downloads next to nothing.
 """
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    PreTrainedModel,
+)
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.backbone import true_size
-from img_minimal.cli import UserError
-from img_minimal.detector import prepare
-from img_minimal.devices import Precision, best_device, parameters
-from img_minimal.hub.mllms import find_family, is_original, read_settings, transformers_config
+from img_minimal.cli import check
+from img_minimal.detector import mark_trainable
+from img_minimal.devices import Precision, best_device, count_parameters
+from img_minimal.hub.adapters import read_ip_adapter, read_xlabs_adapter
+from img_minimal.hub.mllms import FAMILIES, find_family, read_settings, transformers_config
 from img_minimal.hub.weights import opening
-from img_minimal.presets import Preset
+from img_minimal.presets import Models, Preset
 
-TEXT_TOKENS = 64  # about what question and prompt take, beside the image's tokens
-NATIVE_TOKENS = 1369  # of an image of 1024 x 1024 for MLLMs that see images at their own size (Qwen2.5-VL)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """A model of a run: how many parameters, and what they take in memory while it trains."""
-
-    name: str
-    parameters: int
-    bytes: int
-    note: str
-
-    def __str__(self) -> str:
-        return f"  {self.name:14} {amount(self.parameters):>8} parameters {size(self.bytes):>9}   {self.note}"
-
-
-def mllm_model(location: str) -> PreTrainedModel:
-    """An MLLM by its config.json, on the meta device. Raises UserError if it cannot be had or is of no known kind."""
-    settings = read_settings(location, "--mllm")
-    find_family(settings, location)
-    with opening(location, "multimodal LLM"), torch.device("meta"):
-        config = transformers_config(settings, location) if is_original(settings) else AutoConfig.for_model(**settings)
-        return AutoModelForImageTextToText.from_config(config)
-
-
-def mllm_sizes(location: str) -> tuple[int, int, int]:
-    """Parameters, width H, and length L of a sequence, of an MLLM by its config.json."""
-    model = mllm_model(location)
-    vision = model.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2 if hasattr(vision, "image_size") else NATIVE_TOKENS
-    return parameters(model), model.config.text_config.hidden_size, patches + TEXT_TOKENS
+TEXT_STATES = {"sdxl": 77, "flux": 512}  # of a prompt, as guidance by text
+# Parameters and the tokens' (N, D) of the public adapters' heads, until these are downloaded.
+PUBLIC_HEADS = {"sdxl": (82_961_664, (16, 2048)), "flux": (12_607_488, (4, 4096))}
+QUESTION = 64  # tokens that question and prompt take, about
+# Image tokens of an MLLM that sees images at their own size (Qwen2.5-VL), at 1024 x 1024.
+NATIVE_PATCHES = 1369
 
 
 def aligner_plan(preset: Preset, guidance: str, folder: Path, cache_gb: float) -> str:
-    """The plan of `--stage aligner`. Raises UserError if settings cannot be read or the disk is too small."""
-    precision = Precision.named(preset.dtype, best_device())
-    with opening(preset.image_encoder, "CLIP vision model"):
-        encoder, resampler, (tokens, width) = true_size(preset.backbone).tokenizer_sizes(preset)
-    costs = [Cost("image encoder", encoder, encoder * precision.weights.itemsize, preset.image_encoder),
-             Cost("image tokens", resampler, resampler * 4, preset.resampler or preset.ip_adapter)]  # fmt: skip
+    """Describe a run of `--stage aligner` that writes to `folder`.
+
+    Raises UserError if a model's settings cannot be read or the disk is too small.
+    """
+    models, data, training = preset.models, preset.data, preset.training
+    precision = Precision.named(models.dtype, best_device())
+    settings = read_settings(models.image_encoder, "--image-encoder")
+    with opening(models.image_encoder, "CLIP vision model"), torch.device("meta"):
+        config = CLIPVisionConfig(**settings.get("vision_config", settings))
+        encoder = count_parameters(CLIPVisionModelWithProjection(config))
+    encoder_bytes = encoder * precision.weights.itemsize
+    head, (tokens, width) = image_tokens(preset.backbone, models)
+    costs = [
+        ("image encoder", encoder, encoder_bytes, models.image_encoder),
+        ("image tokens", head, head * 4, models.resampler or models.ip_adapter),
+    ]
     if guidance == "text":
-        length = true_size(preset.backbone).TEXT_LENGTH
-        height, without = width, f"and the whole of {preset.base}, for its text encoders"
+        length, guidance_width = TEXT_STATES[preset.backbone], width
+        rest = f"and the whole of {models.base}, for its text encoders"
     else:
         location = preset.guide(guidance)
-        number, height, length = mllm_sizes(location)
-        costs.insert(0, Cost("MLLM", number, number * precision.mllm.itemsize, location))
-        without = "nothing that draws"
+        mllm = build_mllm(location)
+        guidance_width, vision = mllm.config.text_config.hidden_size, mllm.config.vision_config
+        length = QUESTION + NATIVE_PATCHES
+        if hasattr(vision, "image_size"):
+            length = QUESTION + (vision.image_size // vision.patch_size) ** 2
+        rest = "nothing that draws"
+        count = count_parameters(mllm)
+        costs.insert(0, ("MLLM", count, count * precision.mllm.itemsize, location))
+    sizes = training.depth, training.heads, training.head_dim
     with torch.device("meta"):
-        aligner = parameters(ImplicitAligner(width, height, preset.depth, preset.heads, preset.head_dim))
+        aligner = count_parameters(ImplicitAligner(width, guidance_width, *sizes))
     note = "fp32 weights, reference, gradients, two moments (Muon has one)"
-    costs.append(Cost("aligner", aligner, aligner * 20, note))
-    guidance_bytes, token_bytes = length * (2 * height + 1), 2 * 4 * tokens * width
-    check_disk(folder, aligner * (2 * 16 + 4))  # a checkpoint is replaced by a whole new one
-    return "\n".join([
-        f"plan: an aligner for {preset.name}, {preset.train_steps:,} steps of {preset.batch_size}",
-        *map(str, costs),
-        f"  {'in memory':14} {'':>8}            {size(sum(c.bytes for c in costs)):>9}   and activations; {without}",
-        f"  a sample: {size(guidance_bytes)} guidance (about {length} x {height}, bf16) + {size(token_bytes)} tokens",
-        data_plan(preset, guidance_bytes + token_bytes, cache_gb),
-        f"  on disk: {folder}/checkpoint.pt {size(aligner * 16)}, aligner.safetensors {size(aligner * 4)}",
-    ])  # fmt: skip
+    costs.append(("aligner", aligner, aligner * 20, note))
+    checkpoint, saved = aligner * 16, aligner * 4
+    check_disk(folder, 2 * checkpoint + saved)  # a new checkpoint is whole before the old one goes
 
-
-def data_plan(preset: Preset, sample: int, cache_gb: float) -> str:
-    """Which pairs, and where their features of `sample` bytes each are kept."""
-    pairs = f"{preset.max_pairs:,} pairs" if preset.max_pairs else "all pairs"
-    if preset.cache_dir == "none":
-        held = f"two chunks of {preset.chunk_pairs} pairs, {size(2 * preset.chunk_pairs * sample)}"
-        held = held if preset.chunk_pairs else "all of them"
-        return f"  data: {pairs} of {preset.pairs}, streamed; features of {held} in memory, none on disk"
-    room = int(cache_gb * 1e9 / sample / (1 + preset.identity_share))
+    guidance_bytes = length * (2 * guidance_width + 1)  # bf16 and a mask
+    token_bytes = 2 * tokens * width * 4  # of loser and winner
+    sample = guidance_bytes + token_bytes
+    pairs = f"{data.max_pairs:,} pairs" if data.max_pairs else "all pairs"
+    if data.cache_dir == "none":
+        held = "all of them"
+        if training.chunk:
+            held = f"two chunks of {training.chunk} pairs, {short(2 * training.chunk * sample)}"
+        kept = f", streamed; features of {held} in memory, none on disk"
+    else:
+        room = int(cache_gb * 1e9 / sample / (1 + data.identity_share))
+        kept = f"; features in {data.cache_dir}, at most {cache_gb:g} GB ({room:,} pairs)"
     return (
-        f"  data: {pairs} of {preset.pairs}; features in {preset.cache_dir}, at most {cache_gb:g} GB ({room:,} pairs)"
+        f"plan: an aligner for {preset.name}, {training.steps:,} steps of {training.batch_size}\n"
+        f"{describe_costs(costs)}; {rest}\n"
+        f"  a sample: {short(guidance_bytes)} guidance (about {length} x {guidance_width}, bf16) + "
+        f"{short(token_bytes)} tokens\n"
+        f"  data: {pairs} of {data.pairs}{kept}\n"
+        f"  on disk: {folder}/checkpoint.pt {short(checkpoint)}, aligner.safetensors {short(saved)}"
     )
 
 
 def mllm_plan(preset: Preset, folder: Path) -> str:
-    """The plan of `--stage mllm`. Raises UserError if settings cannot be read or the disk is too small."""
-    settings, precision = preset.finetuning, Precision.named(preset.dtype, best_device())
-    model = mllm_model(preset.stock_mllm)
-    number = parameters(model)
-    prepare(model, settings.lora_rank)
+    """Describe a run of `--stage mllm` that writes to `folder`.
+
+    Raises UserError if the model's settings cannot be read or the disk is too small.
+    """
+    settings, location = preset.finetuning, preset.models.stock_mllm
+    precision = Precision.named(preset.models.dtype, best_device())
+    model = build_mllm(location)
+    count = count_parameters(model)
+    mark_trainable(model, settings.lora_rank)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    how = f"LoRA of rank {settings.lora_rank}" if settings.lora_rank else "all but the vision encoder"
-    added = learned if settings.lora_rank else 0
+    what, learned_bytes = "all but the vision encoder", learned * 12
+    if settings.lora_rank:
+        what, learned_bytes = f"LoRA of rank {settings.lora_rank}", learned * 16
+    note = f"{what}: fp32 gradients and two moments (Muon has one)"
     costs = [
-        Cost("MLLM", number, number * precision.mllm.itemsize, preset.stock_mllm),
-        Cost("learned", learned, learned * 12 + added * 4, f"{how}: fp32 gradients and two moments (Muon has one)"),
+        ("MLLM", count, count * precision.mllm.itemsize, location),
+        ("learned", learned, learned_bytes, note),
     ]
-    disk = {"checkpoint.pt": learned * 12, "mllm/": number * 2}
-    check_disk(folder, 2 * sum(disk.values()))
-    return "\n".join([
-        f"plan: a detector from {preset.stock_mllm}, {settings.steps:,} steps of {settings.batch_size}",
-        *map(str, costs),
-        f"  {'in memory':14} {'':>8}            {size(sum(c.bytes for c in costs)):>9}   and activations",
-        f"  data: {preset.triplets}, streamed, {settings.chunk or 'all'} triplets at a time",
-        "  on disk: " + ", ".join(f"{folder}/{name} {size(value)}" for name, value in disk.items()),
-    ])  # fmt: skip
+    checkpoint, saved = learned * 12, count * 2
+    check_disk(folder, 2 * (checkpoint + saved))
+    return (
+        f"plan: a detector from {location}, {settings.steps:,} steps of {settings.batch_size}\n"
+        f"{describe_costs(costs)}\n"
+        f"  data: {preset.data.triplets}, streamed, {settings.chunk or 'all'} triplets at a time\n"
+        f"  on disk: {folder}/checkpoint.pt {short(checkpoint)}, {folder}/mllm/ {short(saved)}"
+    )
+
+
+def image_tokens(backbone: str, models: Models) -> tuple[int, tuple[int, int]]:
+    """Count the parameters of the adapter's head; also return the tokens' (N, D).
+
+    Raises UserError if the adapter is damaged or of another kind.
+    """
+    files = models.ip_adapter, models.resampler or models.ip_adapter
+    if not all(Path(path).is_file() for path in files):
+        return PUBLIC_HEADS[backbone]
+    with opening(models.ip_adapter, "IP-Adapter of this model"):
+        if backbone == "flux":
+            state, _ = read_xlabs_adapter(models.ip_adapter)
+            width = state["norm.weight"].shape[0]
+            shape = state["image_embeds.weight"].shape[0] // width, width
+        else:
+            state, _, _ = read_ip_adapter(models)
+            shape = state["latents"].shape[1], state["proj_out.weight"].shape[0]
+        return sum(value.numel() for value in state.values()), shape
+
+
+def build_mllm(location: str) -> PreTrainedModel:
+    """Build an MLLM without weights, from its config.json.
+
+    Raises UserError if that cannot be read or is another kind of model's.
+    """
+    settings = read_settings(location, "--mllm")
+    family = find_family(settings, location)
+    with opening(location, "multimodal LLM"), torch.device("meta"):
+        if family is FAMILIES["llava, original layout"]:
+            config = transformers_config(settings, location)
+        else:
+            config = AutoConfig.for_model(**settings)
+        return AutoModelForImageTextToText.from_config(config)
+
+
+def describe_costs(costs: list[tuple[str, int, int, str]]) -> str:
+    """List each model's name, parameters, bytes and a note, and the sum of the bytes."""
+    lines, total = [], 0
+    for name, count, size, note in costs:
+        lines.append(f"  {name:14} {short(count, ''):>8} parameters {short(size):>9}   {note}")
+        total += size
+    lines.append(f"  {'in memory':34} {short(total):>9}   and activations")
+    return "\n".join(lines)
+
+
+def short(number: float, unit: str = "B") -> str:
+    """Shorten bytes, 1234567 -> "1.23 MB", or with unit "" a count, 1234567 -> "1.23 M"."""
+    for scale, prefix in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "K")):
+        if number >= scale:
+            return f"{number / scale:.3g} {prefix}{unit}"
+    return f"{number:.0f} {unit}".strip()
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """Raises UserError if less than that is free where the folder is."""
+    """Raise UserError if the folder's disk has less than `needed` bytes left."""
     free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(f"{folder}: {size(free)} are free there, the run writes {size(needed)}; choose another folder")
-
-
-def amount(number: int) -> str:
-    """1234567 -> "1.23 M"."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= unit:
-            return f"{number / unit:.3g} {name}"
-    return str(number)
-
-
-def size(number: float) -> str:
-    """Bytes -> "6.55 MB"."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
-        if number >= unit:
-            return f"{number / unit:.3g} {name}"
-    return f"{number:.0f} B"
+    message = f"{short(free)} are free there, the run writes {short(needed)}"
+    check(free >= needed, f"{folder}: {message}; choose another folder")

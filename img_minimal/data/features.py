@@ -1,20 +1,20 @@
-"""What an aligner is trained on: frozen features, kept in a folder or computed as pairs stream by, in endless batches.
+"""Turn pairs into frozen features, keep or stream them, and draw endless batches.
 
-No diffusion model takes part in aligner training: a pair becomes two sets of image tokens and the MLLM's features of
-its non-preferred image. So an `Encoder` holds an image tokenizer and an MLLM, and nothing that draws.
+Training an aligner runs no diffusion model: a pair becomes two sets of image tokens and the MLLM's
+features of its non-preferred image. An `Encoder` therefore holds an image tokenizer and an MLLM.
 
-With a cache all samples are at hand, in an order of its own in every epoch. In a stream they are at hand a chunk at a
-time: files come in a random order, and samples in a random order within a chunk.
+With a cache all samples are at hand and are shuffled in every epoch. A stream gives them a chunk at
+a time: files come in random order, and samples are shuffled within a chunk.
 """
 
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
-from itertools import accumulate, count, takewhile
+from dataclasses import asdict, dataclass
+from itertools import count, takewhile
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from PIL.Image import Image
@@ -23,173 +23,148 @@ from torch import Tensor
 from tqdm import tqdm
 
 from img_minimal.backbone import Backbone, ImagePrompt
-from img_minimal.cli import UserError
-from img_minimal.data.pairs import START, Pair, Stream, StreamPosition
+from img_minimal.cli import UserError, check
+from img_minimal.data.pairs import EVERYTHING, START, Chunk, Pair, Share, Stream, StreamPosition
 from img_minimal.files import read_json, write_whole
 from img_minimal.hub.weights import read_metadata, read_weights, write_weights
 from img_minimal.mllm import GuidanceEncoder, cat_padded, guidance_features
 from img_minimal.run import Ranks
 
-NEXT_CHUNK = 1_000_003  # between the seeds of two chunks' questions
-UNSEEN_BYTES = 1e9  # of features that validation keeps in memory
+QUESTION_SEEDS = 1_000_003  # between the first seeds of two chunks' questions
+ORDER_SEEDS = 7919  # between the seeds of two chunks' orders
+EPOCH_SEEDS = 100_003  # between the seeds of two runs' orders
+MAX_VALIDATION_BYTES = 1e9
 PREFERENCE = "pair with a preference; label_0 and label_1 must be 1 and 0"
-Value = TypeVar("Value")
 
 
-# 1. Features
+# Features
 
 
 @dataclass
 class Features:
-    """N samples: what the aligner gets (guidance, mask, loser) and what it should answer (winner)."""
+    """N samples: inputs of the aligner (guidance, mask, loser) and its target (winner)."""
 
     guidance: Tensor  # (N, L, H) bf16
     mask: Tensor  # (N, L)
     loser: Tensor  # (N, K, D): c_l, the tokens to correct
     winner: Tensor  # (N, K, D): c_w
-    validation: Tensor  # (N,): not to be trained on
-    is_identity: Tensor  # (N,): a right image that is its own target (c_l = c_w)
+    validation: Tensor  # (N,): held out
+    is_identity: Tensor  # (N,): a good image that is its own target (c_l = c_w)
 
     def __len__(self) -> int:
         return len(self.loser)
 
-    def __getitem__(self, i: Tensor | slice) -> "Features":
-        """The samples of index `i`."""
-        return Features(*(value[i] for value in self.state_dict().values()))
+    def __getitem__(self, index: Tensor | slice) -> "Features":
+        return Features(*(value[index] for value in self.state_dict().values()))
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        """All samples of the parts, guidance padded to the longest."""
-        join = {"guidance": cat_padded, "mask": cat_padded}
-        names = [field.name for field in fields(cls)]
-        return cls(
-            **{
-                name: join.get(name, torch.cat)([getattr(part, name) for part in parts])
-                for name in names
-            }
-        )
+        """Concatenate samples, with guidance padded to the longest."""
+        joined = {}
+        for name in parts[0].state_dict():
+            join = cat_padded if name in ("guidance", "mask") else torch.cat
+            joined[name] = join([getattr(part, name) for part in parts])
+        return cls(**joined)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """For a file; `Features(**state)` is the inverse."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Return the tensors by name; `Features(**state)` is the inverse."""
+        return dict(vars(self))
 
     @property
     def sample_bytes(self) -> int:
-        """What one sample takes."""
-        return sum(x[:1].nbytes for x in self.state_dict().values()) or 1
+        """Memory of one sample."""
+        return sum(value[:1].nbytes for value in self.state_dict().values()) or 1
 
     def check_finite(self) -> None:
-        """Raises UserError naming the first sample that holds a NaN or an infinity."""
+        """Raise UserError naming the first sample with a NaN or an infinity."""
+        advice = "check the model that made them, delete the feature cache and run again"
         for name in ("guidance", "loser", "winner"):
             for k, sample in enumerate(getattr(self, name)):
-                if not sample.isfinite().all():
-                    raise UserError(
-                        f"the {name} features of sample {k} are not finite; check the model that made them, delete the "
-                        "feature cache and run again"
-                    )
+                message = f"the {name} features of sample {k} are not finite; {advice}"
+                check(sample.isfinite().all(), message)
 
 
 @dataclass
 class Encoder:
-    """The frozen models, and how they are asked; calling it makes features of pairs."""
+    """Frozen models that turn pairs into features."""
 
     tokenizer: ImagePrompt | Backbone
     guide: GuidanceEncoder
-    identity_share: (
-        float  # as many winners as this share of the pairs become samples that are their own target
-    )
+    identity_share: float  # identity samples per pair, at most
     seed: int  # draws the questions
-    encode_batch: int = 250  # images that the vision encoder sees at once
-    mllm_batch: int = 64  # images that the MLLM sees at once
+    encode_batch: int  # images that the vision encoder sees at once
+    mllm_batch: int  # images that the MLLM sees at once
 
     @property
     def widths(self) -> tuple[int, int]:
-        """D of the tokens and H of the guidance features."""
+        """(D, H) of tokens and guidance."""
         return self.tokenizer.token_shape[1], self.guide.width
 
     def __call__(self, pairs: list[Pair], chunk: int = 0) -> Features:
-        """Features of a chunk's pairs; its number draws other questions. Raises UserError if one is not finite."""
-        identity = identity_samples(pairs, self.identity_share)
-        seeds = range(
-            self.seed + NEXT_CHUNK * chunk,
-            self.seed + NEXT_CHUNK * chunk + len(pairs) + len(identity),
+        """Compute features of a chunk's pairs and identity samples.
+
+        Each chunk number draws other questions. Raises UserError if a feature is not finite.
+        """
+        samples = pairs + identity_samples(pairs, self.identity_share)
+        first_seed = self.seed + QUESTION_SEEDS * chunk
+        seeds = range(first_seed, first_seed + len(samples))
+        winner, loser = self.tokens(samples)
+        losers, prompts = [s.loser for s in samples], [s.prompt for s in samples]
+        guidance, mask = guidance_features(
+            self.guide, losers, prompts, seeds, self.mllm_batch, progress="guidance features"
         )
-        tokens = compute_tokens(pairs, self.tokenizer, identity, self.encode_batch)
-        features = Features(
-            **tokens, **compute_guidance(pairs, self.guide, identity, seeds, self.mllm_batch)
-        )
+        validation = torch.tensor([sample.validation for sample in samples])
+        is_identity = torch.arange(len(samples)) >= len(pairs)
+        features = Features(guidance, mask, loser, winner, validation, is_identity)
         features.check_finite()
         return features
 
+    def tokens(self, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+        """Compute image tokens (N, K, D) of winners and losers; equal images are encoded once."""
+        images, index = distinct([p.winner for p in pairs] + [p.loser for p in pairs])
+        starts = range(0, len(images), self.encode_batch)
+        tokens = []
+        for k in tqdm(starts, desc="image tokens", leave=False):
+            batch = images[k : k + self.encode_batch]
+            tokens.append(self.tokenizer.tokens(batch).float().cpu())
+        return torch.cat(tokens)[index].split(len(pairs))
 
-def identity_samples(pairs: list[Pair], identity_share: float) -> list[Pair]:
-    """Pairs, up to this share, whose winner is also to be its own target.
 
-    Without them (the paper has none) an aligner is only ever shown images that are wrong. They are those whose winner
-    loses under another prompt: what wins everywhere may be of a kind that the aligner is never asked about.
+def identity_samples(pairs: list[Pair], share: float) -> list[Pair]:
+    """Make up to `share` of the pairs' winners their own targets (winner = loser).
+
+    They teach the aligner to leave good images alone; the paper has none, and its aligner only ever
+    sees wrong images. Only winners that lose under another prompt are taken: what wins everywhere
+    may be of a kind that the aligner is never asked about.
     """
-    losers = {_name(p.loser) for p in pairs}
-    return [p for p in pairs if _name(p.winner) in losers][: round(identity_share * len(pairs))]
+    losers = {image_key(pair.loser) for pair in pairs}
+    candidates = [pair for pair in pairs if image_key(pair.winner) in losers]
+    chosen = candidates[: round(share * len(pairs))]
+    return [Pair(pair.prompt, pair.winner, pair.winner) for pair in chosen]
 
 
-def compute_tokens(
-    pairs: list[Pair],
-    tokenizer: ImagePrompt | Backbone,
-    identity: list[Pair],
-    batch_size: int = 250,
-) -> dict[str, Tensor]:
-    """Image tokens of all pairs, then of the winners of `identity`; an image of several pairs is encoded once."""
-    images, number = distinct([p.winner for p in [*pairs, *identity]] + [p.loser for p in pairs])
-    starts = tqdm(range(0, len(images), batch_size), desc="image tokens", leave=False)
-    tokens = torch.cat(
-        [tokenizer.tokens(images[k : k + batch_size]).float().cpu() for k in starts]
-    )[number]
-    winner, loser = tokens.split([len(pairs) + len(identity), len(pairs)])
-    return {
-        "loser": torch.cat([loser, winner[len(pairs) :]]),
-        "winner": winner,
-        "validation": torch.tensor([p.validation for p in [*pairs, *identity]]),
-        "is_identity": torch.arange(len(pairs) + len(identity)) >= len(pairs),
-    }
-
-
-def compute_guidance(
-    pairs: list[Pair],
-    guide: GuidanceEncoder,
-    identity: list[Pair],
-    seeds: Sequence[int],
-    batch_size: int = 64,
-) -> dict[str, Tensor]:
-    """Guidance features of the same samples, in the same order; a sample's seed draws its question."""
-    images = [p.loser for p in pairs] + [p.winner for p in identity]
-    prompts = [p.prompt for p in [*pairs, *identity]]
-    guidance, mask = guidance_features(
-        guide, images, prompts, seeds, batch_size, progress="guidance features"
-    )
-    return {"guidance": guidance, "mask": mask}
-
-
-def _name(image: Image) -> object:
-    """The same for images of the same bytes."""
+def image_key(image: Image) -> object:
+    """Return a key that images of equal bytes share."""
     return getattr(image, "digest", id(image))
 
 
 def distinct(images: list[Image]) -> tuple[list[Image], list[int]]:
-    """Each image once, and for every image its position among them; images of equal bytes are one."""
-    once = {_name(image): image for image in images}
-    position = {name: k for k, name in enumerate(once)}
-    return list(once.values()), [position[_name(image)] for image in images]
+    """Drop repeated images; also returns the index of every image among those that are left."""
+    keys = [image_key(image) for image in images]
+    once = dict(zip(keys, images))
+    index = {key: k for k, key in enumerate(once)}
+    return list(once.values()), [index[key] for key in keys]
 
 
-# 2. A folder of features
+# A folder of features
 
 
 class Shards:
-    """The samples of several files as one `Features`-like sequence, read from disk when they are asked for."""
+    """Samples of several files, indexed like one `Features` and read from disk on demand."""
 
     def __init__(self, parts: list[Features]):
         self.parts = parts
-        self.ends = torch.tensor(list(accumulate(len(part) for part in parts)))
+        self.ends = torch.tensor([len(part) for part in parts]).cumsum(0)
         self.validation = torch.cat([part.validation for part in parts])
         self.sample_bytes = parts[0].sample_bytes
         self.widths = parts[0].loser.shape[-1], parts[0].guidance.shape[-1]  # D, H
@@ -198,160 +173,152 @@ class Shards:
         return len(self.validation)
 
     def __getitem__(self, index: Tensor) -> Features:
-        """The samples of `index` (B,), in memory."""
-        part, pieces, positions = torch.bucketize(index, self.ends, right=True), [], []
-        for p in part.unique().tolist() or [0]:
-            here = (part == p).nonzero().flatten()
-            pieces.append(self.parts[p][index[here] - int(self.ends[p]) + len(self.parts[p])])
-            positions.append(here)
+        """Read the samples of `index` (B,) into memory."""
+        shard = torch.bucketize(index, self.ends, right=True)  # (B,)
+        pieces, positions = [], []
+        for k in shard.unique().tolist() or [0]:
+            inside = (shard == k).nonzero().flatten()
+            first = int(self.ends[k]) - len(self.parts[k])
+            pieces.append(self.parts[k][index[inside] - first])
+            positions.append(inside)
         return Features.join(pieces)[torch.cat(positions).argsort()]
 
 
 class FeatureCache:
-    """A folder of shards, one a chunk, that takes at most `limit` bytes together with the caches beside it.
+    """A folder with one shard of features per chunk of a stream, for ablations.
 
-    It pays for ablations. SDXL's features take 6.8 MB a sample, so a cache holds the first pairs of a stream and not
-    all. `making` says in words what the features depend on. Raises UserError if the folder was made otherwise, naming
-    the first thing that differs.
+    All caches in the same parent folder together take at most `limit` bytes: at 6.8 MB a sample for
+    SDXL, a cache holds the first pairs of a stream and not all. `provenance` describes all that the
+    features depend on. A cache built with other settings is rejected, by the first difference.
     """
 
-    def __init__(self, folder: Path, making: dict[str, str], limit: float):
+    def __init__(self, folder: Path, provenance: dict[str, str], limit: float):
         self.folder, self.limit = folder, limit
-        self.path, self.note = folder / "cache.json", {"making": making}
+        self.path, self.note = folder / "cache.json", {"making": provenance}
+        advice = f"delete {folder} to compute them anew, or choose another --cache-dir"
         if self.path.exists():
-            instead = f"delete {folder}, or choose another --cache-dir"
             self.note = read_json(
-                self.path, dict, instead, check=lambda note: note["making"].keys()
+                self.path, dict, advice, inspect=lambda n: (n["making"].keys(), +n.get("full", 0))
             )
         before = self.note["making"]
-        for key in [*making, *before]:
-            if before.get(key) != making.get(key):
-                raise UserError(
-                    f"{folder}: these features were made with {key} {before.get(key)}, this run has "
-                    f"{making.get(key)}; delete the folder to compute them anew, or choose another --cache-dir"
-                )
+        for name in [*provenance, *before]:
+            was, now = before.get(name), provenance.get(name)
+            difference = f"these features were made with {name} {was}, this run has {now}"
+            check(was == now, f"{folder}: {difference}; {advice}")
 
-    def shard(self, chunk: int) -> Path:
-        """Where a chunk's features are, or will be."""
+    def _shard(self, chunk: int) -> Path:
         return self.folder / f"{chunk:05d}.safetensors"
 
     @property
     def files(self) -> list[Path]:
-        """The shards from the first one on, in order, up to one that is missing."""
-        return list(takewhile(Path.exists, map(self.shard, count())))
+        """List the shards in order, up to the first missing one."""
+        return list(takewhile(Path.exists, map(self._shard, count())))
 
     @property
     def room(self) -> float:
-        """Bytes that are left for another shard."""
-        return self.limit - sum(
-            file.stat().st_size for file in self.folder.parent.rglob("*.safetensors")
-        )
+        """Bytes left for another shard."""
+        shards = self.folder.parent.rglob("*.safetensors")
+        return self.limit - sum(file.stat().st_size for file in shards)
 
     @property
     def complete(self) -> bool:
-        """Nothing is left to compute: every pair is in it, or another shard would not fit."""
-        files = self.files
-        return bool(files) and (
-            len(files) == self.note.get("shards") or self.room <= self.note.get("full", -1)
-        )
+        """True if it holds every pair, or if another shard would not fit."""
+        every_pair = len(self.files) == self.note.get("shards")
+        return bool(self.files) and (every_pair or self.room <= self.note.get("full", -1))
 
-    def collect(
-        self, stream: Stream[Pair], encoder: Callable, share: tuple[int, int] = (0, 1)
-    ) -> None:
-        """Compute and keep what is missing, until the stream ends or the cache is full; goes on where it stopped.
+    def collect(self, stream: Stream[Pair], encode: Callable, share: Share = EVERYTHING) -> None:
+        """Compute the missing shards, until the stream ends or the cache is full.
 
-        Of `share` (r, n) only every n-th chunk from the r-th on is computed: n processes fill one folder. Raises
-        UserError if not even the first chunk fits.
+        `encode(pairs, chunk number)` makes features. With a `share` of the chunks, several
+        processes fill one folder. Raises UserError if not even the first chunk fits.
         """
+        rank, world = share
         self._write_note()
         position, chunks = START, None
         while True:
-            if (file := self.shard(position.chunk)).exists():
-                position, chunks = StreamPosition(**self._read_note(file)["after"]), None
+            # A shard knows where the next chunk starts, so its own pairs are not read again.
+            file = self._shard(position.chunk)
+            if file.exists():
+                position = self._read_note(file)[0]
+                chunks = None
                 continue
-            chunks = chunks or ahead(stream.chunks(position))
-            if (chunk := next(chunks, None)) is None:
-                return self._write_note(shards=position.chunk)
-            position = chunk.after
-            if chunk.position.chunk % share[1] != share[0]:
+            chunks = chunks or prefetch(stream.chunks(position))
+            chunk = next(chunks, None)
+            if chunk is None:
+                self._write_note(shards=position.chunk)
+                return
+            position = chunk.next_position
+            if chunk.position.chunk % world != rank:
                 continue
-            features = encoder(chunk.items, chunk.position.chunk)
-            size = (
-                sum(x.nbytes for x in features.state_dict().values()) + 4096
-            )  # a file has a header
+            state = encode(chunk.items, chunk.position.chunk).state_dict()
+            size = sum(value.nbytes for value in state.values()) + 4096  # of the file's header
             if size > self.room:
-                if not self.files:
-                    raise UserError(
-                        f"{self.folder.parent}: the features of {len(chunk.items)} pairs take {size / 1e9:.3g} GB, and "
-                        f"there is room for {max(0.0, self.room) / 1e9:.3g}; raise --cache-gb, lower --max-pairs, "
-                        "delete old caches there, or compute features in every epoch with --cache-dir none"
-                    )
-                return self._write_note(full=self.room)
-            note = {
-                "after": asdict(position),
-                "digest": digest(features.state_dict(), asdict(position)),
-            }
-            write_weights(file, features.state_dict(), {"note": json.dumps(note)})
+                pairs, room = len(chunk.items), max(0.0, self.room)
+                check(
+                    self.files,
+                    f"{self.folder.parent}: the features of {pairs} pairs take {size / 1e9:.3g} "
+                    f"GB, and there is room for {room / 1e9:.3g}; raise --cache-gb, lower "
+                    "--max-pairs, delete old caches there, or compute features in every epoch "
+                    "with --cache-dir none",
+                )
+                self._write_note(full=self.room)
+                return
+            note = {"after": asdict(position), "digest": digest(state, position)}
+            write_weights(file, state, {"note": json.dumps(note)})
 
     def open(self) -> Shards:
-        """All samples, their digests compared. Raises UserError if a shard is damaged, or if there is none."""
-        if not self.files:
-            raise UserError(
-                f"{self.folder}: holds no features; there was no pair to compute them of"
-            )
+        """Map all shards. Raises UserError if one is damaged, or if there is none."""
+        check(self.files, f"{self.folder}: holds no features; there was no pair to compute them of")
         parts = []
         for file in tqdm(self.files, desc="checking features", leave=False, delay=2):
-            note = self._read_note(file)
+            position, expected = self._read_note(file)
             state = read_weights(file)
-            same = digest(state, note["after"]) == note["digest"]
-            if not same or state.keys() != {field.name for field in fields(Features)}:
-                raise UserError(f"{file}: damaged (its digest is another); delete it and run again")
+            same = digest(state, position) == expected
+            check(same, f"{file}: damaged (its digest is another); delete it and run again")
             parts.append(Features(**state))
         return Shards(parts)
 
-    def _read_note(self, file: Path) -> dict:
-        """The position of what follows a shard, and its digest."""
+    def _read_note(self, file: Path) -> tuple[StreamPosition, str]:
+        """Read a shard's digest, and the position of the chunk after it."""
         try:
             note = json.loads(read_metadata(file)["note"])
-            StreamPosition(**note["after"]), note["digest"]
-            return note
+            return StreamPosition(**note["after"]), note["digest"]
         except (SafetensorError, TypeError, LookupError, ValueError) as error:
-            raise UserError(
-                f"{file}: damaged ({type(error).__name__}); delete it and run again"
-            ) from None
+            kind = type(error).__name__
+            raise UserError(f"{file}: damaged ({kind}); delete it and run again") from None
 
-    def _write_note(self, **more: float) -> None:
-        self.note |= more
+    def _write_note(self, **changes: float) -> None:
+        self.note |= changes
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, json.dumps(self.note, indent=1))
 
 
-def digest(state: dict[str, Tensor], note: dict) -> str:
-    """A checksum of tensors and a note: reading 1 GB takes a second, and a flipped bit shows."""
-    value = zlib.crc32(json.dumps(note).encode())
-    for name in sorted(state):
-        value = zlib.crc32(f"{name} {state[name].dtype} {tuple(state[name].shape)}".encode(), value)
-        value = zlib.crc32(state[name].contiguous().flatten().view(torch.uint8).numpy(), value)
+def digest(state: dict[str, Tensor], position: StreamPosition) -> str:
+    """Compute a checksum that shows a flipped bit; it takes a second per GB."""
+    value = zlib.crc32(json.dumps(asdict(position)).encode())
+    for name, tensor in sorted(state.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy(), value)
     return f"{value:08x}"
 
 
-# 3. What training sees: parts of data that are at hand at once, and batches of them without end
+# Training data: parts that are in memory together, and endless batches of them
 
 
 @dataclass
 class Part:
-    """Data that is at hand at once: a chunk of a stream, or everything. `data[index]` is a batch."""
+    """Data at hand together: a chunk of a stream, or everything. `data[index]` is a batch."""
 
     data: Any
-    samples: Tensor  # which of the data are trained on
+    samples: Tensor  # indices of the samples to train on
     position: StreamPosition = START
 
 
 class CachedData:
-    """All samples at once, from a `FeatureCache` that is completed first; only for that the `encoder` is loaded.
+    """Samples of a `FeatureCache`, which is completed first; `unseen` are for validation.
 
-    `widths` (D, H) of tokens and guidance, `unseen` samples for validation, `parts` for `Batches`, a description, and
-    the `stream` that counts what it skips. Several processes compute it together, and all of them see all of it.
+    `encoder` loads the models, if features are missing. Several processes compute features
+    together, and each of them sees all samples.
     """
 
     def __init__(
@@ -363,154 +330,141 @@ class CachedData:
     ):
         ranks = ranks or Ranks()
         self.stream = stream
+        share = ranks.rank, ranks.world
         with ranks.together():
             if not cache.complete:
                 print(f"computing frozen features of {stream.source}, once", flush=True)
-                cache.collect(
-                    stream,
-                    lambda pairs, number: encoder()(pairs, number),
-                    (ranks.rank, ranks.world),
-                )
+                cache.collect(stream, lambda pairs, chunk: encoder()(pairs, chunk), share)
         self.data = cache.open()
-        self.widths, self.unseen = self.data.widths, _unseen(self.data)
-        spared = int(self.data.validation.sum())
-        self.description = (
-            f"{len(self.data)} samples in {cache.folder}, {spared} of them for validation"
-        )
+        self.widths, self.unseen = self.data.widths, _validation_samples(self.data)
+        held_out = f"{self.data.validation.sum()} of them for validation"
+        self.description = f"{len(self.data)} samples in {cache.folder}, {held_out}"
 
     def batches(self, batch_size: int, seed: int, ranks: Ranks) -> "Batches":
-        """Endless batches of which each rank takes its part. Raises UserError if they cannot share one."""
+        """Return endless batches that ranks share. Raises UserError if the size is indivisible."""
         ranks.split(batch_size, "--batch-size")
         return Batches(self.parts, batch_size, seed, (ranks.rank, ranks.world), shared=True)
 
     def parts(self, position: StreamPosition) -> Iterator[Part]:
-        """The one part there is, at whatever position."""
+        """Yield the single part, whatever the position."""
         yield Part(self.data, (~self.data.validation).nonzero().flatten())
 
 
 class StreamedData:
-    """A chunk of samples at a time, the next one read and decoded meanwhile; the first one holds those for validation.
+    """A chunk of samples at a time, while the next one is read; each process has its own stream.
 
-    `encode(items, chunk)` makes data of a chunk's items: indexed by tensors, with `validation` (N,) and `sample_bytes`.
-    Raises UserError if there is no item at all; `what` says what was looked for. Each process has a stream of its own.
+    `encode(items, chunk number)` makes data that are indexed by tensors, with `validation` (N,) and
+    `sample_bytes`. The first chunk holds the samples for validation, `unseen`. Raises UserError if
+    the stream is empty; `what` names its items.
     """
 
     def __init__(self, stream: Stream, encode: Callable[[list, int], Any], what: str = PREFERENCE):
         self.stream, self.encode = stream, encode
         self.widths = getattr(encode, "widths", None)  # (D, H), of an Encoder
         chunk = next(stream.chunks(), None)
-        if chunk is None:
-            raise UserError(f"{stream.source}: holds no {what}")
-        self.first: tuple[Part, StreamPosition] | None = (self._part(chunk), chunk.after)
-        self.unseen = _unseen(self.first[0].data)
+        check(chunk is not None, f"{stream.source}: holds no {what}")
+        first_part = self._encode(chunk)
+        self.unseen = _validation_samples(first_part.data)
+        self.first = first_part, chunk.next_position
         self.description = f"a stream of {stream.source}, {len(chunk.items):,} rows at a time"
 
     def batches(self, batch_size: int, seed: int, ranks: Ranks) -> "Batches":
-        """Endless batches of this rank's own files. Raises UserError if the ranks cannot share a batch."""
+        """Return batches of this rank's own files. Raises UserError if the size is indivisible."""
         return Batches(self.parts, ranks.split(batch_size, "--batch-size"), seed)
 
     def parts(self, position: StreamPosition) -> Iterator[Part]:
-        """Chunks from `position` to the end of an epoch."""
+        """Yield encoded chunks from `position` to the end of an epoch."""
         if position == START and self.first:
             part, position = self.first
-            if self.stream.size:  # else it is everything there is, and serves every epoch
+            # A first chunk that is the whole source serves every epoch.
+            if self.stream.size:
                 self.first = None
             yield part
-        for chunk in ahead(self.stream.chunks(position)):
-            if any(not item.validation for item in chunk.items):
-                yield self._part(chunk)
+        for chunk in prefetch(self.stream.chunks(position)):
+            if not all(item.validation for item in chunk.items):
+                yield self._encode(chunk)
 
-    def _part(self, chunk: Any) -> Part:
-        number = chunk.position.chunk
-        data = self.encode(
-            [item for item in chunk.items if number == 0 or not item.validation], number
-        )
+    def _encode(self, chunk: Chunk) -> Part:
+        """Encode a chunk; only the first one spends the models on validation samples."""
+        number, items = chunk.position.chunk, chunk.items
+        if number > 0:
+            items = [item for item in items if not item.validation]
+        data = self.encode(items, number)
         return Part(data, (~data.validation).nonzero().flatten(), chunk.position)
 
 
-def _unseen(data: Any) -> Any:
-    """The samples for validation, as many as a gigabyte holds."""
-    return data[data.validation.nonzero().flatten()[: int(UNSEEN_BYTES / data.sample_bytes)]]
+def _validation_samples(data: Any) -> Any:
+    """Select the samples for validation, as many as fit into a gigabyte."""
+    most = int(MAX_VALIDATION_BYTES / data.sample_bytes)
+    return data[data.validation.nonzero().flatten()[:most]]
 
 
-def ahead(values: Iterator[Value]) -> Iterator[Value]:
-    """The same values (none of them None), the next one prepared in a thread while the last one is worked on."""
+def prefetch(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Yield the same chunks, while a thread prepares the next one."""
     with ThreadPoolExecutor(1) as pool:
-        prepared = pool.submit(next, values, None)
-        while (value := prepared.result()) is not None:
-            prepared = pool.submit(next, values, None)
-            yield value
+        prepared = pool.submit(next, chunks, None)
+        while (chunk := prepared.result()) is not None:
+            prepared = pool.submit(next, chunks, None)
+            yield chunk
 
 
+@dataclass
 class Batches:
-    """Batches without end: parts in their order, the samples of each part in an order of their own in every epoch.
+    """Endless iterator over batches: parts in order, samples reshuffled in each part every epoch.
 
-    `parts(position)` gives the parts from a position on to the end of an epoch. `state_dict` is the position, so that a
-    resumed run sees what it would have seen. The last samples of a part, if they make no whole batch, wait for another
-    epoch. Of `share` (r, n) every batch is the r-th of n parts of one that n processes share.
+    `parts(position)` yields the parts from a position to the end of an epoch. A part's last samples
+    are left out if they do not fill a batch. With a `share`, each batch is that part of the batch
+    that several processes share. A run resumed from a `state_dict` sees the same batches.
     """
 
-    def __init__(
-        self,
-        parts: Callable[[StreamPosition], Iterator[Part]],
-        batch_size: int,
-        seed: int,
-        share: tuple[int, int] = (0, 1),
-        shared: bool = False,
-    ):
-        self.parts, self.batch_size, self.seed, self.share = parts, batch_size, seed, share
-        self.shared = shared  # all ranks are at the same position
-        self.epoch, self.position, self.batch = 0, START, 0
-        self.where = ""  # the latest batch, for messages
+    parts: Callable[[StreamPosition], Iterator[Part]]
+    batch_size: int
+    seed: int
+    share: Share = EVERYTHING
+    shared: bool = False  # all ranks are at the same position
+    epoch: int = 0
+    position: StreamPosition = START  # of the part
+    batch: int = 0  # number of batches of this part that have been given
+    where: str = ""  # describes the latest batch in messages
 
     def __iter__(self) -> Iterator[Any]:
+        rank, world = self.share
         while True:
-            fruitful = self.position != START or self.batch > 0
+            yielded_any = self.position != START or self.batch > 0
             for part in self.parts(self.position):
-                self.position, count = part.position, len(part.samples)
-                per_epoch = max(1, count // self.batch_size) if count else 0
-                for k in range(self.batch, per_epoch):
-                    step, seed = self.epoch * per_epoch + k, self.seed + 7919 * part.position.chunk
-                    index = batch_indices(step, self.batch_size, part.samples, seed)[
-                        self.share[0] :: self.share[1]
-                    ]
-                    if len(index) * self.share[1] != min(self.batch_size, count):
-                        raise UserError(
-                            f"{count} samples: too few for {self.share[1]} processes to share"
-                        )
-                    self.batch, self.where, fruitful = (
-                        k + 1,
-                        f"samples {index.tolist()[:8]}...",
-                        True,
-                    )
-                    if part.position.chunk:
-                        self.where += f" of chunk {part.position.chunk}"
+                self.position = part.position
+                total, chunk = len(part.samples), part.position.chunk
+                per_epoch = max(1, total // self.batch_size) if total else 0
+                seed = self.seed + ORDER_SEEDS * chunk
+                while self.batch < per_epoch:
+                    step = self.epoch * per_epoch + self.batch
+                    index = batch_indices(step, self.batch_size, part.samples, seed)[rank::world]
+                    fair = len(index) * world == min(self.batch_size, total)
+                    check(fair, f"{total} samples: too few for {world} processes to share")
+                    self.batch += 1
+                    self.where = f"samples {index.tolist()[:8]}... of chunk {chunk}"
+                    yielded_any = True
                     yield part.data[index]
                 self.batch = 0
-            if not fruitful:
-                raise UserError(
-                    "there is nothing to train on: no pair has a preference, or all are for validation"
-                )
-            self.epoch, self.position = self.epoch + 1, START
+            reason = "no pair has a preference, or all are for validation"
+            check(yielded_any, f"there is nothing to train on: {reason}")
+            self.epoch += 1
+            self.position = START
 
     def state_dict(self) -> dict:
-        """Epoch, position of the part, batches of it that were given."""
+        """Return the epoch, the position of the part, and the number of its batches given."""
         return {"epoch": self.epoch, "position": asdict(self.position), "batch": self.batch}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore a `state_dict`."""
-        self.epoch, self.position, self.batch = (
-            state["epoch"],
-            StreamPosition(**state["position"]),
-            state["batch"],
-        )
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.position = StreamPosition(**state["position"])
 
 
 def batch_indices(step: int, batch_size: int, samples: Tensor, seed: int) -> Tensor:
-    """Which samples step `step` sees: a function of the step, so that the position in the data is a number."""
+    """Choose the samples of a step: a function of its number, so that any step can be resumed."""
     per_epoch = max(1, len(samples) // batch_size)
-    epoch, position = divmod(step, per_epoch)
-    order = torch.randperm(
-        len(samples), generator=torch.Generator().manual_seed(seed * 100_003 + epoch)
-    )
-    return samples[order[position * batch_size : (position + 1) * batch_size]]
+    epoch, batch = divmod(step, per_epoch)
+    generator = torch.Generator().manual_seed(seed * EPOCH_SEEDS + epoch)
+    order = torch.randperm(len(samples), generator=generator)
+    return samples[order[batch * batch_size : (batch + 1) * batch_size]]

@@ -26,14 +26,14 @@ def load_encoder(preset: Preset, guidance: str, seed: int) -> Encoder:
 
     Nothing that draws is loaded, except for guidance by "text", which needs the base's encoders.
     """
-    preset = preset.changed(mllm=preset.guide(guidance))
+    preset = preset.guided_by(guidance)
     if guidance == "text":
         tokenizer = open_backbone(fetch(preset, *ADAPTER, "unet", "base"))
-        guide = open_guide(preset, "text", tokenizer)
+        guide = open_guide(preset.models, "text", tokenizer)
     else:
         preset = fetch(preset, *ADAPTER, "mllm")
         tokenizer = open_image_prompt(preset)
-        guide = open_guide(preset, "mllm")
+        guide = open_guide(preset.models, "mllm")
     models = preset.models
     share = preset.data.identity_share
     return Encoder(tokenizer, guide, share, seed, models.encode_batch, models.mllm_batch)
@@ -76,23 +76,16 @@ def compute_features(
 
 
 def open_cache(preset: Preset, guidance: str, seed: int, cache_gb: float) -> FeatureCache:
-    """Open the feature cache that belongs to a preset's models and data."""
-    data = preset.data
-    root = writable_folder(data.cache_dir)
+    """Open the feature cache of a preset, with everything its features depend on."""
+    models, data, guide = preset.models, preset.data, preset.guide(guidance)
     source = data.pairs.replace("/", "--")
     if Path(data.pairs).exists():
         source = Path(data.pairs).stem
     name = f"{preset.name}-{guidance}-{source}-{data.max_pairs or 'all'}-seed{seed}"
-    return FeatureCache(root / name, provenance(preset, guidance, seed), cache_gb * 1e9)
-
-
-def provenance(preset: Preset, guidance: str, seed: int) -> dict[str, str]:
-    """Describe everything that features depend on, in words and hashes, for a cache to compare."""
-    models, data, guide = preset.models, preset.data, preset.guide(guidance)
     sizes = [_image_size(models.image_encoder, "--image-encoder")]
     if guidance != "text":
         sizes.append(_image_size(guide, "--mllm"))
-    return {
+    provenance = {
         "the MLLM" if guidance != "text" else "the base": _describe(guide),
         "the image encoder": _describe(models.image_encoder),
         "the IP-Adapter": _describe(models.ip_adapter),
@@ -107,6 +100,7 @@ def provenance(preset: Preset, guidance: str, seed: int) -> dict[str, str]:
         "image size": " and ".join(sizes),
         "seed": str(seed),
     }
+    return FeatureCache(writable_folder(data.cache_dir) / name, provenance, cache_gb * 1e9)
 
 
 def _image_size(location: str, flag: str) -> str:

@@ -1,12 +1,13 @@
-"""Preference pairs and edit triplets from tables too large to download, a chunk at a time and from any position on.
+"""Stream preference pairs and edit triplets from tables too large to download.
 
-Pick-a-Pic                caption, jpg_0, jpg_1 (bytes), label_0, label_1 (1, 0, or 0.5 = tie)
+Pick-a-Pic                caption, jpg_0, jpg_1 (bytes), label_0, label_1 (1, 0, or 0.5 for a tie)
 Open Image Preferences    prompt, chosen, rejected
-HPDv3                     prompt, path1, path2: files; the first was preferred
-HPDv2                     prompt, image_path: files, human_preference: [1, 0] or [0, 1]
+HPDv3                     prompt, path1, path2: image files; the first was preferred
+HPDv2                     prompt, image_path: image files, human_preference: [1, 0] or [0, 1]
 InstructPix2Pix           original_image, edited_prompt, edit_prompt: what to change, in words
 
-A *source* is a file, a folder, or the name of a data set on the hub. Rows that give nothing are counted by reason.
+A *source* is a file, a folder, or a data set on the hub. It is read in chunks, from any chunk on.
+Unusable rows are skipped and counted by reason.
 """
 
 import hashlib
@@ -26,13 +27,22 @@ from img_minimal.data.tables import DAMAGE, Layout, first_line, open_table
 from img_minimal.files import decode
 
 Item = TypeVar("Item")
-Parse = Callable[
-    [dict, Callable[[Any], Image]], Any
-]  # a row, and what decodes its images -> an item
-LONGEST_TEXT = (
-    2000  # characters; guidance features of a whole chunk are padded to its longest prompt
-)
-AHEAD = 64  # rows that are decoded together, in threads
+Share = tuple[int, int]  # (r, n): the r-th of n parts, counted from 0; one for each of n processes
+EVERYTHING = (0, 1)
+Decode = Callable[[Any], Image]  # a cell -> its image
+Parse = Callable[[dict, Decode], Any]  # a row -> an item
+# Characters: guidance features of a whole chunk are padded to its longest prompt.
+LONGEST_TEXT = 2000
+DECODED_AT_ONCE = 64  # rows, in threads
+
+# Reasons for skipping a row.
+DAMAGED = "with damaged images"
+TOO_LONG = f"with more than {LONGEST_TEXT} characters of text"
+UNLABELLED = "whose labels are no preference (1 and 0)"
+
+
+class Skipped(Exception):
+    """Raised for rows that cannot be used, with the reason under which they are counted."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,13 @@ class Pair:
 
     @property
     def validation(self) -> bool:
-        """For measuring the error on prompts that were not trained on."""
+        """True if the pair is held out for validation."""
         return held_back(self.prompt)
 
 
 @dataclass(frozen=True)
 class Triplet:
-    """An image, a prompt, and the instruction that would make the image match it ("nothing" if it does already)."""
+    """An image, a prompt, and the instruction that makes the image match ("nothing" if it does)."""
 
     image: Image
     prompt: str
@@ -59,22 +69,13 @@ class Triplet:
     validation: ClassVar[bool] = False  # held out by its position in the stream, not by its prompt
 
 
-class Skipped(Exception):
-    """A row that gives no item; the message is the reason under which it is counted."""
-
-
-DAMAGED = "with damaged images"
-TOO_LONG = f"with more than {LONGEST_TEXT} characters of text"
-UNLABELLED = "whose labels are no preference (1 and 0)"
-
-
 def held_back(prompt: str) -> bool:
-    """One prompt in ten is not trained on."""
+    """Select one prompt in ten, which is never trained on."""
     return hashlib.sha256(prompt.encode()).digest()[0] % 10 == 0
 
 
 def text_of(cell: object) -> str:
-    """A cell's text, also where the column holds bytes; "" if it is none."""
+    """Convert a cell, text or bytes, to text; "" if it is neither."""
     try:
         cell = cell.decode() if isinstance(cell, bytes) else cell
     except UnicodeDecodeError:
@@ -82,56 +83,61 @@ def text_of(cell: object) -> str:
     return cell if isinstance(cell, str) else ""
 
 
-def parse_pair(prompt: object, images: Any, labels: Any, decode: Callable[[Any], Image]) -> Pair:
-    """Winner first. Raises Skipped for a tie, without a prompt or labels, OSError for damaged images."""
+def parse_pair(prompt: object, images: Any, labels: Any, decode: Decode) -> Pair:
+    """Build a pair of two images, the winner being the one with label 1.
+
+    Raises Skipped for a tie, or without a prompt or labels, and OSError for damaged images.
+    """
     prompt = text_of(prompt)
     if not prompt.strip():
         raise Skipped("without a prompt")
     if len(prompt) > LONGEST_TEXT:
         raise Skipped(TOO_LONG)
-    if not (
-        isinstance(images, (tuple, list))
-        and isinstance(labels, (tuple, list))
-        and len(images) == len(labels) == 2
-    ):
-        raise Skipped("that compare more or less than two images")
     try:
-        labels = [float(label) for label in labels]
+        (first, second), (label, other_label) = images, labels
+    except (TypeError, ValueError):
+        raise Skipped("that compare more or less than two images") from None
+    try:
+        label, other_label = float(label), float(other_label)
     except (TypeError, ValueError, OverflowError):
         raise Skipped(UNLABELLED) from None
-    if labels[0] == labels[1] and labels[0] in (0, 0.5, 1):
+    if label == other_label and label in (0, 0.5, 1):
         raise Skipped("ties")
-    if sorted(labels) != [0, 1]:
+    if {label, other_label} != {0, 1}:
         raise Skipped(UNLABELLED)
-    first, second = images if labels[0] == 1 else reversed(images)
-    return Pair(prompt, decode(first), decode(second))
+    winner, loser = (first, second) if label == 1 else (second, first)
+    return Pair(prompt, decode(winner), decode(loser))
 
 
-def parse_triplet(row: dict, decode: Callable[[Any], Image]) -> Triplet:
-    """Raises Skipped without a prompt or instruction, OSError for a damaged image."""
-    words = [text_of(row[name]).strip() for name in ("edited_prompt", "edit_prompt")]
-    if not all(words):
+def parse_triplet(row: dict, decode: Decode) -> Triplet:
+    """Build a triplet.
+
+    Raises Skipped without a prompt or instruction, and OSError for a damaged image.
+    """
+    texts = [text_of(row[name]).strip() for name in ("edited_prompt", "edit_prompt")]
+    if not all(texts):
         raise Skipped("without words")
-    if max(map(len, words)) > LONGEST_TEXT:
+    if max(map(len, texts)) > LONGEST_TEXT:
         raise Skipped(TOO_LONG)
-    return Triplet(decode(row["original_image"]), *words)
+    return Triplet(decode(row["original_image"]), *texts)
 
 
-PAIRS: dict[Layout, Parse] = {
+def _two_columns(winner: str, loser: str) -> Parse:
+    return lambda row, decode: parse_pair(row["prompt"], (row[winner], row[loser]), (1, 0), decode)
+
+
+# Layout -> parser of its rows.
+PAIRS = {
     ("caption", "jpg_0", "jpg_1", "label_0", "label_1"): lambda row, decode: parse_pair(
         row["caption"], (row["jpg_0"], row["jpg_1"]), (row["label_0"], row["label_1"]), decode
     ),
-    ("prompt", "chosen", "rejected"): lambda row, decode: parse_pair(
-        row["prompt"], (row["chosen"], row["rejected"]), (1, 0), decode
-    ),
-    ("prompt", "path1", "path2"): lambda row, decode: parse_pair(
-        row["prompt"], (row["path1"], row["path2"]), (1, 0), decode
-    ),
+    ("prompt", "chosen", "rejected"): _two_columns("chosen", "rejected"),
+    ("prompt", "path1", "path2"): _two_columns("path1", "path2"),
     ("prompt", "image_path", "human_preference"): lambda row, decode: parse_pair(
         row["prompt"], row["image_path"], row["human_preference"], decode
     ),
 }
-TRIPLETS: dict[Layout, Parse] = {("original_image", "edit_prompt", "edited_prompt"): parse_triplet}
+TRIPLETS = {("original_image", "edit_prompt", "edited_prompt"): parse_triplet}
 
 
 def pair_stream(
@@ -139,20 +145,20 @@ def pair_stream(
     size: int = 0,
     limit: int = 0,
     seed: int = 0,
-    share: tuple[int, int] = (0, 1),
+    share: Share = EVERYTHING,
 ) -> "Stream[Pair]":
-    """Pairs of a source, in chunks. Raises UserError if it is no table of pairs."""
+    """Open a source of pairs. Raises UserError if it is no table of pairs."""
     return Stream(str(source), PAIRS, size, limit, seed, share)
 
 
 def triplet_stream(source: str | Path, size: int = 0, seed: int = 0) -> "Stream[Triplet]":
-    """Triplets of a source, in chunks. Raises UserError if it is no table of triplets."""
+    """Open a source of triplets. Raises UserError if it is no table of triplets."""
     return Stream(str(source), TRIPLETS, size, seed=seed)
 
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where a chunk begins: its number, the file and the row in it, and how many items came before it."""
+    """Position at which a chunk starts: numbers of chunk, file and row, and of items before it."""
 
     chunk: int = 0
     file: int = 0
@@ -165,96 +171,112 @@ START = StreamPosition()
 
 @dataclass(frozen=True)
 class Chunk(Generic[Item]):
-    """Some items, the position they begin at, and the position of what follows."""
+    """Items that are in memory together, and the positions of this chunk and of the next one."""
 
     items: list[Item]
     position: StreamPosition
-    after: StreamPosition
+    next_position: StreamPosition
 
 
 class Stream(Generic[Item]):
-    """The items of a source, in chunks of `size` (0: all in one), at most `limit` of them (0: no limit).
+    """Items of a source, in chunks of `size` (0: all in one), at most `limit` (0: all).
 
-    Files come in an order drawn from `seed`, for tables are often sorted by date; rows come as they stand. Of `share`
-    (r, n) only the r-th of n parts is given, for n processes that share the work. Raises UserError if the source is no
-    such table.
+    Files come in an order drawn from `seed`, since tables are often sorted by date; rows keep their
+    order. With a `share`, only that part is read. Raises UserError if the source is no such table.
     """
 
     def __init__(
-        self, source: str, layouts: Mapping[Layout, Parse], size: int = 0, limit: int = 0, seed: int = 0,
-        share: tuple[int, int] = (0, 1),
-    ):  # fmt: skip
+        self,
+        source: str,
+        layouts: Mapping[Layout, Parse],
+        size: int = 0,
+        limit: int = 0,
+        seed: int = 0,
+        share: Share = EVERYTHING,
+    ):
         rank, world = share
-        self.source, self.size, self.limit = (
-            source,
-            size,
-            limit and (limit + world - 1 - rank) // world,
-        )
-        self.table = open_table(source, list(layouts))
+        self.source, self.size = source, size
+        self.limit = limit and (limit + world - 1 - rank) // world
+        self.table = open_table(source, layouts)
         self.parse = layouts[self.table.layout]
-        files = torch.randperm(
-            len(self.table.files), generator=torch.Generator().manual_seed(seed)
-        ).tolist()
-        # Whole files are dealt out; the rows of each are where there are fewer files than processes.
-        self.files, self.rows = (
-            (files[rank::world], (0, 1)) if len(files) >= world else (files, share)
-        )
-        self.skipped, self.warned = Counter(), 0
+        generator = torch.Generator().manual_seed(seed)
+        files = torch.randperm(len(self.table.files), generator=generator).tolist()
+        # With enough files each process gets whole ones; otherwise all read every file.
+        enough = len(files) >= world
+        self.files = files[rank::world] if enough else files
+        self.row_share = EVERYTHING if enough else share
+        self.skipped = Counter()  # rows by reason
+        self.warned = 0  # rows with damaged images that the user has been told of
 
     def chunks(self, position: StreamPosition = START) -> Iterator[Chunk[Item]]:
-        """Chunks from `position` on, to the end of the source. Images with the same bytes are decoded once a chunk."""
-        items, begin, pictures = [], position, Pictures(self.table.root)
+        """Yield chunks from `position` to the end of the source.
+
+        Images with the same bytes are decoded once per chunk.
+        """
         if self.limit and position.items >= self.limit:
             return
-        with ThreadPoolExecutor() as pool:  # PIL lets go of Python's lock while it decodes
-            rows = self._rows(position)
-            while some := list(islice(rows, AHEAD)):
-                for (file, row, _), item in zip(
-                    some, pool.map(lambda one: self._item(one[2], pictures), some)
-                ):
-                    if isinstance(item, str):
-                        self.skipped[item] += 1
-                        continue
-                    items.append(item)
-                    taken = begin.items + len(items)
-                    if len(items) == self.size or taken == self.limit:
-                        after = StreamPosition(begin.chunk + 1, file, row + 1, taken)
-                        self._warn()
-                        yield Chunk(items, begin, after)
-                        if taken == self.limit:
-                            return
-                        items, begin, pictures.seen = [], after, {}
+        decoder = ImageDecoder(self.table.root)
+        items = []
+        for file, row, item in self._items(position, decoder):
+            items.append(item)
+            count = position.items + len(items)
+            if len(items) == self.size or count == self.limit:
+                self._warn()
+                next_position = StreamPosition(position.chunk + 1, file, row + 1, count)
+                yield Chunk(items, position, next_position)
+                if count == self.limit:
+                    return
+                items = []
+                position = next_position
+                decoder.images.clear()
         self._warn()
         if items:
-            yield Chunk(
-                items,
-                begin,
-                StreamPosition(begin.chunk + 1, len(self.files), 0, begin.items + len(items)),
-            )
+            count = position.items + len(items)
+            end = StreamPosition(position.chunk + 1, len(self.files), 0, count)
+            yield Chunk(items, position, end)
 
-    def _rows(self, position: StreamPosition) -> Iterator[tuple[int, int, dict]]:
-        """(file, row, content) of every row of this share, from a position on."""
+    def _items(
+        self, position: StreamPosition, decoder: "ImageDecoder"
+    ) -> Iterator[tuple[int, int, Item]]:
+        """Yield (file, row, item) of every usable row, and count the others."""
+        rows = self.rows(position)
+        with ThreadPoolExecutor() as pool:  # PIL releases Python's lock while it decodes
+            while batch := list(islice(rows, DECODED_AT_ONCE)):
+                parsed = pool.map(lambda row: self._item(row[2], decoder), batch)
+                for (file, row, _), item in zip(batch, parsed):
+                    if isinstance(item, str):
+                        self.skipped[item] += 1
+                    else:
+                        yield file, row, item
+
+    def rows(self, position: StreamPosition = START) -> Iterator[tuple[int, int, dict]]:
+        """Yield (file, row, content) of every row of this share, from a position on.
+
+        Raises UserError if a file is damaged.
+        """
+        part, parts = self.row_share
         for file in range(position.file, len(self.files)):
             first = position.row if file == position.file else 0
             try:
-                for row, content in enumerate(
-                    self.table.read(self.files[file], first), start=first
-                ):
-                    if row % self.rows[1] == self.rows[0]:
+                for row, content in enumerate(self.table.read(self.files[file], first), first):
+                    if row % parts == part:
                         yield file, row, content
             except DAMAGE as error:  # a lost connection, a cut file, a cell that cannot be cast
+                name = self.table.files[self.files[file]]
                 raise UserError(
-                    f"{self.table.files[self.files[file]]}: reading stopped, in file {file} of {len(self.files)} of "
-                    f"{self.source} ({first_line(error)}); repair or remove it and go on with --resume"
+                    f"{name}: reading stopped, in file {file} of {len(self.files)} of "
+                    f"{self.source} ({first_line(error)}); repair or remove it and go on with "
+                    "--resume"
                 ) from None
 
-    def _item(self, row: dict, pictures: "Pictures") -> Item | str:
-        """A row as an item, or why it is left out."""
+    def _item(self, row: dict, decoder: "ImageDecoder") -> Item | str:
+        """Parse a row to an item, or return the reason why it is skipped."""
         try:
-            return self.parse(row, pictures)
+            return self.parse(row, decoder)
         except Skipped as reason:
             return str(reason)
-        except Exception:  # PIL's decoders raise nearly anything for bad bytes, and a cell may hold no bytes at all
+        # PIL's decoders raise nearly anything for bad bytes, and a cell may hold no bytes at all.
+        except Exception:
             return DAMAGED
 
     def _warn(self) -> None:
@@ -263,46 +285,50 @@ class Stream(Generic[Item]):
             warn(f"{self.source}: skipped {self.warned} rows with damaged images so far")
 
     def skips(self) -> str:
-        """What was skipped so far, for people: "rows skipped: 120 ties, 1 with damaged images"; "" if nothing was."""
-        counts = ", ".join(
-            f"{count} {reason}" for reason, count in sorted(self.skipped.items()) if count
-        )
-        return counts and f"rows skipped: {counts}"
+        """Describe the rows skipped so far: "rows skipped: 120 ties, 1 with damaged images"."""
+        counts = [f"{count} {reason}" for reason, count in sorted(self.skipped.items())]
+        return "rows skipped: " + ", ".join(counts) if counts else ""
 
 
-def prompts_of(stream: "Stream[Pair]") -> Iterator[str]:
+def prompts_of(stream: Stream[Pair]) -> Iterator[str]:
     """Yield the usable prompts of a stream of pairs, without decoding images."""
     column = stream.table.layout[0]
-    for file in stream.files:
-        for row in stream.table.read(file, 0):
-            prompt = text_of(row[column])
-            if prompt.strip() and len(prompt) <= LONGEST_TEXT:
-                yield prompt
+    for _, _, row in stream.rows():
+        prompt = text_of(row[column])
+        if prompt.strip() and len(prompt) <= LONGEST_TEXT:
+            yield prompt
 
 
-class Pictures:
-    """Encoded bytes, {"bytes": ..., "path": ...} as image columns have it, or a path -> RGB; the same bytes once.
+class ImageDecoder:
+    """Decode cells of image columns to RGB; equal bytes are decoded once.
 
-    Two threads may decode the same bytes at once: an image's `digest` says what it is. Paths are relative to `root`,
-    or to a folder in it that is called like what it holds.
+    A cell holds encoded bytes, a path, or both in a dict ("bytes", "path"). Paths are relative to
+    `root`, `root/images` or `root/train`. The `digest` of an image identifies its bytes: two
+    threads may decode the same bytes at the same time, to two objects.
     """
 
     def __init__(self, root: Path | None = None):
-        self.root, self.seen = root, {}
+        self.root = root
+        self.images = {}  # by digest
 
     def __call__(self, cell: Any) -> Image:
+        """Decode a cell. Raises OSError if it holds no image."""
         if isinstance(cell, dict):
             cell = cell.get("bytes") or cell.get("path")
         if isinstance(cell, str) and self.root is not None:
-            positions = (self.root / folder / cell for folder in ("", "images", "train"))
-            cell = next(
-                (position.read_bytes() for position in positions if position.is_file()), None
-            )
+            cell = self._read(cell)
         if not cell or not isinstance(cell, bytes):
             raise OSError("no image")
-        digest, seen = hashlib.sha256(cell).digest(), self.seen
-        if digest not in seen:
-            image = decode(cell)
-            image.digest = digest
-            seen.setdefault(digest, image)
-        return seen[digest]
+        digest = hashlib.sha256(cell).digest()
+        if image := self.images.get(digest):
+            return image
+        image = decode(cell)
+        image.digest = digest
+        return self.images.setdefault(digest, image)
+
+    def _read(self, name: str) -> bytes | None:
+        for folder in ("", "images", "train"):
+            path = self.root / folder / name
+            if path.is_file():
+                return path.read_bytes()
+        return None

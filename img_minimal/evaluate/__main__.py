@@ -2,98 +2,172 @@
 
     python -m img_minimal.evaluate                       256 prompts of the test split
     python -m img_minimal.evaluate --prompts 640 --json results.json
-    python -m img_minimal.evaluate --prompt-file x.txt   prompts of your own, judged by CLIP models: compare.py
+    python -m img_minimal.evaluate --prompt-file x.txt   your prompts, judged by CLIP models
 
-Arms: the base model; the same compute spent on a new seed; the better of two seeds as picked by the MLLM, or by the
-oracle (which cheats); a second pass with the tokens of a correct picture (no aligner can do better); and the second
-pass with the image's own tokens (no guidance), or aligned with text, stock MLLM, or the finetuned MLLM (IMG).
+Arms: the base model; the same compute spent on a new seed; the better of two seeds as picked by the
+MLLM, or by the oracle (which cheats); a second pass with the tokens of a correct picture (no
+aligner can do better); and the second pass with the image's own tokens (no guidance), or aligned
+with text, stock MLLM, or the finetuned MLLM (IMG).
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from img_minimal.cli import PICTURES, check, option, parse, quiet_libraries, run, writable_file
-from img_minimal.flags import SamplingFlags
-from img_minimal.presets import PRESETS, find_preset
+from img_minimal.cli import (
+    PICTURES,
+    check,
+    option,
+    parse,
+    quiet_libraries,
+    run,
+    writable_file,
+    writable_folder,
+)
+from img_minimal.presets import PRESETS, Models, Preset, Sampling, find_preset
 
 
 @dataclass
-class Config(SamplingFlags):
-    """The command line."""
+class Config:
+    """Flags of this command; all others override one number of the preset."""
 
     model: str = option("tiny-sdxl", "which model", choices=list(PRESETS))
     prompts: int | None = option(
-        None, "how many prompts; default: 256 of the twin's, or all of the --prompt-file", most=100_000
+        None, "how many; default: 256, or all of the --prompt-file", least=5, most=100_000
     )
     seed: int = option(0, "draws the prompts and numbers the images")
-    split: str = option("test", "test for reporting, validation for choosing", choices=["test", "validation"])
+    split: str = option(
+        "test", "test for reporting, validation for choosing", choices=["test", "validation"]
+    )
     only_img: bool = option(False, "leave out the arms of text and stock MLLM")
     json: str | None = option(None, "also write the results to this file")
-    picture: str | None = option(None, "also draw before and after, of the first prompts that the base gets wrong")
-    # with --prompt-file, see compare.py
-    prompt_file: str | None = option(None, "judge images of these prompts with CLIP models: .txt, .jsonl, .tsv, .json")
-    judges: str = option("pickscore,hpsv2,clipscore", "judges of a prompt file, separated by commas")
-    output: str = option("outputs/evaluate", "folder that keeps the images and scores of a prompt file")
-    pickscore_model: str | None = option(None, "hub id or folder; default: where it was published, see judges.py")
-    hpsv2_model: str | None = option(None, "hub id or folder in CLIPModel's layout; default: where it was published")
-    clipscore_model: str | None = option(None, "hub id or folder; default: where it was published")
-    judge_processor: str | None = option(None, "tokenizer and image processor of the judges; default: each one's own")
+    picture: str | None = option(None, "also draw the first prompts that the base gets wrong")
+    # With --prompt-file, see compare.py.
+    prompt_file: str | None = option(
+        None, "judge images of these prompts with CLIP models: .txt, .jsonl, .tsv, .json"
+    )
+    judges: str = option("pickscore,hpsv2,clipscore", "judges of a prompt file")
+    output: str = option("outputs/evaluate", "folder for the images and scores of a prompt file")
+    pickscore_model: str | None = option(None, "hub id or folder; default: as published")
+    hpsv2_model: str | None = option(None, "the same, in CLIPModel's layout")
+    clipscore_model: str | None = option(None, "the same")
+    judge_processor: str | None = option(
+        None, "tokenizer and image processor of the judges; default: each judge's own"
+    )
 
 
 if __name__ == "__main__":
-    parse(Config, __doc__)  # answers --help before torch is imported, which takes seconds
+    # Answers --help before torch is imported, which takes seconds.
+    parse(Config, __doc__, Models, Sampling)
 
 import torch
 
 from img_minimal.devices import Precision, best_device
+from img_minimal.evaluate import compare
 from img_minimal.evaluate.arms import Arms, ablations, before_and_after, print_results
-from img_minimal.evaluate.compare import compare
-from img_minimal.files import write_whole
-from img_minimal.load import load_img
-from img_minimal.tiny.grammar import benchmark
+from img_minimal.evaluate.judges import JUDGES, ClipJudge, JudgeFiles
+from img_minimal.evaluate.prompts import read_prompts
+from img_minimal.files import check_provenance, identity, write_whole
+from img_minimal.pipeline import IMG
+from img_minimal.tiny import grammar
 
 
 def main() -> int:
-    """All arms, the table, the JSON."""
-    config = parse(Config, __doc__)
-    preset = config.applied_to(find_preset(config.model))
-    check(config.prompts is None or config.prompts >= 5, f"--prompts is {config.prompts}, expected 5 or more")
-    check(config.seed >= 0, f"--seed is {config.seed}, expected 0 or more")
+    """Read the command line, evaluate, and write the results."""
+    config, changes = parse(Config, __doc__, Models, Sampling)
+    preset = find_preset(config.model).changed(**changes)
     writable_file(config.json, "--json")
     writable_file(config.picture, "--picture", PICTURES)
     quiet_libraries()
+    settings = {
+        "model": preset.name,
+        "seed": config.seed,
+        "scale": preset.sampling.scale,
+        "scale_end": preset.sampling.scale_end,
+        "passes": preset.sampling.passes,
+        "torch": torch.__version__,
+    }
     if config.prompt_file or preset.world is None:
-        compare(config, preset, count=config.prompts, seed=config.seed, json_path=config.json, picture=config.picture)
-        return 0
-    count = config.prompts or 256
-    device = best_device()
-    compute = Precision.named(preset.dtype, device).described(device)
-    print(f"{preset.name}: {count} prompts of the {config.split} split, seed {config.seed}; {compute}", flush=True)
-    img = load_img(preset)
-    arms = Arms(img, benchmark(count, config.split, config.seed), config.seed)
+        results = evaluate_file(config, preset, settings)
+    else:
+        results = evaluate_world(config, preset, settings)
+    if config.json:
+        write_whole(config.json, json.dumps(results, indent=1))
+    return 0
+
+
+def evaluate_world(config: Config, preset: Preset, settings: dict) -> dict:
+    """Draw and judge all arms on prompts of the tiny world, and print the results."""
+    count, split, device = config.prompts or 256, config.split, best_device()
+    compute = Precision.named(preset.models.dtype, device).described(device)
+    asked = f"{count} prompts of the {split} split, seed {config.seed}"
+    print(f"{preset.name}: {asked}; {compute}", flush=True)
+    img = IMG(preset=preset)
+    arms = Arms(img, grammar.benchmark(count, split, config.seed), config.seed)
     arms.controls()
     if not config.only_img:
         ablations(arms, preset)
     images = arms.aligned("img", img)
     arms.choices(images)
     results = arms.results() | {"mllm": arms.words()}
-    results["settings"] = {
-        "model": preset.name,
-        "split": config.split,
-        "seed": config.seed,
-        "prompts": count,
-        "scale": preset.scale,
-        "scale_end": preset.scale_end,
-        "passes": preset.passes,
-        "compute": compute,
-        "torch": torch.__version__,
-    }
+    results["settings"] = settings | {"prompts": count, "split": split, "compute": compute}
     print_results(results)
-    if config.json:
-        write_whole(config.json, json.dumps(results, indent=1))
     if config.picture:
         before_and_after(arms, preset.name, images, config.picture)
-    return 0
+    return results
+
+
+def evaluate_file(config: Config, preset: Preset, settings: dict) -> dict:
+    """Draw the prompts of a file, judge the images, and print and save the results.
+
+    Raises UserError, before anything is drawn, if prompts or judges are missing or damaged or if
+    the folder holds a run with other settings.
+    """
+    advice = "has no oracle and no prompts of its own; give it a --prompt-file"
+    check(config.prompt_file, f"{preset.name} {advice}")
+    prompts = read_prompts(config.prompt_file, config.prompts, config.seed)
+    if preset.world == "tiny":
+        for prompt in prompts:
+            grammar.parse(prompt.text)  # its models know the words of its grammar and no others
+    names = dict.fromkeys(name.strip() for name in config.judges.split(",") if name.strip())
+    check(names, f"--judges is empty, expected some of: {', '.join(JUDGES)}")
+    judges = []
+    for name in names:
+        model = getattr(config, f"{name}_model", None)
+        judges.append(JudgeFiles.find(name, model, config.judge_processor))
+
+    path = writable_folder(config.output)
+    drawn_by = {"model": preset.name, "seed": config.seed, "prompts": [asdict(p) for p in prompts]}
+    for name, value in (asdict(preset.models) | asdict(preset.sampling)).items():
+        if name not in compare.NOT_DRAWING:
+            drawn_by[name] = identity(value)
+    advice = "repeat that run's options, or choose another --output"
+    used = any(path.glob("p*-s*-*.png"))  # without images it belongs to nobody
+    check_provenance(path / "settings.json", drawn_by, advice, used)
+    folder = compare.ImageFolder(path, prompts, config.seed)
+    scores = [compare.Scores(folder, files) for files in judges]
+    if any(folder.lacks(prompts, arm) for arm in compare.ARMS):
+        for one in scores:
+            if one.missing():
+                ClipJudge.open(one.files)  # finds a missing file in seconds, not after hours
+        compare.release()
+        compare.draw_missing(folder, preset)
+
+    results = {"judges": {}}
+    for one in scores:
+        compare.release()
+        one.fill()
+        results["judges"][one.files.name] = one.results()
+        compare.print_table(one.title, one.results())
+    results["settings"] = settings | {
+        "prompt_file": config.prompt_file,
+        "prompts": len(prompts),
+        "judges": [asdict(files) for files in judges],
+    }
+    print(f"\n{len(prompts)} prompts; images, scores and results.json in {path}")
+    write_whole(path / "results.json", json.dumps(results, indent=1))
+    if config.picture:
+        compare.before_and_after(folder, scores, config.picture)
+    return results
 
 
 if __name__ == "__main__":

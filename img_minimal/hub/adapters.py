@@ -59,8 +59,8 @@ def check_encoder_width(folder: str, width: int, expected: int, encoder: str) ->
     """Raise WeightsError if the vision encoder's features do not fit the adapter."""
     if width != expected:
         raise WeightsError(
-            f"{folder}: its features have width {width}, the IP-Adapter expects {expected}; use the "
-            f"image encoder that the IP-Adapter was trained with ({encoder})"
+            f"{folder}: its features have width {width}, the IP-Adapter expects {expected}; use "
+            f"the image encoder that the IP-Adapter was trained with ({encoder})"
         )
 
 
@@ -127,8 +127,9 @@ def check_sdxl(pipe: StableDiffusionXLPipeline, location: str) -> None:
     advice = "use a UNet of SDXL that draws from text alone"
     if (unet.in_channels, unet.out_channels) != (vae.latent_channels, vae.latent_channels):
         raise WeightsError(
-            f"{location}: its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, "
-            f"the VAE has {vae.latent_channels}: it is made for inpainting or for another VAE; {advice}"
+            f"{location}: its UNet takes {unet.in_channels} channels and gives "
+            f"{unet.out_channels}, the VAE has {vae.latent_channels}: it is made for inpainting or "
+            f"for another VAE; {advice}"
         )
     encoders = pipe.text_encoder, pipe.text_encoder_2
     if None in encoders:
@@ -138,8 +139,8 @@ def check_sdxl(pipe: StableDiffusionXLPipeline, location: str) -> None:
     added = encoders[1].config.projection_dim + 6 * (unet.addition_time_embed_dim or 0)
     if (unet.cross_attention_dim, unet.projection_class_embeddings_input_dim) != (text, added):
         raise WeightsError(
-            f"{location}: its UNet reads text of width {unet.cross_attention_dim}, the text encoders "
-            f"give {text}: it is the refiner's or of another model; {advice}"
+            f"{location}: its UNet reads text of width {unet.cross_attention_dim}, the text "
+            f"encoders give {text}: it is the refiner's or of another model; {advice}"
         )
 
 

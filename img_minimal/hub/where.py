@@ -1,14 +1,16 @@
-"""Where models come from: one string names a local file or folder, or a place on the Hugging Face hub.
+"""Find models: a location is a local file or folder, or a place on the Hugging Face hub.
 
     outputs/train/aligner.safetensors             a local file
     stabilityai/stable-diffusion-xl-base-1.0      a repository: owner/name
     mhdang/dpo-sdxl-text2image-v1/unet            a folder in a repository
     shi-labs/IMG/aligner_sdxl.pth                 a file in a repository
 
-A folder's headers are checked as soon as it is here, so that mistakes show before the first model is loaded.
+The headers of a folder's files are checked as soon as it is found or downloaded, so that mistakes
+show before the first model is loaded.
 """
 
 import re
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,16 +26,15 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from img_minimal.cli import UserError
+from img_minimal.cli import UserError, check
 from img_minimal.devices import Precision, best_device
 from img_minimal.files import read_json
 from img_minimal.hub.weights import WeightsError
 from img_minimal.presets import Preset
 
 SINGLE_FILES = ("ip_adapter", "resampler", "aligner")  # the other locations are folders
-WEIGHTS = re.compile(
-    r"(model|pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?(?P<fp16>\.fp16)?(-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
-)
+STEM, SHARD = r"(model|pytorch_model|diffusion_pytorch_model)", r"(-\d+-of-\d+)?"
+PLAIN, TORCH, FP16 = (r"\.safetensors", r"\.bin", rf"\.fp16{SHARD}\.safetensors")
 
 
 def fetch(preset: Preset, *names: str) -> Preset:
@@ -43,14 +44,11 @@ def fetch(preset: Preset, *names: str) -> Preset:
     Raises UserError if a location cannot be had, WeightsError if its files are damaged.
     """
     half = Precision.named(preset.models.dtype, best_device()).weights != torch.float32
-    locations = {}
-    for name in names:
-        location = getattr(preset.sampling if name == "aligner" else preset.models, name)
-        if location:
-            locations[name] = location
-            split_hub_id(location, flag_of(name))  # finds a mistyped path before any download
-    found = {}
-    for name, location in locations.items():
+    fields = vars(preset.models) | vars(preset.sampling)
+    found = {name: fields[name] for name in names if fields[name]}
+    for name, location in found.items():
+        split_hub_id(location, flag_of(name))  # finds a mistyped path before any download
+    for name, location in found.items():
         if name in SINGLE_FILES:
             found[name] = str(fetch_file(location, flag_of(name)))
         else:
@@ -65,151 +63,146 @@ def flag_of(name: str) -> str:
 
 
 def fetch_file(location: str, flag: str) -> Path:
-    """A local path of one file; `flag` is named in messages. Raises UserError if it cannot be had."""
-    place = split_hub_id(location, flag)
-    if place is None:
+    """Return the local path of a file, downloaded if necessary. Raises UserError naming `flag`."""
+    hub_id = split_hub_id(location, flag)
+    if hub_id is None:
         return Path(location).expanduser()
-    repo, inside = place
-    if not inside:
-        raise UserError(
-            f"{location}: is a repository, {flag} needs a file in it, as in {location}/file.safetensors"
-        )
+    repo, inside = hub_id
+    example = f"as in {location}/file.safetensors"
+    check(inside, f"{location}: is a repository, {flag} needs a file in it, {example}")
     path = _download(location, repo, [inside], flag) / inside
-    if not path.is_file():
-        raise UserError(
-            f"{location}: the repository {repo} has no such file; check the path after its name"
-        )
+    missing = f"{location}: the repository {repo} has no such file; check the path after its name"
+    check(path.is_file(), missing)
     return path
 
 
 def fetch_folder(
     location: str, flag: str, half: bool = False, without: tuple[str, ...] = ()
 ) -> Path:
-    """A local path of a model's or pipeline's folder with its settings and weights, less the subfolders `without`."""
-    place = split_hub_id(location, flag)
-    if place is None:
+    """Return the local folder of a model or pipeline, downloaded if necessary.
+
+    Only settings and the chosen weights are downloaded, nothing of the subfolders `without`. Raises
+    UserError if the folder cannot be had, WeightsError if its files are damaged.
+    """
+    hub_id = split_hub_id(location, flag)
+    if hub_id is None:
         path = Path(location).expanduser()
     else:
-        repo, inside = place
+        repo, inside = hub_id
         prefix = f"{inside}/" if inside else ""
-        small = [f"{prefix}*.{kind}" for kind in ("json", "txt", "model", "jinja")]
-        path = _download(location, repo, small, flag) / inside
-        try:
-            names = [
-                f.path.removeprefix(prefix)
-                for f in get_cached_repo_tree(repo)
-                if f.path.startswith(prefix)
-            ]
-        except (
-            CachedRepoTreeNotFoundError
-        ):  # offline, and the cache is older than this kind of listing
-            names = []
-        if wanted := [prefix + name for name in chosen(path, names, half, without)]:
-            _download(location, repo, wanted, flag)
+        settings = [f"{prefix}*.{kind}" for kind in ("json", "txt", "model", "jinja")]
+        path = _download(location, repo, settings, flag) / inside
+        names = []
+        # Missing offline if the cache is older than this kind of listing.
+        with suppress(CachedRepoTreeNotFoundError):
+            for file in get_cached_repo_tree(repo):
+                if file.path.startswith(prefix):
+                    names.append(file.path.removeprefix(prefix))
+        weights = [prefix + name for name in chosen(path, names, half, without)]
+        if weights:
+            _download(location, repo, weights, flag)
     _check_folder(path, location, flag, half, without)
     return path
 
 
 def chosen(path: Path, names: list[str], half: bool, without: tuple[str, ...] = ()) -> list[str]:
-    """The weight files of a folder that are to be loaded, of all its file names (relative to it).
+    """Choose the weight files to load among the names of a folder's files, relative to it.
 
-    In the folder itself, or in the parts that its model_index.json lists: fp16 safetensors if `half`, else plain
-    ones, else torch files, else fp16.
+    They are in the folder itself, or in the parts that its model_index.json lists. In each, fp16
+    safetensors come first if `half`, then plain ones, torch files, and fp16.
     """
-    index, parts = path / "model_index.json", [""]
-    if index.is_file():
-        listed = read_json(index, dict, "download it again", WeightsError)
-        parts = [
-            f"{k}/"
-            for k, v in listed.items()
-            if isinstance(v, list) and any(v) and k not in without
-        ]
-    found = []
+    parts = [""]
+    if (path / "model_index.json").is_file():
+        index = read_json(path / "model_index.json", dict, "download it again", WeightsError)
+        parts = []
+        for part, classes in index.items():
+            if isinstance(classes, list) and any(classes) and part not in without:
+                parts.append(f"{part}/")
+    kinds = [FP16] * half + [PLAIN, TORCH, FP16]
+    files = []
     for part in parts:
-        here = {
-            n: m
-            for n in names
-            if n.startswith(part) and (m := WEIGHTS.fullmatch(n.removeprefix(part)))
-        }
-        kinds = [("safetensors", False), ("bin", False), ("safetensors", True)]
-        for kind in [("safetensors", True), *kinds] if half else kinds:
-            if files := [n for n, m in here.items() if (m["kind"], bool(m["fp16"])) == kind]:
-                found += files
+        for kind in kinds:
+            pattern = re.compile(re.escape(part) + STEM + SHARD + kind)
+            matching = [name for name in names if pattern.fullmatch(name)]
+            if matching:
+                files += matching
                 break
-    return sorted(found)
+    return sorted(files)
 
 
 def variant(path: str | Path, dtype: torch.dtype) -> str | None:
-    """What to pass as `variant` when loading a local folder: "fp16" if such files are there and suit the dtype."""
+    """Return the `variant` to load a local folder with: "fp16" if such files are chosen."""
     path = Path(path)
-    return (
-        "fp16"
-        if any(".fp16" in name for name in chosen(path, _names(path), dtype != torch.float32))
-        else None
-    )
+    files = chosen(path, _names(path), dtype != torch.float32)
+    return "fp16" if any(".fp16" in name for name in files) else None
 
 
 def split_hub_id(location: str, flag: str) -> tuple[str, str] | None:
-    """(repository, path inside) if the location is no local one. Raises UserError if it can be neither."""
+    """Split a location on the hub into repository and path inside; None for a local path.
+
+    Raises UserError if it can be neither.
+    """
     if Path(location).expanduser().exists():
         return None
     pieces = location.split("/")
-    # A folder that happens to be called like an owner hides no repository; one that holds the next name is a path.
     is_file = len(pieces) == 2 and location.endswith((".safetensors", ".bin", ".pth", ".pt"))
-    if is_file or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)+", location) or Path(*pieces[:2]).exists():
-        raise WeightsError(
-            f"{location}: no such file or folder; check {flag} (a path, or owner/name on the hub)"
-        )
+    is_hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)+", location)
+    # A local folder that is named like an owner hides no repository; owner/name there does.
+    fits = is_hub_id and not is_file and not Path(*pieces[:2]).exists()
+    advice = f"check {flag} (a path, or owner/name on the hub)"
+    check(fits, f"{location}: no such file or folder; {advice}")
     return "/".join(pieces[:2]), "/".join(pieces[2:])
 
 
 class _Bar(tqdm):
-    """The hub's progress bar, only where there is something to wait for."""
+    """Show the hub's progress bar only after a second."""
 
-    def __init__(self, *arguments: object, **named: object):
-        super().__init__(*arguments, **(named | {"delay": 1, "leave": False}))
+    def __init__(self, *arguments: object, **options: object):
+        super().__init__(*arguments, **(options | {"delay": 1, "leave": False}))
 
 
 def _download(location: str, repo: str, patterns: list[str], flag: str) -> Path:
-    """The repository's folder in the hub's cache, with the files that match; else say in one line why not."""
-    instead = f"or download it elsewhere and name the local copy with {flag}"
+    """Return the cached snapshot of a repository, completed by the files that match.
+
+    Raises UserError that says why it cannot be had and what to do.
+    """
     try:
         with suppress(LocalEntryNotFoundError, CachedRepoTreeNotFoundError):
             root = snapshot_download(repo, allow_patterns=patterns, local_files_only=True)
-            get_cached_repo_tree(
-                repo
-            )  # only with this listing does the line above know that nothing is missing
+            # Only with this listing does the line above know that no file is missing.
+            get_cached_repo_tree(repo)
             return Path(root)
         # Unlike hf_hub_download it falls back on its cache at once when there is no network.
         return Path(snapshot_download(repo, allow_patterns=patterns, tqdm_class=_Bar))
     except HFValidationError:
-        raise UserError(
-            f"{location}: neither a local path nor owner/name on the hub; check {flag}"
-        ) from None
+        message = f"neither a local path nor owner/name on the hub; check {flag}"
+        raise UserError(f"{location}: {message}") from None
     except Exception as error:  # HTTP errors of several libraries, and the disk's
         status = _status(error)
         if isinstance(error, GatedRepoError) or status == 403:
-            raise UserError(
-                f"{location}: access is restricted; accept the terms on https://huggingface.co/{repo} and log in with "
-                f"`hf auth login`, {instead}"
-            ) from None
-        if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
-            raise UserError(
-                f"{location}: not a local path, and the hub has no such model or does not show it to you; check the "
-                f"name, log in with `hf auth login` if it is private, {instead}"
-            ) from None
-        if status is None and getattr(error, "errno", None) is not None:
-            raise  # the disk's fault: full, or not writable
-        raise UserError(
-            f"{location}: not a local path, not (wholly) in the hub's cache, and the hub cannot be reached "
-            f"({type(error).__name__}); go online, unset HF_HUB_OFFLINE, {instead}"
-        ) from None
+            terms = f"accept the terms on https://huggingface.co/{repo}"
+            reason = f"access is restricted; {terms} and log in with `hf auth login`"
+        elif isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+            reason = (
+                "not a local path, and the hub has no such model or does not show it to you; "
+                "check the name, log in with `hf auth login` if it is private"
+            )
+        elif status is None and getattr(error, "errno", None) is not None:
+            raise  # the disk is full or not writable
+        else:
+            reason = (
+                "not a local path, not (wholly) in the hub's cache, and the hub cannot be reached "
+                f"({type(error).__name__}); go online, unset HF_HUB_OFFLINE"
+            )
+        instead = f"or download it elsewhere and name the local copy with {flag}"
+        raise UserError(f"{location}: {reason}, {instead}") from None
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status at the root of an error, if a server answered at all."""
+    """Return the HTTP status at the root of an error, None if no server answered."""
     while error is not None:
-        if (response := getattr(error, "response", None)) is not None:
+        response = getattr(error, "response", None)
+        if response is not None:
             return response.status_code
         error = error.__cause__ or error.__context__
     return None
@@ -218,39 +211,39 @@ def _status(error: BaseException | None) -> int | None:
 def _check_folder(
     path: Path, location: str, flag: str, half: bool, without: tuple[str, ...]
 ) -> None:
-    """Settings and weights are there, and every safetensors header fits its file: milliseconds, even for 26 GB."""
-    if (path / "adapter_config.json").is_file() or (path / "non_lora_trainables.bin").is_file():
-        raise WeightsError(
-            f"{location}: is a LoRA adapter and no whole model; merge it into its base model (peft's "
-            f"merge_and_unload) and name the merged folder with {flag}"
-        )
-    if not (path / "config.json").is_file() and not (path / "model_index.json").is_file():
-        inner = ", ".join(sorted(p.parent.name for p in path.glob("*/config.json")))
-        hint = f"; perhaps one of its subfolders is meant: {inner}" if inner else f"; check {flag}"
-        raise WeightsError(f"{location}: holds no config.json, so no model{hint}")
+    """Check that settings and weights exist and every safetensors header fits its file.
+
+    Takes milliseconds, even for 26 GB. Raises WeightsError.
+    """
     names = _names(path)
     weights = chosen(path, names, half, without)
-    if not weights and not any(name.endswith((".safetensors", ".bin")) for name in names):
-        raise WeightsError(
-            f"{location}: holds settings but no weights; download it again, or check {flag}"
-        )
-    shards = [re.sub(r"-\d+-of-", "-*-of-", name) for name in weights]
-    for name in set(shards):
+    problem = None
+    if "adapter_config.json" in names or "non_lora_trainables.bin" in names:
+        advice = f"(peft's merge_and_unload) and name the merged folder with {flag}"
+        problem = f"is a LoRA adapter and no whole model; merge it into its base model {advice}"
+    elif "config.json" not in names and "model_index.json" not in names:
+        inner = ", ".join(sorted(file.parent.name for file in path.glob("*/config.json")))
+        hint = f"perhaps one of its subfolders is meant: {inner}" if inner else f"check {flag}"
+        problem = f"holds no config.json, so no model; {hint}"
+    elif not any(name.endswith((".safetensors", ".bin")) for name in names):
+        problem = f"holds settings but no weights; download it again, or check {flag}"
+    shards = Counter(re.sub(r"-\d+-of-", "-*-of-", name) for name in weights)
+    for name, count in shards.items():
         total = re.search(r"-of-(\d+)", name)
-        if total and shards.count(name) != int(total[1]):
-            raise WeightsError(
-                f"{location}: has {shards.count(name)} of {int(total[1])} files {name}; download the others"
-            )
+        if total and count != int(total[1]):
+            problem = f"has {count} of {int(total[1])} files {name}; download the others"
+    if problem:
+        raise WeightsError(f"{location}: {problem}")
     for name in weights:
         if name.endswith(".safetensors"):
             try:
                 with safe_open(path / name, framework="pt"):
                     pass
             except (SafetensorError, OSError) as error:
-                raise WeightsError(
-                    f"{path / name}: unreadable ({type(error).__name__}); it is cut short or a Git LFS pointer: "
-                    "download it again"
-                ) from None
+                problem = (
+                    f"unreadable ({type(error).__name__}); it is cut short or a Git LFS pointer"
+                )
+                raise WeightsError(f"{path / name}: {problem}: download it again") from None
 
 
 def _names(path: Path) -> list[str]:

@@ -1,226 +1,342 @@
-"""Why does the tiny base model fail, and can its judge be trusted?
+"""Find out why the tiny base model fails, and whether its judge can be trusted.
 
-    python -m img_minimal.tiny.diagnose                    all of it, a minute
-    python -m img_minimal.tiny.diagnose --sheet drawn.png  60 pictures of the base with verdicts, to look at
+    python -m img_minimal.tiny.diagnose                    all measurements, a minute
+    python -m img_minimal.tiny.diagnose --sheet drawn.png  60 images of the base with verdicts
 
-The oracle reads right scenes, before and after the VAE, and pictures that a person has read by eye. CLIP is shown a
-correct picture with its caption and a *foil*, a caption that differs in one respect, and should find the caption more
-alike. What the embedding does not tell apart, it cannot tell the UNet.
+The oracle judges right scenes, before and after the VAE, and images that were also read by eye. CLIP
+compares a right picture with its caption and with a *foil*, a caption that is wrong in one respect:
+what the text embedding does not tell apart, it cannot tell the UNet. A linear map shows what an
+encoder's features say about colours, forms, counts and positions.
 """
 
 import random
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from img_minimal.backbone import open_backbone
 from img_minimal.cli import PICTURES, option, parse, quiet_libraries, run, writable_file
-from img_minimal.files import to_pil
+from img_minimal.files import decode, from_pil, to_pil
 from img_minimal.mllm import MLLM
-from img_minimal.presets import find_preset
+from img_minimal.plots import sheet
+from img_minimal.presets import TWINS, find_preset
+from img_minimal.tiny import grammar
 from img_minimal.tiny.grammar import COLOURS, FORMS, Prompt, benchmark, sample_prompt
-from img_minimal.tiny.oracle import FIGURE, judge
-from img_minimal.tiny.readings import agreement, readings
-from img_minimal.tiny.world import place, render
+from img_minimal.tiny.oracle import FIGURE, Verdict, compare, judge
+from img_minimal.tiny.world import CELLS, Scene, Shape, exchange, place, render
 
+FOILS = {"colour": "two", "count": "counting", "binding": "two", "position": "position"}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+MODELS = find_preset("tiny-sdxl").models
 
 
 @dataclass
 class Config:
-    """The command line."""
+    """Flags of this command."""
 
-    sheet: str | None = option(None, "draw 60 pictures of the base, judged, into this file, and nothing else")
-
-
-def foil(prompt: Prompt, kind: str, rng: random.Random) -> Prompt:
-    """A caption that is wrong for the picture in one respect: colour, count, binding or position."""
-    first, *rest = prompt.groups
-    if kind == "colour":
-        used = {g.colour for g in prompt.groups}
-        return replace(prompt, groups=(replace(first, colour=rng.choice([c for c in COLOURS if c not in used])), *rest))
-    if kind == "count":
-        return replace(prompt, groups=(replace(first, count=first.count + (1 if first.count < 4 else -1)), *rest))
-    if kind == "binding":
-        second = rest[0]
-        return replace(prompt, groups=(replace(first, colour=second.colour), replace(second, colour=first.colour)))
-    return replace(prompt, relation=OPPOSITE[prompt.relation])
+    sheet: str | None = option(None, "only draw 60 images of the base, judged, into this file")
 
 
-@torch.no_grad()
-def clip_against_foils(count: int = 500, seed: int = 0) -> dict[str, float]:
-    """Share of pictures of unseen prompts whose caption scores above its foil; 0.5 is chance."""
-    preset, rng, shares = find_preset("tiny-sdxl"), random.Random(seed), {}
-    vision = CLIPVisionModelWithProjection.from_pretrained(preset.image_encoder, dtype=torch.float32)
-    text = CLIPTextModelWithProjection.from_pretrained(f"{preset.base}/text_encoder_2", dtype=torch.float32)
-    tokenizer = CLIPTokenizer.from_pretrained(f"{preset.base}/tokenizer_2")
+# The oracle
 
-    def embed(prompts: list[Prompt]) -> Tensor:
-        """Normalised text embeddings (B, D)."""
-        tokens = tokenizer([str(p) for p in prompts], padding="max_length", return_tensors="pt").input_ids
-        return F.normalize(text(tokens).text_embeds, dim=-1)
 
-    for kind, category in (("colour", "two"), ("count", "counting"), ("binding", "two"), ("position", "position")):
-        prompts = []
-        while len(prompts) < count:
-            prompt = sample_prompt(rng, category, "test")
-            if kind != "binding" or len({g.colour for g in prompt.groups}) == len({g.form for g in prompt.groups}) == 2:
-                prompts.append(prompt)
-        images = F.normalize(vision(render([place(p, rng) for p in prompts]) * 2 - 1).image_embeds, dim=-1)
-        right, wrong = embed(prompts), embed([foil(p, kind, rng) for p in prompts])
-        shares[kind] = ((images * right).sum(-1) > (images * wrong).sum(-1)).float().mean().item()
-    return shares
+@dataclass(frozen=True)
+class Reading:
+    """An image (3, 64, 64) in [0, 1] of the base, its prompt, and the verdict on what a person saw.
+
+    The person had the palette in view. The oracle's thresholds were chosen on images that are not
+    `fresh`.
+    """
+
+    image: Tensor
+    prompt: Prompt
+    by_eye: Verdict
+    fresh: bool
+
+
+def readings() -> list[Reading]:
+    """Read the 360 images that ship with the twins.
+
+    A reading is e.g. "red circle 1, unclear cross 5": cells are numbered like a telephone's keys.
+    """
+    pictures = []
+    for row in pq.read_table(TWINS / "readings.parquet").to_pylist():
+        scene = []
+        for words in row["reading"].split(", "):
+            colour, form, cell = words.rsplit(" ", 2)
+            scene.append(Shape(colour, form, *CELLS[int(cell) - 1], r=8.0))
+        prompt, image = grammar.parse(row["prompt"]), decode(row["image"]["bytes"])
+        verdict = compare(tuple(scene), prompt)
+        pictures.append(Reading(from_pil([image])[0], prompt, verdict, row["fresh"]))
+    return pictures
+
+
+def agreement(pictures: Sequence[Reading]) -> dict[str, float]:
+    """Compute the shares of images that oracle and person judge alike.
+
+    `strict`: right or wrong; `unclear`: nameable or not; `words`: the same edits; `meant`: the same
+    edits, or wrong with a shape that neither could name, which may be worded in several ways.
+    """
+    images = torch.stack([picture.image for picture in pictures])
+    verdicts = judge(images, [picture.prompt for picture in pictures])
+    counts: Counter[str] = Counter()
+    for picture, oracle in zip(pictures, verdicts):
+        eye = picture.by_eye
+        both_unclear = eye.unclear and oracle.unclear
+        counts["strict"] += eye.strict == oracle.strict
+        counts["unclear"] += eye.unclear == oracle.unclear
+        counts["words"] += eye.words == oracle.words
+        counts["meant"] += eye.words == oracle.words or both_unclear
+    return {name: number / len(pictures) for name, number in counts.items()}
 
 
 @torch.no_grad()
 def oracle_accuracy(count: int = 1000, seed: int = 0) -> dict[str, float]:
-    """Share of correct scenes of evaluation prompts that the oracle calls right.
+    """Compute the share of right scenes that the oracle judges right.
 
-    As rendered, after the VAE's round trip, and the latter apart for prompts without and with a held-out pair: the VAE
-    has never seen a blue triangle, and that limits what anything behind it can draw.
+    That is as rendered and after the VAE's round trip, the latter also split by held-out pairs: the
+    VAE has never seen a blue triangle, which limits everything that is drawn through it.
     """
     rng, prompts = random.Random(seed), benchmark(count, seed=seed)
-    images = render([place(p, rng) for p in prompts])
-    vae = AutoencoderKL.from_pretrained(f"{find_preset('tiny-sdxl').base}/vae", dtype=torch.float32)
-    rebuilt = torch.cat(
-        [vae.decode(vae.encode(x * 2 - 1).latent_dist.mode()).sample / 2 + 0.5 for x in images.split(50)]
-    )
-    after = [v.strict for v in judge(rebuilt, prompts)]
-    seen = [right for right, p in zip(after, prompts) if not p.held_out]
-    held_out = [right for right, p in zip(after, prompts) if p.held_out]
-    return {
-        "as rendered": sum(v.strict for v in judge(images, prompts)) / count,
-        "after the VAE": sum(after) / count,
-        "after the VAE, seen pairs": sum(seen) / len(seen),
-        "after the VAE, held-out pairs": sum(held_out) / len(held_out),
+    images = render([place(prompt, rng) for prompt in prompts])
+    vae = AutoencoderKL.from_pretrained(f"{MODELS.base}/vae", dtype=torch.float32)
+    rebuilt = []
+    for batch in images.split(50):
+        latents = vae.encode(batch * 2 - 1).latent_dist.mode()
+        rebuilt.append(vae.decode(latents).sample / 2 + 0.5)
+    before, after = strict(images, prompts), strict(torch.cat(rebuilt), prompts)
+    held_out = torch.tensor([prompt.held_out for prompt in prompts])
+    groups = {
+        "as rendered": before,
+        "after the VAE": after,
+        "after the VAE, seen pairs": after[~held_out],
+        "after the VAE, held-out pairs": after[held_out],
     }
+    return {name: verdicts.mean().item() for name, verdicts in groups.items()}
+
+
+def strict(images: Tensor, prompts: list[Prompt]) -> Tensor:
+    """Judge images (B, 3, 64, 64): (B,), 1.0 where everything is right and 0.0 elsewhere."""
+    return torch.tensor([float(verdict.strict) for verdict in judge(images, prompts)])
+
+
+# CLIP
+
+
+def foil(prompt: Prompt, kind: str, rng: random.Random) -> Prompt:
+    """Make a caption that is wrong in one of FOILS: colour, count, binding or position."""
+    first, *others = prompt.groups
+    if kind == "position":
+        return replace(prompt, relation=OPPOSITE[prompt.relation])
+    if kind == "colour":
+        used = [group.colour for group in prompt.groups]
+        first = replace(first, colour=rng.choice([c for c in COLOURS if c not in used]))
+    elif kind == "count":
+        first = replace(first, count=3 if first.count == 4 else first.count + 1)
+    else:
+        second = others[0]
+        others = [replace(second, colour=first.colour)]
+        first = replace(first, colour=second.colour)
+    return replace(prompt, groups=(first, *others))
+
+
+@torch.no_grad()
+def clip_against_foils(count: int = 500, seed: int = 0) -> dict[str, float]:
+    """Compute the share of unseen images whose caption scores above its foil; 0.5 is chance."""
+    text_encoder = f"{MODELS.base}/text_encoder_2"
+    text = CLIPTextModelWithProjection.from_pretrained(text_encoder, dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(f"{MODELS.base}/tokenizer_2")
+    vision = open_vision(MODELS.image_encoder)
+    rng = random.Random(seed)
+
+    def similarity(images: Tensor, captions: list[Prompt]) -> Tensor:
+        words = [str(caption) for caption in captions]
+        tokens = tokenizer(words, padding="max_length", return_tensors="pt").input_ids
+        return F.cosine_similarity(images, text(tokens).text_embeds)
+
+    shares = {}
+    for kind, category in FOILS.items():
+        prompts: list[Prompt] = []
+        while len(prompts) < count:
+            prompt = sample_prompt(rng, category, "test")
+            if kind != "binding" or _is_exchangeable(prompt):
+                prompts.append(prompt)
+        scenes = [place(prompt, rng) for prompt in prompts]
+        images = vision(render(scenes) * 2 - 1).image_embeds
+        foils = [foil(prompt, kind, rng) for prompt in prompts]
+        preferred = similarity(images, prompts) > similarity(images, foils)
+        shares[kind] = preferred.float().mean().item()
+    return shares
+
+
+def _is_exchangeable(prompt: Prompt) -> bool:
+    """Return True if exchanging the colours of two groups makes another prompt."""
+    first, second = prompt.groups
+    return first.colour != second.colour and first.form != second.form
+
+
+def open_vision(folder: str) -> CLIPVisionModelWithProjection:
+    """Load a vision encoder in fp32."""
+    return CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32)
+
+
+# Linear maps
+
+
+def fit_linear_map(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Predict y (N, K) from x (N, W) by ridge regression on the first two thirds.
+
+    Returns predictions and true values of the last third.
+    """
+    x, taught = F.pad(x, (0, 1), value=1.0), 2 * len(x) // 3
+    gram = x[:taught].T @ x[:taught] + torch.eye(x.shape[1], dtype=x.dtype)
+    weights = torch.linalg.solve(gram, x[:taught].T @ y[:taught])
+    return x[taught:] @ weights, y[taught:]
+
+
+def explained(predicted: Tensor, true: Tensor) -> float:
+    """Compute the share of variance that predictions explain."""
+    left = (predicted - true).square().mean() / (true - true.mean(0)).square().mean()
+    return 1 - left.item()
 
 
 @torch.no_grad()
 def pooled_probe(encoder: str, count: int = 3000, seed: int = 0) -> dict[str, float]:
-    """What a linear map reads from the one vector that an image encoder makes of a picture, on pictures apart.
+    """Read colour, form, count and position from the pooled vector of an encoder's images.
 
-    Shares of right answers about pictures of a single shape (colour, form) and of several alike (count); for pictures
-    of two or three shapes, the share of variance explained of where a red one lies (place).
+    Colour and form are those of a single shape, and count the number of shapes alike: shares of
+    right answers. The position is that of a red one among two to four shapes: share of variance.
     """
-    rng = random.Random(seed)
-    vision = CLIPVisionModelWithProjection.from_pretrained(encoder, dtype=torch.float32)
+    rng, vision = random.Random(seed), open_vision(encoder)
 
-    def embed(prompts: list[Prompt]) -> tuple[Tensor, list]:
-        """Embeddings (B, W), with a constant, and the scenes."""
-        scenes = [place(p, rng) for p in prompts]
-        parts = [vision(x * 2 - 1).image_embeds for x in render(scenes).split(250)]
-        x = F.layer_norm(torch.cat(parts), [vision.config.projection_dim])
-        return torch.cat([x, torch.ones(len(x), 1)], dim=1), scenes
-
-    def answers(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Ridge regression on two thirds; what it says of the others, and what is true."""
-        cut = 2 * len(x) // 3
-        gram = x[:cut].T @ x[:cut] + torch.eye(x.shape[1])
-        return x[cut:] @ torch.linalg.solve(gram, x[:cut].T @ y[:cut]), y[cut:]
+    def embed(prompts: list[Prompt]) -> tuple[Tensor, list[Scene]]:
+        scenes = [place(prompt, rng) for prompt in prompts]
+        embeds = [vision(batch * 2 - 1).image_embeds for batch in render(scenes).split(250)]
+        return F.layer_norm(torch.cat(embeds), [vision.config.projection_dim]), scenes
 
     def share(x: Tensor, labels: list[int]) -> float:
-        """Right answers of a probe for classes."""
-        said, true = answers(x, F.one_hot(torch.tensor(labels)).float())
-        return (said.argmax(1) == true.argmax(1)).float().mean().item()
+        predicted, true = fit_linear_map(x, F.one_hot(torch.tensor(labels)).float())
+        return (predicted.argmax(1) == true.argmax(1)).float().mean().item()
 
+    shares = {}
     x, scenes = embed([sample_prompt(rng, "single") for _ in range(count)])
-    shares = {
-        "colour": share(x, [COLOURS.index(scene[0].colour) for scene in scenes]),
-        "form": share(x, [FORMS.index(scene[0].form) for scene in scenes]),
-    }
+    shares["colour"] = share(x, [COLOURS.index(shape.colour) for (shape,) in scenes])
+    shares["form"] = share(x, [FORMS.index(shape.form) for (shape,) in scenes])
     x, scenes = embed([sample_prompt(rng, "counting") for _ in range(count)])
-    shares["count"] = share(x, [len(scene) for scene in scenes])
-    several: list[Prompt] = []
-    while len(several) < count:
+    shares["count"] = share(x, list(map(len, scenes)))
+
+    prompts: list[Prompt] = []
+    while len(prompts) < count:
         prompt = sample_prompt(rng, rng.choice(("two", "position", "complex")))
-        if [colour for colour, _ in prompt.kinds].count("red") == 1:
-            several.append(prompt)
-    x, scenes = embed(several)
-    where = torch.tensor([next((s.x, s.y) for s in scene if s.colour == "red") for scene in scenes])
-    said, true = answers(x, where)
-    shares["place"] = 1 - ((said - true).square().mean() / (true - where.mean(0)).square().mean()).item()
+        if sum(colour == "red" for colour, _ in prompt.kinds) == 1:
+            prompts.append(prompt)
+    x, scenes = embed(prompts)
+    centres = [shape.centre for scene in scenes for shape in scene if shape.colour == "red"]
+    shares["place"] = explained(*fit_linear_map(x, torch.tensor(centres)))
     return shares
 
 
 @torch.no_grad()
 def sight(mllm: MLLM, count: int = 300, seed: int = 0) -> dict[str, float]:
-    """Does an MLLM know where things are?
+    """Measure what an MLLM knows about positions.
 
-    "seen" and "projected": of a patch's row and column, the share of variance that a linear map reads at patches with
-    a shape, from the vision encoder's features and from what the projector makes of them. "told": how often a picture
-    that is right for a relation satisfies the MLLM more than the same one with its two shapes exchanged; .5 is chance.
+    "seen" and "projected": the share of variance of a patch's row and column that a linear map
+    reads at patches with a shape, from the features of the vision encoder and of the projector.
+    "told": how often an image that is right for a relation satisfies the MLLM more than the same
+    image with its two shapes exchanged; 0.5 is chance.
     """
     rng = random.Random(seed)
     prompts = [sample_prompt(rng, "position") for _ in range(count)]
-    right = [place(p, rng) for p in prompts]
-    wrong = [(replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)) for a, b in right]
-    images, captions = render(right), [str(p) for p in prompts]
-    scores = [mllm.satisfaction(to_pil(x), captions, range(count)) for x in (images, render(wrong))]
+    scenes = [place(prompt, rng) for prompt in prompts]
+    images, reversed_ = render(scenes), render([exchange(*scene) for scene in scenes])
+    captions = list(map(str, prompts))
+    right = mllm.satisfaction(to_pil(images), captions, range(count))
+    wrong = mllm.satisfaction(to_pil(reversed_), captions, range(count))
+    told = torch.tensor(right) > torch.tensor(wrong)
+
     inner = mllm.model.model
-    states = inner.vision_tower(images * 2 - 1, output_hidden_states=True).hidden_states[-2][:, 1:]
-    side = int(states.shape[1] ** 0.5)
+    hidden = inner.vision_tower(images * 2 - 1, output_hidden_states=True).hidden_states
+    patches = hidden[-2][:, 1:]
+    side = int(patches.shape[1] ** 0.5)
     drawn = (images - images[..., :1, :1]).abs().sum(1, keepdim=True) > FIGURE
-    covered = F.avg_pool2d(drawn.float(), images.shape[-1] // side).flatten(1) > 0.3
-    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).double().expand(count, -1, -1)
-    found = {"told": sum(a > b for a, b in zip(*scores)) / count}
-    for name, features in (("seen", states), ("projected", inner.multi_modal_projector(states))):
-        x, y = F.pad(features, (0, 1), value=1.0).double(), places
-        cut = 2 * count // 3
-        weights = torch.linalg.lstsq(x[:cut].flatten(0, 1), y[:cut].flatten(0, 1)).solution
-        said, true = (x[cut:] @ weights)[covered[cut:]], y[cut:][covered[cut:]]
-        found[name] = 1 - ((said - true).square().mean() / (true - true.mean(0)).square().mean()).item()
-    return found
+    covered = F.avg_pool2d(drawn.float(), images.shape[-1] // side).flatten() > 0.3
+    positions = torch.cartesian_prod(torch.arange(side), torch.arange(side)).double()
+    positions = positions.repeat(count, 1)
+
+    shares = {"told": told.float().mean().item()}
+    for name, features in (("seen", patches), ("projected", inner.multi_modal_projector(patches))):
+        predicted, true = fit_linear_map(features.flatten(0, 1).double(), positions)
+        tested = covered[-len(true) :]
+        shares[name] = explained(predicted[tested], true[tested])
+    return shares
 
 
-def sheet(path: str, count: int = 60) -> None:
-    """A picture of what the base draws for validation prompts, with the oracle's verdicts; none is chosen."""
-    from img_minimal.load import load_backbone
-    from img_minimal.plots import labelled_grid
+# The command
 
+
+def draw_sheet(path: str, count: int = 60) -> None:
+    """Draw validation prompts with the base, none of them chosen, with the oracle's verdicts."""
     prompts = benchmark(count, "validation")
-    images = load_backbone(find_preset("tiny-sdxl")).draw([str(p) for p in prompts], [*range(count)], progress="draw")
+    captions = list(map(str, prompts))
+    images = open_backbone(find_preset("tiny-sdxl")).draw(
+        captions, [*range(count)], progress="draw"
+    )
     verdicts = judge(images, prompts)
-    cells = [
-        (picture, f'"{prompt}"\n{"right" if verdict.strict else verdict.words}')
-        for picture, prompt, verdict in zip(to_pil(images), prompts, verdicts)
-    ]
-    right, unclear = (sum(getattr(v, kind) for v in verdicts) for kind in ("strict", "unclear"))
+    cells = []
+    for picture, caption, verdict in zip(to_pil(images), captions, verdicts):
+        cells.append((picture, f'"{caption}"\n{"right" if verdict.strict else verdict.words}'))
+    right = sum(verdict.strict for verdict in verdicts)
+    unclear = sum(verdict.unclear for verdict in verdicts)
     title = f"{right} of {count} right; {unclear} hold a shape that nobody could name"
-    labelled_grid([cells[k : k + 10] for k in range(0, count, 10)], path, title)
+    sheet([cells[k : k + 10] for k in range(0, count, 10)], path, title)
 
 
 def main() -> None:
-    """Print everything, or draw the sheet."""
-    config = parse(Config, __doc__)
+    """Print all measurements, or draw the sheet."""
+    config, _ = parse(Config, __doc__)
     quiet_libraries()
     if config.sheet:
         writable_file(config.sheet, "--sheet", PICTURES)
-        sheet(config.sheet)
+        draw_sheet(config.sheet)
         return
     for name, share in oracle_accuracy().items():
         print(f"correct scenes the oracle calls right, {name:30} {share:.3f} (n 1000)")
     pictures = readings()
-    for title, some in (("all", pictures), ("fresh", [p for p in pictures if p.fresh])):
-        said = ", ".join(f"{name} {share:.3f}" for name, share in agreement(some).items())
-        print(f"drawn pictures that the oracle and a person call alike, {title}: {said} (n {len(some)})")
-    for kind, share in clip_against_foils().items():
-        print(f"CLIP prefers the caption to one with a wrong {kind:24} {share:.3f} (n 500, chance 0.5)")
-    for name in ("tiny-sdxl", "tiny-flux"):
-        found = pooled_probe(find_preset(name).image_encoder)
-        said = ", ".join(f"{kind} {share:.3f}" for kind, share in found.items())
-        print(f"a linear map reads from the one pooled vector of {name}'s encoder: {said} (place: share of variance)")
-    for name, folder in (("stock", find_preset("tiny-sdxl").stock_mllm), ("finetuned", find_preset("tiny-sdxl").mllm)):
-        found = sight(MLLM.from_pretrained(folder))
+    fresh = [picture for picture in pictures if picture.fresh]
+    for title, some in (("all", pictures), ("fresh", fresh)):
+        shares = listed(agreement(some))
         print(
-            "the {} MLLM: a patch's place is in its vision features to {seen:.2f} of the variance, after its projector "
-            "to {projected:.2f};\n  it prefers the right picture of a relation in {told:.2f} (chance 0.5)".format(
-                name, **found
-            )
+            f"drawn pictures that the oracle and a person call alike, {title}: {shares} "
+            f"(n {len(some)})"
         )
+    for kind, share in clip_against_foils().items():
+        name = f"CLIP prefers the caption to one with a wrong {kind:24}"
+        print(f"{name} {share:.3f} (n 500, chance 0.5)")
+    for name in ("tiny-sdxl", "tiny-flux"):
+        shares = listed(pooled_probe(find_preset(name).models.image_encoder))
+        print(
+            f"a linear map reads from the one pooled vector of {name}'s encoder: {shares} "
+            "(place: share of variance)"
+        )
+    for name, folder in (("stock", MODELS.stock_mllm), ("finetuned", MODELS.mllm)):
+        shares = sight(MLLM.from_pretrained(folder))
+        print(
+            f"the {name} MLLM: a patch's place is in its vision features to {shares['seen']:.2f} of "
+            f"the variance, after its projector to {shares['projected']:.2f};\n  it prefers the "
+            f"right picture of a relation in {shares['told']:.2f} (chance 0.5)"
+        )
+
+
+def listed(shares: dict[str, float]) -> str:
+    """Write numbers in one line: "colour 1.000, form 0.997"."""
+    return ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
 
 
 if __name__ == "__main__":

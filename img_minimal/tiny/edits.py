@@ -1,122 +1,163 @@
-"""The smallest correction that makes a scene right for a prompt: as a new scene, and in words.
+"""Correct a scene for a prompt by as few edits as possible: as a new scene, and in words.
 
-The words teach the MLLM to see misalignment (InstructPix2Pix's edit instructions), tell a reader what the oracle found
-wrong, and the corrected scene is the other half of a preference pair. The correction is a function of scene and
-prompt, without rng: a shape that must be added goes to the free cell nearest the middle, so that what an aligner has
-to learn is an answer and not an average of answers.
+The words are InstructPix2Pix's edit instructions: they teach the MLLM to see misalignment, and tell
+a reader what the oracle found wrong. The corrected scene is the other half of a preference pair.
+
+A correction depends on nothing but scene and prompt: an added shape goes to the free cell nearest
+the middle, so that an aligner has one answer to learn and not an average of several.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, permutations
 
-from img_minimal.tiny.grammar import Group, Prompt
-from img_minimal.tiny.world import CELLS, LARGEST, SMALLEST, Scene, Shape, overlap, satisfied
+from img_minimal.tiny.grammar import Group, Kind, Prompt
+from img_minimal.tiny.world import (
+    CELLS,
+    LARGEST,
+    SMALLEST,
+    Scene,
+    Shape,
+    exchange,
+    overlap,
+    satisfied,
+)
 
 NOTHING = "nothing"
 ADDED_RADIUS = (SMALLEST + LARGEST) / 2
 
 
-def correct(found: Scene, prompt: Prompt) -> tuple[list[str], Scene]:
-    """Edits in words (empty when the scene is right) and the corrected scene, shapes in the order of the prompt."""
-    changes = _changes(found, prompt)
-    kept, edits = _match(list(found), prompt, changes)
-    added = [k for k, shape in enumerate(kept) if shape is None]
-    edits += _counted("add", [prompt.kinds[k] for k in added])
-    scene, moved = _arrange(kept, prompt)
-    left = list((Counter(s.kind for s in found) - Counter(s.kind for s in kept if s)).elements())
-    changed_from = Counter(kind for kind, _ in changes)
-    edits += _counted("remove", list((Counter(left) - changed_from).elements()))
+def correct(scene: Scene, prompt: Prompt) -> tuple[list[str], Scene]:
+    """Return the edits in words, and the corrected scene in the order of the prompt.
+
+    There are no edits if the scene is right.
+    """
+    shapes, left = match(scene, prompt)
+    edits = _change(shapes, left, prompt)
+    missing = [kind for kind, shape in zip(prompt.kinds, shapes) if shape is None]
+    edits += _count("add", Counter(missing))
+    corrected, moved = _arrange(shapes, prompt)
+    # The intersection keeps the order in which kinds appear in the scene.
+    edits += _count("remove", _kinds(scene) & _kinds(left))
     if moved:
-        first, second = prompt.groups
-        edits.append(f"move {_the(first)} {prompt.relation} {_the(second)}")
-    return edits, scene
+        first, second = map(_definite, prompt.groups)
+        edits.append(f"move {first} {prompt.relation} {second}")
+    return edits, corrected
 
 
-def instruction(found: Scene, prompt: Prompt) -> str:
-    """The edits as one line, or "nothing"."""
-    return ", ".join(correct(found, prompt)[0]) or NOTHING
+def instruction(scene: Scene, prompt: Prompt) -> str:
+    """Return the edits as one line, or "nothing"."""
+    edits, _ = correct(scene, prompt)
+    return ", ".join(edits) or NOTHING
 
 
-def _the(group: Group) -> str:
-    return f"the {group}".replace("the an ", "the ").replace("the a ", "the ")
+def match(scene: Scene, prompt: Prompt) -> tuple[list[Shape | None], list[Shape]]:
+    """Find the shapes that the prompt names.
+
+    Returns a shape or None for each of `prompt.kinds`, and the shapes left over.
+    """
+    left = list(scene)
+    shapes = [_take(left, kind, alike=2) for kind in prompt.kinds]
+    return shapes, left
 
 
-def _counted(verb: str, kinds: list[tuple[str, str]]) -> list[str]:
-    groups = [Group(n, *kind) for kind, n in Counter(kinds).items()]
-    return [f"{verb} {_the(group) if verb == 'remove' and group.count == 1 else group}" for group in groups]
+def _take(shapes: list[Shape], kind: Kind, alike: int) -> Shape | None:
+    """Remove and return the first shape that has at least `alike` attributes of a kind."""
+    for shape in shapes:
+        if (shape.colour == kind[0]) + (shape.form == kind[1]) >= alike:
+            shapes.remove(shape)
+            return shape
+    return None
 
 
-def _changes(found: Scene, prompt: Prompt) -> list[tuple[tuple[str, str], int]]:
-    """Which left-over kinds turn into which missing places of the prompt: (kind, place), most alike first."""
-    missing = list(range(len(prompt.kinds)))
-    left = [shape.kind for shape in found]
-    for k, kind in enumerate(prompt.kinds):
-        if kind in left:
-            left.remove(kind)
-            missing.remove(k)
-    changes = []
-    for alike in (1, 0):  # one attribute in common, then none
-        for k in list(missing):
-            target = prompt.kinds[k]
-            match = next((kind for kind in left if (kind[0] == target[0]) + (kind[1] == target[1]) >= alike), None)
-            if match:
-                changes.append((match, k))
-                left.remove(match)
-                missing.remove(k)
-    return changes
+def _change(shapes: list[Shape | None], left: list[Shape], prompt: Prompt) -> list[str]:
+    """Fill gaps in `shapes` by recolouring or reshaping what is left; returns the edits in words.
 
-
-def _match(
-    found: list[Shape], prompt: Prompt, changes: list[tuple[tuple[str, str], int]]
-) -> tuple[list[Shape | None], list[str]]:
-    """Give every place of the prompt a shape of the scene, recoloured or reshaped if need be, or None."""
-    kept: list[Shape | None] = []
-    for kind in prompt.kinds:
-        shape = next((s for s in found if s.kind == kind), None)
-        if shape:
-            found.remove(shape)
-        kept.append(shape)
+    Shapes that have one attribute right come first.
+    """
     edits = []
-    for kind, k in changes:
-        shape = next(s for s in found if s.kind == kind)
-        found.remove(shape)
-        colour, form = prompt.kinds[k]
-        kept[k] = replace(shape, colour=colour, form=form)
-        edits.append(f"change the {' '.join(kind)} to {Group(1, colour, form)}")
-    return kept, edits
+    for alike in (1, 0):
+        for k, kind in enumerate(prompt.kinds):
+            old = _take(left, kind, alike) if shapes[k] is None else None
+            if old:
+                colour, form = kind
+                shapes[k] = replace(old, colour=colour, form=form)
+                edits.append(f"change the {old.colour} {old.form} to {Group(1, *kind)}")
+    return edits
 
 
-def _arrange(kept: list[Shape | None], prompt: Prompt) -> tuple[Scene, bool]:
-    """Find places for what is added and, if the relation asks for it, for as few others as possible."""
-    shapes = [
-        replace(s, r=min(max(s.r, SMALLEST), LARGEST)) if s else Shape(*kind, 32.0, 32.0, ADDED_RADIUS)
-        for s, kind in zip(kept, prompt.kinds)
-    ]
-    added = [k for k, s in enumerate(kept) if s is None]
-    present = [k for k, s in enumerate(kept) if s is not None]
-    if not added and satisfied(prompt, tuple(shapes), judging=True):
-        return tuple(shapes), False
-    if not added and len(shapes) == 2:
-        a, b = shapes
-        exchanged = (replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y))
-        if satisfied(prompt, exchanged):
-            return exchanged, True
-    for extra in range(len(present) + 1):
-        best = None
-        for moved in combinations(present, extra):
-            free = [*added, *moved]
-            for cells in permutations(CELLS, len(free)):
-                # Added shapes start in the middle, so their cost is the distance from it.
-                cost = sum((x - shapes[k].x) ** 2 + (y - shapes[k].y) ** 2 for k, (x, y) in zip(free, cells))
-                if best and cost >= best[0]:
-                    continue
-                scene = list(shapes)
-                for k, (x, y) in zip(free, cells):
-                    scene[k] = replace(scene[k], x=x, y=y)
-                clash = any(overlap(scene[k], s) for k in free for j, s in enumerate(scene) if j != k)
-                if not clash and satisfied(prompt, tuple(scene)):
-                    best = (cost, tuple(scene))
-        if best:
-            return best[1], extra > 0
-    raise ValueError(f"no correction of {kept} fits {prompt}")
+def _arrange(shapes: list[Shape | None], prompt: Prompt) -> tuple[Scene, bool]:
+    """Add missing shapes and, if the relation needs it, move as few of the others as possible.
+
+    Returns the scene, and True if a shape was moved.
+    """
+    added = [k for k, shape in enumerate(shapes) if shape is None]
+    present = [k for k, shape in enumerate(shapes) if shape is not None]
+    scene = []
+    for shape, kind in zip(shapes, prompt.kinds):
+        # An added shape starts in the middle, so its cost is the distance from there.
+        shape = shape or Shape(*kind, 32.0, 32.0, ADDED_RADIUS)
+        scene.append(replace(shape, r=min(max(shape.r, SMALLEST), LARGEST)))
+    if not added:
+        if satisfied(prompt, scene, judging=True):
+            return tuple(scene), False
+        if len(scene) == 2:
+            exchanged = exchange(*scene)
+            if satisfied(prompt, exchanged):
+                return exchanged, True
+    for count in range(len(present) + 1):
+        free = [[*added, *moved] for moved in combinations(present, count)]
+        nearest = _nearest_layout(scene, free, prompt)
+        if nearest:
+            return nearest, count > 0
+    raise ValueError(f"no correction of {shapes} fits {prompt}")
+
+
+def _nearest_layout(scene: list[Shape], choices: list[list[int]], prompt: Prompt) -> Scene | None:
+    """Move shapes to cells, at the least sum of squared distances, such that the prompt is right.
+
+    `choices` are the sets of shapes that may move; returns None if no layout is right.
+    """
+    nearest, least = None, float("inf")
+    for free in choices:
+        for cells in permutations(CELLS, len(free)):
+            moves = list(zip(free, cells))
+            cost = sum((x - scene[k].x) ** 2 + (y - scene[k].y) ** 2 for k, (x, y) in moves)
+            if cost >= least:
+                continue
+            layout = list(scene)
+            for k, (x, y) in moves:
+                layout[k] = replace(layout[k], x=x, y=y)
+            if satisfied(prompt, layout) and not _clashes(layout, free):
+                nearest, least = tuple(layout), cost
+    return nearest
+
+
+def _clashes(scene: list[Shape], moved: list[int]) -> bool:
+    """Return True if a moved shape overlaps another one."""
+    for k in moved:
+        others = scene[:k] + scene[k + 1 :]
+        if any(overlap(scene[k], other) for other in others):
+            return True
+    return False
+
+
+def _kinds(shapes: Sequence[Shape]) -> Counter[Kind]:
+    return Counter(shape.kind for shape in shapes)
+
+
+def _count(verb: str, kinds: Counter[Kind]) -> list[str]:
+    """Word an edit for each kind: "add two red circles", "remove the blue square"."""
+    edits = []
+    for kind, number in kinds.items():
+        group = Group(number, *kind)
+        known = verb == "remove" and number == 1
+        edits.append(f"{verb} {_definite(group) if known else group}")
+    return edits
+
+
+def _definite(group: Group) -> str:
+    """Name a group that is known: "the red circle", "the two red circles"."""
+    words = str(group)
+    return "the " + (words.split(" ", 1)[1] if group.count == 1 else words)
