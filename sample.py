@@ -4,10 +4,10 @@
     python sample.py --prompt "two yellow triangles left of a red square" --seed 7 --rounds 2
     python sample.py --prompt-file prompts.txt --negative-prompt "a green cross"
     python sample.py --image mine.png --prompt "a red circle"     start from your own picture
-    python sample.py --sweep scale=0,0.8,1.6                      redraw the last pass at several settings
+    python sample.py --sweep scale=0,0.8,1.6                      vary the last pass
     python sample.py --model sdxl --prompt "a robot penguin wearing a top hat" --offload
 
-Saves every image with its prompt, seed and settings inside, results.json, and a sheet of all images.
+Saves every image with its prompt, seed and settings inside, results.json, and a sheet of them all.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@
     python train.py --stage mllm               finetune the MLLM that says what to correct
     python train.py --model sdxl               the paper's run, streaming pairs, on one GPU
     python train.py --model sdxl --max-pairs 10000 --cache-dir features --cache-gb 70    ablations
-    python train.py --model sdxl --cache-dir features --shard 3/16     part 3 (of 0 to 15) of the cache
+    python train.py --model sdxl --cache-dir features --shard 3/16    part 3 (0 to 15) of the cache
     torchrun --nproc_per_node=8 train.py --model sdxl      eight GPUs that share --batch-size
 
 The run folder holds config.json, metrics.jsonl, curves.png, samples.png, checkpoint.pt and
@@ -15,9 +15,11 @@ aligner.safetensors (for an MLLM: the folder mllm/). Training loads neither UNet
 """
 
 import copy
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from img_minimal import cli
 from img_minimal.cli import check, option, parse, quiet_libraries, silence_nonzero_ranks
@@ -188,18 +190,12 @@ def train_aligner(config: Config, preset: Preset, run: Run) -> None:
         print(skipped)
 
     if config.rounds > 1 and not run.stopped:
-
-        def train_round(
-            inner: Run, mixture: Mixture, settings: Training, start: ImplicitAligner, seed: int
-        ) -> ImplicitAligner:
-            return train(inner, mixture, settings, precision, start=start, seed=seed, **options)
-
         aligner = train_rounds(
             preset,
             run,
             data,
             aligner,
-            train_round,
+            partial(train, precision=precision, **options),
             rounds=config.rounds,
             guidance=guidance,
             seed=seed,
@@ -260,11 +256,10 @@ def chosen_preset(config: Config, changes: dict) -> Preset:
 
 def share_of(shard: str) -> tuple[int, int]:
     """Parse "3/16" to (3, 16). Raises UserError for anything else."""
-    words = shard.split("/")
-    numbers = [int(word) for word in words if word.isdecimal() and len(word) < 8]
-    fits = len(words) == len(numbers) == 2 and numbers[0] < numbers[1]
+    match = re.fullmatch(r"(\d{1,7})/(\d{1,7})", shard)
+    fits = match and int(match[1]) < int(match[2])
     check(fits, f"--shard is {shard!r}, expected i/n with i from 0 to n - 1, as in 0/8")
-    return numbers[0], numbers[1]
+    return int(match[1]), int(match[2])
 
 
 def main() -> int:

@@ -134,6 +134,11 @@ class Backbone:
         bar.close()
         return torch.cat(images)
 
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """(N, D) of one image's tokens."""
+        return self.image_prompt.token_shape
+
     def tokens(self, images: list[Image], progress: str | None = None) -> Tensor:
         """Compute the image tokens (B, N, D) of images."""
         self.turns.bring(self.image_prompt)

@@ -54,7 +54,7 @@ from img_minimal.files import (
 )
 from img_minimal.pipeline import IMG
 from img_minimal.plots import ROUNDS, curves, read_rows
-from img_minimal.presets import Data, Preset, Training
+from img_minimal.presets import Data, Preset
 from img_minimal.run import Ranks, Run
 
 FIRST_SEED = 2_000_000_000  # of drawn images; no pair and no evaluation has such seeds
@@ -84,15 +84,8 @@ class Mixture:
     replay: float
     seed: int
 
-    @property
-    def widths(self) -> tuple[int, int]:
-        """(D, H) of tokens and guidance."""
-        return self.original.widths
-
-    @property
-    def unseen(self) -> Features:
-        """Original samples for validation."""
-        return self.original.unseen
+    def __post_init__(self) -> None:
+        self.widths, self.unseen = self.original.widths, self.original.unseen
 
     def batches(self, batch_size: int, seed: int, ranks: Ranks) -> Batches:
         """Return endless batches of the mixture, for one process."""
@@ -115,15 +108,12 @@ class Mixture:
             yield Part(joined, samples, part.position)
 
 
-TrainRound = Callable[[Run, Mixture, Training, ImplicitAligner, int], ImplicitAligner]
-
-
 def train_rounds(
     preset: Preset,
     run: Run,
     data: CachedData | StreamedData,
     first: ImplicitAligner,
-    train: TrainRound,
+    train: Callable[..., ImplicitAligner],
     *,
     rounds: int,
     guidance: str = "mllm",
@@ -133,13 +123,14 @@ def train_rounds(
 ) -> ImplicitAligner:
     """Run rounds 1, 2, ... from round 0's aligner; returns the last accepted one.
 
-    `train` trains a round: (run, mixture, settings, start, seed) -> aligner. If it is stopped,
+    `train` is that of train.py, without run, mixture, settings, start and seed. If it is stopped,
     `run.stopped` is set.
     """
     maker = PairMaker(preset, guidance, seed, run.path / "rounds")
     table = maker.folder / "metrics.jsonl"
     rows = read_rows(table)
     if not rows:
+        first.save(maker.folder / "0" / "aligner.safetensors")
         row = {"round": 0, "kept": True} | maker.measure(first) | last_row(run.metrics)
         write_row(table, rows, row)
     accepted = [row for row in rows if row["kept"]][-1]
@@ -156,7 +147,7 @@ def train_rounds(
 
         inner = run.inside(maker.folder / str(number))
         settings = replace(preset.training, steps=preset.training.round_steps)
-        trained = train(inner, mixture, settings, aligner, seed + number)
+        trained = train(inner, mixture, settings, start=aligner, seed=seed + number)
         run.stopped = inner.stopped
         if run.stopped:
             return aligner

@@ -69,7 +69,7 @@ class Command:
             self.output.append(data)
         os.close(pipe)
 
-    def end(self, seconds: float = 300) -> tuple[int, str]:
+    def end(self, seconds: float = 600) -> tuple[int, str]:
         """Wait for the end: exit code and output."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, "it hangs"

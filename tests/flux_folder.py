@@ -21,9 +21,6 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -125,10 +122,7 @@ def write_flux(folder: Path) -> None:
     for part in (lively(vision, 6), processor):
         part.save_pretrained(folder / "image_encoder")
     save_file(new_adapter(), folder / "ip_adapter.safetensors")
-    llava = LlavaConfig.from_pretrained(TWINS / "llava-stock")
-    lively(LlavaForConditionalGeneration(llava), 10).save_pretrained(folder / "llava")
-    LlavaProcessor.from_pretrained(TWINS / "llava-stock").save_pretrained(folder / "llava")
-    aligner = ImplicitAligner(WIDTH, llava.text_config.hidden_size, depth=2, heads=1)
+    aligner = ImplicitAligner(WIDTH, 160, depth=2, heads=1)  # 160: of the twin's MLLM
     lively(aligner, 11).save(folder / "aligner_flux.pth")
 
 
@@ -138,7 +132,7 @@ def locations(folder: Path) -> dict[str, str]:
         "base": "base",
         "image_encoder": "image_encoder",
         "ip_adapter": "ip_adapter.safetensors",
-        "mllm": "llava",
+        "mllm": TWINS / "llava-stock",
         "aligner": "aligner_flux.pth",
     }
     return {name: str(folder / path) for name, path in names.items()}

@@ -286,83 +286,88 @@ def write_llava_hf(folder: Path, original: dict[str, Tensor], tokenizer: Path) -
     llama.save_pretrained(folder)
 
 
+QWEN_MARKS = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+]
+QWEN_TOKENIZER = {
+    "tokenizer_class": "Qwen2Tokenizer",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|endoftext|>",
+    "bos_token": None,
+    "unk_token": None,
+    "model_max_length": 131072,
+    "additional_special_tokens": QWEN_MARKS[1:],
+}
+QWEN_IMAGES = {
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": MEAN,
+    "image_std": STD,
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+}
+QWEN_VISION = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "fullatt_block_indexes": [1],
+    "window_size": 112,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "tokens_per_second": 2,
+    "in_chans": 3,
+    "hidden_act": "silu",
+    "model_type": "qwen2_5_vl",
+}
+QWEN = {
+    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+    "model_type": "qwen2_5_vl",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128000,
+    "max_window_layers": 2,
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    "tie_word_embeddings": False,
+    "vision_config": QWEN_VISION,
+}
+
+
 def write_qwen(folder: Path, seed: int = 0) -> None:
     """Write Qwen2.5-VL with its public names (`model.*` and `visual.*`) and flat config.json."""
     folder.mkdir(parents=True)
-    marks = [
-        *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
-        *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
-    ]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(WORDS, trainer)
-    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in QWEN_MARKS])
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "bos_token": None,
-        "unk_token": None,
-        "model_max_length": 131072,
-        "additional_special_tokens": marks[1:],
-    }
-    write_json(folder / "tokenizer_config.json", settings)
-    settings = {
-        "min_pixels": 3136,
-        "max_pixels": 12845056,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": MEAN,
-        "image_std": STD,
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-    }
-    write_json(folder / "preprocessor_config.json", settings)
-    config = {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+    write_json(folder / "tokenizer_config.json", QWEN_TOKENIZER)
+    write_json(folder / "preprocessor_config.json", QWEN_IMAGES)
+    ids = {
         "vocab_size": tokenizer.get_vocab_size() + 8,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "hidden_act": "silu",
-        "max_position_embeddings": 128000,
-        "max_window_layers": 2,
-        "sliding_window": 32768,
-        "use_sliding_window": False,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-        "tie_word_embeddings": False,
         "image_token_id": tokenizer.token_to_id("<|image_pad|>"),
         "video_token_id": tokenizer.token_to_id("<|video_pad|>"),
         "vision_start_token_id": tokenizer.token_to_id("<|vision_start|>"),
         "vision_end_token_id": tokenizer.token_to_id("<|vision_end|>"),
-        "vision_config": {
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "fullatt_block_indexes": [1],
-            "window_size": 112,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "tokens_per_second": 2,
-            "in_chans": 3,
-            "hidden_act": "silu",
-            "model_type": "qwen2_5_vl",
-        },
     }
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", QWEN | ids)
     # A copy, because the class changes the dicts that it is given.
     settings = Qwen2_5_VLConfig(**json.loads((folder / "config.json").read_text()))
     state = Qwen2_5_VLForConditionalGeneration(settings).state_dict()

@@ -33,7 +33,6 @@ SUBJECTS = {
     "injection": ({"blocks": ((64, 2, 8),)}, 3),
     "features": ({"pairs": 48}, 5),
     "sampling": ({"count": 1, "steps": 1}, 7),
-    "optimizers": ({}, 3),
     "growth": ({"sizes": (64, 32), "images": (1, 2), "pairs": (64, 128)}, 14),
 }
 
@@ -48,13 +47,16 @@ def test_every_subject_is_measured(subject, tmp_path):
 
 
 def test_without_a_subject_the_quick_ones_are_measured_in_one_table(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "QUICK", ("optimizers", "sleep"))
-    sleep = {"sleep": lambda report: report.in_turn("sleep", {"x": dict})}
-    monkeypatch.setattr(bench, "MEASURES", bench.MEASURES | sleep)
+    monkeypatch.setattr(bench, "QUICK", ("wait", "sleep"))
+    measures = {
+        "wait": lambda report: report.in_turn("wait", {"x": dict, "y": dict}),
+        "sleep": lambda report: report.in_turn("sleep", {"x": dict}),
+    }
+    monkeypatch.setattr(bench, "MEASURES", measures)
     monkeypatch.setattr(sys, "argv", ["bench"])
     assert bench.main() == 0
     printed = capsys.readouterr().out
-    assert printed.count("|---|---|---|---|") == 1 and first_cells(printed)[3:] == ["sleep, x"]
+    assert printed.count("|---|---|---|---|") == 1 and first_cells(printed)[2:] == ["sleep, x"]
 
 
 def test_operations_at_true_size_are_counted():

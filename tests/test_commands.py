@@ -87,12 +87,9 @@ def test_the_first_image_is_kept_where_the_mllm_prefers_it(call, tmp_path, monke
         (["--seed", "x"], "--seed"),
         (["--seed", "9" * 400], "--seed"),
         (["--num-images", "nan"], "--num-images"),
-        (["--rounds", "99999"], "--rounds is 99999, expected 1 to 100"),
         (["--steps", "0"], "--steps is 0, expected 1 to 10,000"),
-        (["--scale-end", "1e400"], "--scale-end is inf"),
         (["--model", "nope"], "tiny-sdxl"),
         (["--output", "/proc/nowhere"], "/proc/nowhere: cannot be written"),
-        (["--colour", "red"], "--colour"),
         (["--image", "nowhere.png"], "nowhere.png"),
         (["--image", __file__], "test_commands.py"),
         (["--sweep", "colour=1"], "--sweep is 'colour=1', expected a name of scale"),
@@ -120,7 +117,7 @@ def test_evaluate_refuses_bad_input(call, arguments, words):
 
 
 def test_evaluate_writes_every_arm_with_its_size_and_interval(call, tmp_path):
-    words = ("--prompts", 4, "--split", "validation", "--json", tmp_path / "r.json")
+    words = ("--prompts", 5, "--split", "validation", "--json", tmp_path / "r.json")
     done = call("evaluate", *words)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "r.json").read_text())
@@ -130,7 +127,7 @@ def test_evaluate_writes_every_arm_with_its_size_and_interval(call, tmp_path):
     for arm, guidance in (("text", "text"), ("stock_mllm", "stock")):
         assert (f"--guidance {guidance}" in done.stdout) == (arm not in arms)
     for arm in arms.values():
-        assert arm["n"] == 4 and 0 <= arm["strict"] <= arm["soft"] <= 1
+        assert arm["n"] == 5 and 0 <= arm["strict"] <= arm["soft"] <= 1
     best = max(arms["base"]["strict"], arms["new_seed"]["strict"])
     assert arms["best_of_two_oracle"]["strict"] >= best
     assert results["win_rate"]["img_vs_base"].keys() == {"value", "low", "high", "decided"}

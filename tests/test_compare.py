@@ -95,7 +95,7 @@ def test_results_hold_the_judges_scores_of_the_images_and_a_part_for_each_catego
 def test_a_finished_run_is_read_and_a_judge_may_be_added_without_drawing(
     whole, config, monkeypatch
 ):
-    forbid(monkeypatch, compare, "IMG")
+    forbid(monkeypatch, command, "IMG")
     hpsv2 = evaluate(config, judges="hpsv2", hpsv2_model=config.clipscore_model)["judges"]["hpsv2"]
     pickscore = whole[1]["judges"]["pickscore"]["arms"]["img"]["mean"]
     assert hpsv2["arms"]["img"]["mean"] == pytest.approx(100 / np.exp(3.1) * pickscore, rel=1e-4)
@@ -150,7 +150,7 @@ def test_a_run_killed_while_judging_judges_only_the_rest_and_ends_in_the_same_nu
 def test_a_folder_of_a_run_with_another_setting_is_refused_with_the_reason(
     whole, config, tmp_path, monkeypatch, name
 ):
-    forbid(monkeypatch, compare, "IMG")
+    forbid(monkeypatch, command, "IMG")
     before = pixels(whole[0])
     prompt_file, aligner = tmp_path / "others.txt", tmp_path / "aligner.safetensors"
     prompt_file.write_text("a red circle\n" * 5)
@@ -203,7 +203,7 @@ def test_damaged_scores_and_a_damaged_image_are_named(whole, config, tmp_path):
 def test_a_bad_request_is_refused_before_anything_is_drawn(
     config, tmp_path, monkeypatch, changes, words
 ):
-    forbid(monkeypatch, compare, "IMG")
+    forbid(monkeypatch, command, "IMG")
     with refused(*words):
         evaluate(config, **({"output": str(tmp_path)} | changes))
 
@@ -227,7 +227,7 @@ def test_big_models_are_freed_before_a_judge_comes(config, tmp_path, monkeypatch
         assert all(part() is None for part in opened), "a big model is still in memory"
         return open_judge(*arguments)
 
-    monkeypatch.setattr(compare, "IMG", open_img)
+    monkeypatch.setattr(command, "IMG", open_img)
     monkeypatch.setattr(ClipJudge, "open", open_after)
     evaluate(config, output=str(tmp_path))
     assert len(opened) == 3

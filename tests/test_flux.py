@@ -115,10 +115,9 @@ def test_the_schedule_is_shifted_as_the_authors_shift_it(img, width, height, mu)
 
 
 @torch.no_grad()
-def test_the_whole_method_draws_with_flux_also_offloaded_and_no_image_is_a_black_one(flux, img):
+def test_the_whole_method_draws_with_flux_and_no_image_is_a_black_one(img):
     before, after = img.stages([PROMPT], [1])
     assert before.shape == after.shape == (1, 3, 64, 64) and not torch.equal(before, after)
-    assert torch.equal(after, IMG(preset=preset(flux, offload=True)).stages([PROMPT], [1])[1])
     prompt = img.backbone.image_prompt
     black = Image.new("RGB", (300, 200))
     assert torch.equal(prompt.negative(), prompt.tokens([black]))
@@ -239,5 +238,6 @@ def test_the_public_files_fill_our_modules_at_true_size_and_none_is_left_over():
         "branch": 478_267_392,
         "projection": 12_607_488,
         "vae": 83_819_683,
+        "aligner": 675_401_728,
     }
     assert {name: count_parameters(parts[name]) for name in counts} == counts

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers.models.embeddings import IPAdapterPlusImageProjection
+from diffusers.loaders import UNet2DConditionLoadersMixin
 from PIL import Image
 from refusals import refused
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -12,16 +12,12 @@ from img_minimal.devices import Precision
 from img_minimal.sdxl import ImagePrompt, Resampler
 
 W, D, N = 24, 32, 4
-IN_DIFFUSERS = {
-    **{"0.norm1": "ln0", "0.norm2": "ln1", "0.to_q": "attn.to_q", "0.to_out": "attn.to_out.0"},
-    **{"1.0": "ff.0", "1.1": "ff.1.net.0.proj", "1.3": "ff.1.net.2"},
-}
 
 
 @pytest.fixture
 def resampler() -> Resampler:
     torch.manual_seed(0)
-    resampler = Resampler(W, D, tokens=N, width=48, depth=2, heads=2)
+    resampler = Resampler(W, D, tokens=N, width=48, depth=4, heads=2)
     for p in resampler.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return resampler
@@ -44,29 +40,13 @@ def pictures() -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels]
 
 
-def in_diffusers_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename a Resampler's weights; keys and values are apart in diffusers."""
-    renamed = {}
-    for key, value in state.items():
-        words = key.split(".")
-        name = ".".join(words[2:-1])
-        start, end = ".".join(words[:2]), words[-1]
-        if name == "0.to_kv":
-            renamed[f"{start}.attn.to_k.{end}"], renamed[f"{start}.attn.to_v.{end}"] = value.chunk(
-                2
-            )
-        else:
-            renamed[f"{start}.{IN_DIFFUSERS[name]}.{end}" if name else key] = value
-    return renamed
-
-
 @torch.no_grad()
 def test_a_resampler_built_from_a_files_shapes_equals_diffusers_own(resampler):
-    sizes = {"hidden_dims": 48, "depth": 2, "dim_head": 64, "heads": 2, "num_queries": N}
-    theirs = IPAdapterPlusImageProjection(W, D, **sizes)
-    theirs.load_state_dict(in_diffusers_names(resampler.state_dict()))
-    ours = Resampler.from_state_dict(resampler.state_dict())
+    state = resampler.state_dict()
+    convert = UNet2DConditionLoadersMixin()._convert_ip_adapter_image_proj_to_diffusers
+    theirs = convert(state, low_cpu_mem_usage=False)
     features = torch.randn(2, 5, W)
+    ours = Resampler.from_state_dict(state)
     assert (ours(features) - theirs(features)).abs().max() <= 1e-5
 
 

@@ -1,7 +1,6 @@
 """The whole method on the shipped twin: drawing, looking, aligning, drawing again."""
 
 import json
-import random
 import re
 
 import pytest
@@ -10,8 +9,8 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from refusals import refused
 
-from img_minimal.files import from_pil, to_pil
-from img_minimal.mllm import MLLM, QUESTIONS, RELEASED, ask, find_questions
+from img_minimal.files import to_pil
+from img_minimal.mllm import MLLM, RELEASED, find_questions
 from img_minimal.pipeline import IMG, load_img, open_guide
 from img_minimal.presets import PRESETS, find_preset
 from img_minimal.sdxl import cross_attentions
@@ -82,21 +81,8 @@ def test_each_round_looks_at_the_latest_images(twin):
     assert not torch.equal(first, second)
 
 
-def test_the_mllm_answers_in_words_of_edits(twin, images):
-    verbs = {"change", "add", "remove", "move", "nothing"}
-    for answer in twin.explain(to_pil(images)[:2], PROMPTS[:2], [0, 1]):
-        assert answer.split()[0] in verbs
-
-
-@pytest.mark.parametrize("bank", [QUESTIONS, RELEASED], ids=["own", "released"])
-def test_there_are_one_hundred_different_questions_that_all_hold_the_prompt(bank):
-    assert len(set(bank)) == 100
-    assert all(question.count("{}") == 1 for question in bank)
-    asked = {ask("a red {circle}", random.Random(k), bank) for k in range(500)}
-    assert len(asked) > 90 and all("a red {circle}" in question for question in asked)
-
-
-def test_released_weights_are_asked_in_the_form_that_the_release_asks_in():
+def test_released_weights_are_asked_in_a_hundred_ways_of_the_form_that_the_release_asks_in():
+    assert len(set(RELEASED)) == 100
     assert all(re.fullmatch("How to .* the prompt: {}[?]", question) for question in RELEASED)
     for preset in PRESETS.values():
         assert preset.models.questions == ("own" if preset.world else "released")
@@ -108,7 +94,7 @@ def test_questions_come_from_a_file_with_the_prompts_place_in_any_of_its_spellin
     file.write_text(json.dumps(listed))
     expected = ("How about {}?", "What about {}?", "Why not {}", "{}: how?")
     assert find_questions(str(file)) == expected
-    guide = open_guide(PRESET.changed(questions=str(file)), "mllm")
+    guide = open_guide(PRESET.changed(questions=str(file)).models, "mllm")
     asked = {guide.question("x", seed) for seed in range(50)}
     assert asked == {question.replace("{}", "x") for question in expected}
 
@@ -123,11 +109,6 @@ def test_a_file_of_no_questions_is_refused_with_an_example(tmp_path, text):
         find_questions(str(file))
 
 
-def test_pictures_survive_the_way_to_pil_and_back():
-    pixels = torch.rand(2, 3, 8, 8)
-    assert (from_pil(to_pil(pixels)) - pixels).abs().max() <= 0.5 / 255 + 1e-6
-
-
 def test_the_better_of_two_images_is_the_one_that_the_mllm_is_more_content_with(twin, images):
     own = to_pil(images)
     anothers = own[1:] + own[:1]
@@ -140,11 +121,11 @@ def test_the_better_of_two_images_is_the_one_that_the_mllm_is_more_content_with(
 
 def test_guidance_comes_of_the_mllm_the_stock_mllm_or_the_text_alone(twin, images):
     pictures = to_pil(images)
-    stock = open_guide(PRESET.changed(mllm=PRESET.guide("stock")), "stock")
+    stock = open_guide(PRESET.changed(mllm=PRESET.guide("stock")).models, "stock")
     assert isinstance(stock, MLLM) and stock.width == twin.guide.width
     weights = [guide.model.lm_head.weight for guide in (stock, twin.guide)]
     assert not torch.equal(*weights)
-    text = open_guide(PRESET, "text", twin.backbone)
+    text = open_guide(PRESET.models, "text", twin.backbone)
     states, mask = text.guidance(pictures, PROMPTS, SEEDS)
     assert states.shape[::2] == (5, text.width) and mask.all()
     assert torch.equal(states, twin.backbone.text_states(PROMPTS).float())

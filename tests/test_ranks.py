@@ -19,7 +19,7 @@ import train as script
 from img_minimal.data.pairs import pair_stream
 from img_minimal.devices import Precision
 from img_minimal.plots import read_rows
-from img_minimal.presets import PRESETS, TWINS, find_preset
+from img_minimal.presets import TWINS, find_preset
 from img_minimal.run import Ranks, Run, load_checkpoint
 
 
@@ -172,19 +172,3 @@ def test_a_mistake_that_one_rank_meets_ends_all_of_them_with_it(pairs, tmp_path)
     for command in start(tmp_path / "pairs", tmp_path / "run"):
         code, output = command.end(90)
         assert code == 2 and "Traceback" not in output and "error: " in output, output
-
-
-@pytest.mark.slow
-def test_jobs_that_each_compute_a_part_of_a_cache_leave_the_cache_of_one(
-    pairs, tmp_path, monkeypatch, call
-):
-    twin = PRESETS["tiny-sdxl"]
-    small = replace(twin, training=replace(twin.training, chunk=40))
-    monkeypatch.setitem(PRESETS, "tiny-sdxl", small)
-    for name, shards in (("one", ["0/1"]), ("three", ["2/3", "0/3", "1/3"])):
-        words = ("--pairs", pairs, "--cache-dir", tmp_path / name, "--dtype", "fp32")
-        for shard in shards:
-            done = call("train.py", *words, "--shard", shard)
-        assert done.stdout.strip().endswith("all there are"), done.stderr
-    one, three = (content(tmp_path / name, "*/*.safetensors") for name in ("one", "three"))
-    assert one == three and len(one) >= 4

@@ -1,4 +1,4 @@
-"""Scenes are right for their prompts, and pictures show what the scenes say."""
+"""Scenes are right for their prompts, and images show what the scenes say."""
 
 import random
 from itertools import combinations
@@ -6,12 +6,11 @@ from itertools import combinations
 import pytest
 import torch
 
-from img_minimal.tiny.grammar import CATEGORIES, COLOURS, FORMS, RELATIONS, Prompt, parse, sample_prompt
+from img_minimal.tiny.grammar import CATEGORIES, COLOURS, FORMS, RELATIONS, parse, sample_prompt
 from img_minimal.tiny.world import (
     BACKGROUND,
     PALETTE,
     SIZE,
-    Scene,
     Shape,
     overlap,
     place,
@@ -22,7 +21,6 @@ from img_minimal.tiny.world import (
 )
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-
 # Left, top, right and bottom of each form's box, in units of its radius.
 BOXES = {
     "circle": (-1.0, -1.0, 1.0, 1.0),
@@ -32,116 +30,119 @@ BOXES = {
 }
 
 
-def scenes(count: int, category: str | None = None) -> list[tuple[Prompt, Scene]]:
+def box(shape):
+    centre = shape.x, shape.y, shape.x, shape.y
+    return [c + side * shape.r for c, side in zip(centre, BOXES[shape.form])]
+
+
+def scenes(count, category=None):
     rng = random.Random(0)
     prompts = [sample_prompt(rng, category, "test", held_out=None) for _ in range(count)]
     return [(prompt, place(prompt, rng)) for prompt in prompts]
 
 
-def shape_at(x: float, y: float) -> Shape:
+def circle(x, y):
     return Shape("red", "circle", x, y, 8.0)
+
+
+def relations(a, b, judging=False):
+    return [name for name in RELATIONS if related(name, [a], [b], judging)]
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_a_placed_scene_is_right_for_its_prompt(category):
     for prompt, scene in scenes(100, category):
         assert [shape.kind for shape in scene] == prompt.kinds
-        assert satisfied(prompt, scene)
+        assert satisfied(prompt, scene) and satisfied(prompt, scene, judging=True)
 
 
-def test_placed_shapes_never_overlap():
+def test_placed_shapes_lie_within_the_image_and_never_overlap():
     for _, scene in scenes(300):
         assert not any(overlap(a, b) for a, b in combinations(scene, 2))
-
-
-def test_placed_shapes_lie_within_the_picture():
-    for _, scene in scenes(300):
         for shape in scene:
-            left, top, right, bottom = (side * shape.r for side in BOXES[shape.form])
-            assert shape.x + left >= 0 and shape.y + top >= 0
-            assert shape.x + right <= SIZE and shape.y + bottom <= SIZE
+            assert min(box(shape)) >= 0 and max(box(shape)) <= SIZE
 
 
 def test_the_same_seed_places_the_same_scene():
     prompt = parse("two red circles left of a blue square")
-    assert place(prompt, random.Random(1)) == place(prompt, random.Random(1)) != place(prompt, random.Random(2))
+    first, again, other = (place(prompt, random.Random(seed)) for seed in (1, 1, 2))
+    assert first == again != other
 
 
-def test_pictures_are_rgb_of_64_pixels_between_0_and_1():
-    images = render([scene for _, scene in scenes(50)])
-    assert images.shape == (50, 3, 64, 64)
-    assert images.dtype == torch.float32
-    assert 0 <= images.min() and images.max() <= 1
+def test_images_are_rgb_of_64_pixels_between_0_and_1_and_independent_of_their_batch():
+    some = [scene for _, scene in scenes(20)]
+    images = render(some)
+    assert images.shape == (20, 3, 64, 64) and images.dtype == torch.float32
+    assert images.min() >= 0 and images.max() <= 1
+    assert torch.equal(images, torch.cat([render([scene]) for scene in some]))
 
 
-def test_an_empty_scene_is_ground_and_no_scenes_are_no_pictures():
-    assert torch.equal(render([()]), torch.tensor(BACKGROUND).view(1, 3, 1, 1).expand(1, 3, 64, 64))
+def test_an_empty_scene_is_ground_and_no_scenes_are_no_images():
+    ground = torch.tensor(BACKGROUND).view(1, 3, 1, 1).expand(1, 3, 64, 64)
+    assert torch.equal(render([()]), ground)
     assert render([]).shape == (0, 3, 64, 64)
-
-
-def test_a_picture_does_not_depend_on_its_batch():
-    some = [scene for _, scene in scenes(10)]
-    assert torch.equal(render(some), torch.cat([render([scene]) for scene in some]))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("colour", COLOURS)
-def test_a_shape_is_painted_in_its_colour_inside_its_box_and_nowhere_else(colour, form):
-    x, y, r = 30.3, 33.8, 8.6
-    image = render([(Shape(colour, form, x, y, r),)])[0]
-    assert image[:, int(y), int(x)].tolist() == pytest.approx(PALETTE[colour])
-    rows, columns = (image - torch.tensor(BACKGROUND).view(3, 1, 1)).abs().sum(0).gt(0.02).nonzero().T
-    painted = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-    box = [centre + side * r for centre, side in zip((x, y, x, y), BOXES[form])]
-    assert [float(side) for side in painted] == pytest.approx(box, abs=1.5)
+def test_a_shape_is_painted_in_its_colour_inside_its_box_alone(colour, form):
+    shape = Shape(colour, form, 30.3, 33.8, 8.6)
+    image = render([(shape,)])[0]
+    assert image[:, 33, 30].tolist() == pytest.approx(PALETTE[colour])
+    difference = (image - torch.tensor(BACKGROUND).view(3, 1, 1)).abs().sum(0)
+    rows, columns = difference.gt(0.02).nonzero().T.tolist()
+    painted = min(columns), min(rows), max(columns) + 1, max(rows) + 1
+    assert painted == pytest.approx(box(shape), abs=1.5)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_window_that_render_paints_cuts_nothing_visible_off(form):
+def test_the_window_that_is_painted_cuts_nothing_visible_off(form):
     rng = random.Random(0)
-    rows, columns = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
+    pixels = torch.arange(SIZE) + 0.5
     ground, colour = (torch.tensor(c).view(3, 1, 1) for c in (BACKGROUND, PALETTE["red"]))
     for _ in range(20):
         x, y, r = rng.uniform(11, 53), rng.uniform(11, 53), rng.uniform(7.5, 9)
-        cover = (0.5 - signed_distance(form, columns - x, rows - y, r)).clamp(0, 1)
+        edge = signed_distance(form, pixels - x, pixels[:, None] - y, r)
+        cover = (0.5 - edge).clamp(0, 1)
         whole = ground * (1 - cover) + colour * cover
-        assert (render([(Shape("red", form, x, y, r),)])[0] - whole).abs().sum() < 1  # of 12,288 values
+        image = render([(Shape("red", form, x, y, r),)])[0]
+        assert (image - whole).abs().sum() < 1  # of 12,288 values
 
 
-def test_an_unknown_form_is_named_with_those_that_are_known():
+def test_an_unknown_form_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown form 'star'; known: circle, square"):
         signed_distance("star", torch.zeros(1), torch.zeros(1), 8.0)
 
 
 @pytest.mark.parametrize(
-    ("relation", "second"), [("left of", (52, 30)), ("right of", (12, 34)), ("above", (30, 52)), ("below", (34, 12))]
+    ("relation", "second"),
+    [("left of", (52, 30)), ("right of", (12, 34)), ("above", (30, 52)), ("below", (34, 12))],
 )
 def test_a_relation_holds_one_way_and_no_other(relation, second):
-    a, b = shape_at(32, 32), shape_at(*second)
-    assert [name for name in RELATIONS if related(name, [a], [b])] == [relation]
-    assert [name for name in RELATIONS if related(name, [b], [a])] == [OPPOSITE[relation]]
+    a, b = circle(32, 32), circle(*second)
+    assert relations(a, b) == [relation]
+    assert relations(b, a) == [OPPOSITE[relation]]
 
 
-def test_nothing_is_laid_out_on_a_diagonal_but_what_lies_there_is_judged_to_be_beside_and_above():
-    a, b = shape_at(12, 12), shape_at(32, 32)
-    assert not any(related(relation, [a], [b]) for relation in RELATIONS)
-    assert [name for name in RELATIONS if related(name, [a], [b], judging=True)] == ["left of", "above"]
-    assert [name for name in RELATIONS if related(name, [a], [shape_at(52, 32)], judging=True)] == ["left of"]
+def test_a_shape_on_a_diagonal_is_judged_to_be_left_and_above_but_never_placed_so():
+    a, diagonal = circle(12, 12), circle(32, 32)
+    assert relations(a, diagonal) == []
+    assert relations(a, diagonal, judging=True) == ["left of", "above"]
+    assert relations(a, circle(52, 32), judging=True) == ["left of"]
+
+
+def test_judging_forgives_a_pixel():
+    a, b = circle(32, 32), circle(37.5, 32)
+    assert relations(a, b) == []
+    assert relations(a, b, judging=True) == ["left of"]
 
 
 def test_every_shape_of_a_group_must_stand_in_the_relation():
-    square = [shape_at(32, 32)]
-    assert related("left of", [shape_at(12, 22), shape_at(12, 42)], square)
-    assert not related("left of", [shape_at(12, 22), shape_at(34, 52)], square)
+    square = [circle(32, 32)]
+    assert related("left of", [circle(12, 22), circle(12, 42)], square)
+    assert not related("left of", [circle(12, 22), circle(34, 52)], square)
 
 
-def test_whoever_judges_forgives_pixels_and_never_condemns_what_was_laid_out():
-    a, b = shape_at(32, 32), shape_at(37.5, 32)
-    assert not related("left of", [a], [b])
-    assert related("left of", [a], [b], judging=True)
-    assert all(satisfied(prompt, scene, judging=True) for prompt, scene in scenes(100, "position"))
-
-
-def test_a_prompt_without_a_relation_is_satisfied_by_any_places():
+def test_a_prompt_without_a_relation_is_satisfied_by_any_positions():
     prompt = parse("a red circle and a red square")
-    assert satisfied(prompt, (shape_at(30, 30), shape_at(31, 31)))
+    assert satisfied(prompt, (circle(30, 30), circle(31, 31)))

@@ -29,40 +29,33 @@ options, preset = begin(__doc__, oracle=True, prompts=option(400, help_text, lea
 
 import numpy as np
 
-from img_minimal.backbone import open_backbone
-from img_minimal.evaluate.arms import FIRST_SEED, NEW_SEED
+from img_minimal.evaluate.arms import NEW_SEED, Arms
 from img_minimal.evaluate.intervals import mean_interval, said
-from img_minimal.files import to_pil
+from img_minimal.pipeline import IMG
 from img_minimal.plots import GREEN, GREY, ORANGE, PINK
-from img_minimal.tiny.grammar import CATEGORIES, benchmark
-from img_minimal.tiny.oracle import judge
+from img_minimal.tiny.grammar import benchmark
 
 SEEDS = 4  # images of every prompt
 
 # %% 1. The base draws every prompt from four seeds: the evaluation's own two, then further ones
 prompts = benchmark(options.prompts, "test", options.seed)
-captions = [str(prompt) for prompt in prompts]
 with step("load"):
-    backbone = open_backbone(preset)
-drawn = []
-with step("draw"):
-    for k in range(SEEDS):
-        first_seed = FIRST_SEED * (options.seed + 1) + k * NEW_SEED
-        seeds = [first_seed + i for i in range(len(prompts))]
-        drawn.append(backbone.draw(captions, seeds, progress=f"seed {k + 1} of {SEEDS}"))
+    img = IMG(preset=preset)
+with step("draw and judge"):
+    arms = Arms(img, prompts, options.seed)
+    for k in range(1, SEEDS):
+        arms.draw(f"seed {k + 1} of {SEEDS}", offset=k * NEW_SEED)
 
 # %% 2. The oracle says which are right in everything (strict): r_s for every seed and prompt
-with step("judge"):
-    verdicts = [judge(images, prompts) for images in drawn]
-right = np.array([[verdict.strict for verdict in row] for row in verdicts])  # (SEEDS, prompts)
+right = [[verdict.strict for verdict in verdicts] for verdicts in arms.verdicts.values()]
+right = np.array(right)  # (SEEDS, prompts)
 
 # %% 3. By category: one seed, a new seed, best of two, best of four. The bootstrap draws captions,
 # because images of one caption are not independent.
 held_out = np.array([prompt.held_out for prompt in prompts])
-category = np.array([prompt.category for prompt in prompts])
-groups = {name: ~held_out & (category == name) for name in CATEGORIES}
+groups = {name: ~held_out & here for name, here in arms.categories().items()}
 groups |= {"all of these": ~held_out, "held-out pair": held_out}
-captions = np.array(captions)
+captions = np.array(arms.captions)
 one_seed, more_seeds = {}, []
 print("share of images that are right in everything (strict), 95 % intervals over captions,")
 print(f"{f'seed {options.seed}':15}   n   one seed              new seed  best of two  of four")
@@ -105,11 +98,11 @@ for title, here in (("first seed\nwrong", ~first), ("first seed\nright", first))
     middle.bar_label(upper, fmt="%d\nwrong", label_type="center")
 middle.set(title="what a new seed\nmakes of them", ylabel="prompts")
 
-pictures, axes = to_pil(drawn[0]), iter(np.concatenate(rows))
+axes, verdicts = iter(np.concatenate(rows)), arms.verdicts["base"]
 for group, here in groups.items():
     for k in np.flatnonzero(here & ~first)[: 2 if group != "all of these" else 0]:
-        words = f'"{captions[k]}"\noracle: {verdicts[0][k].words}'
-        picture(next(axes), pictures[k], group, words)
+        words = f'"{captions[k]}"\noracle: {verdicts[k].words}'
+        picture(next(axes), arms.pictures[k], group, words)
 caption = (
     f"{len(prompts)} prompts of the test split, {SEEDS} seeds each; failures (category, prompt, "
     "what is to be changed) are the first of every kind, not chosen. * as picked by the oracle, "

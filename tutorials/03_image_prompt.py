@@ -90,10 +90,11 @@ with step("draw from both"):
                 verdicts = judge(images, [parse(prompt) for prompt in wanted])
                 strict = np.array([verdict.strict for verdict in verdicts])
                 shares[name] = mean_interval(strict, texts)
+        words = []
         for name, share in shares.items():
             heard[name].append(share)
-        words = ", ".join(f"{name} {said(share, '.2f')}" for name, share in shares.items())
-        print(f"scale {scale}: {words}  (n {count})")
+            words.append(f"{name} {said(share, '.2f')}")
+        print(f"scale {scale}: {', '.join(words)}  (n {count})")
 
 # %% 4. Exchange: two images, each drawn again from its tokens alone, and under the other's prompt
 columns = {}
@@ -152,14 +153,21 @@ for name, colour, label in (
 ):
     if heard[name]:
         curve(left, SCALES, heard[name], label=label, color=colour)
-left.set(xlabel="scale s of the image tokens", ylabel="share, or ratio")
-left.set(title="text asks for one thing, tokens for another", ylim=(0, 1.35))
+left.set(
+    title="text asks for one thing, tokens for another",
+    xlabel="scale s of the image tokens",
+    ylabel="share, or ratio",
+    ylim=(0, 1.35),
+)
 left.legend()
 layers = np.arange(len(ratios))
 for shift, (name, size) in zip((-0.2, 0.2), sizes.items()):
     middle.bar(layers + shift, size, 0.4, label=f"A_{name}, before s")
-middle.set(xlabel="cross-attention, in the order of the pass", ylabel="root mean square")
-middle.set_title("the two branches side by side")
+middle.set(
+    title="the two branches side by side",
+    xlabel="cross-attention, in the order of the pass",
+    ylabel="root mean square",
+)
 middle.margins(y=0.25)  # room for the legend above the bars
 middle.legend(ncols=2)
 finest = max(map(len, weights))

@@ -181,17 +181,16 @@ patches = patches / patches.max(1, keepdims=True)
 side, across = math.isqrt(patches.shape[1]), math.isqrt(len(patches))
 squares = np.pad(patches.reshape(-1, side, side), [(0, 0), (0, 1), (0, 1)], constant_values=np.nan)
 mosaic = rearrange(squares, "(a b) h w -> (a h) (b w)", a=across)
+title = f"... at the {side} x {side} patches of the image\na square for each token, its own scale"
 picture(left, mosaic, cmap="inferno_r")
-left.set_title(
-    f"... at the {side} x {side} patches of the image\n(a square for each token, its own scale)"
-)
+left.set_title(title)
 asked = np.flatnonzero(kind[: len(words)] != "image patches")
 shown = right.imshow(attention[layer][:, asked], cmap="inferno_r", aspect="auto", vmin=0)
 right.set_xticks(range(len(asked)), [words[k] for k in asked], rotation=60, ha="right")
 for text, k in zip(right.get_xticklabels(), asked):
     text.set_color(GREEN if start <= k < end else "black")
-right.set_title(f"... at the words of the question (layer {layer + 1}; green: the prompt)")
-right.set_ylabel("image token")
+title = f"... at the words of the question (layer {layer + 1}; green: the prompt)"
+right.set(title=title, ylabel="image token")
 right.figure.colorbar(shown, ax=right, label="attention, mean over heads", pad=0.01)
 depth, ends = np.arange(len(attention)) + 1, 0
 for name, share in shares.items():

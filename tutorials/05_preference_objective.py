@@ -226,14 +226,20 @@ left.plot(strength, label=label)
 left.plot(strength_never, color=GREY, label=f"never refreshed (last {strength_never[-1]:.2f})")
 left.vlines(references[1:], 0, 0.6, color=PINK, lw=1)
 left.axhline(0.5, color="black", ls="--", lw=1)
-left.set(xlabel="step of gradient descent (pink: f_ref <- f)", ylabel="σ(-x), strength of the wind")
-left.set_title("A refresh brings the wind back")
+left.set(
+    title="A refresh brings the wind back",
+    xlabel="step of gradient descent (pink: f_ref <- f)",
+    ylabel="σ(-x), strength of the wind",
+)
 middle.set_prop_cycle(color=(GREEN, BLUE, PINK, ORANGE))
 for name, wind in winds.items():
     middle.semilogx(share[1:], wind[1:], label=name)
 middle.xaxis.set_major_formatter("{x:g}")
-middle.set(xlabel="share of the way from f_ref to c_w (logarithmic)", ylabel="σ(-x)")
-middle.set_title("Sum or mean: when does the wind die?")
+middle.set(
+    title="Sum or mean: when does the wind die?",
+    xlabel="share of the way from f_ref to c_w (logarithmic)",
+    ylabel="σ(-x)",
+)
 for (name, beyond), look in zip(rests.items(), ("C1o-", "C1o:", "C4s-", "C0s-")):
     right.plot(beyond, look, label=name)
 right.axhline(1, color=GREY, ls="--", lw=1, label="as wrong as c_l was")

@@ -153,7 +153,7 @@ def change(values, few=1) -> str:
 
 unit = "squared distance to c_w, mean over elements"
 lead = 1 - values("error") / values("reference_error")
-draw(upper[0], f="error", f_ref="reference_error")
+draw(upper[0], f_ref="reference_error", f="error")
 how = "f runs ahead, f_ref is brought up to it again and again"
 ahead = f"f ahead of f_ref in {(lead > 0).mean():.0%} of steps"
 found = f"f: {change(values('error'), window)}"

@@ -82,13 +82,14 @@ with step("draw again"):
 # %% 5. One image on its way, with the shapes of what it becomes
 with step("put in words"):
     [answer] = img.explain(pictures[:1], captions[:1], seeds[:1])
+shapes = f"{(int(mask[0].sum()), h.shape[-1])}; tokens c_0 {tuple(c_0[0].shape)}"
 moved = (c[1][0] - c_0[0]).norm() / c_0[0].norm()
 differ = (second[0] - initial[0]).abs().mean()
 print(f"""\
 "{captions[0]}", seed {seeds[0]}
   1  initial image x_0          {tuple(initial[0].shape)}
   2  MLLM: {answer}
-     guidance features h        {(int(mask[0].sum()), h.shape[-1])}; tokens c_0 {tuple(c_0[0].shape)}
+     guidance features h        {shapes}
   3  aligned tokens c_1 = f(h, c_0): ||c_1 - c_0|| / ||c_0|| = {moved:.2f}
   4  second image x_1, whose pixels differ by {differ:.3f} of their range""")
 
@@ -193,7 +194,8 @@ def draw_worth(upper, lower, worth: dict[str, dict], title: str, **look) -> None
     upper.set_title(title)
     for key, sign, colour in (("fixed", 1, GREEN), ("broken", -1, ORANGE)):
         counts = np.array([row[key] for row in worth.values()])
-        lower.bar_label(lower.bar(range(len(counts)), sign * counts, color=colour))
+        drawn = lower.bar(range(len(counts)), sign * counts, color=colour)
+        lower.bar_label(drawn, [count or "" for count in counts])
     lower.set_xticks([])
     lower.margins(y=0.2)
 

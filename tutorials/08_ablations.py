@@ -143,9 +143,8 @@ ROWS = {
     "three passes": Row("passes", weight=weight, passes=3),
 }
 COLOURS = {"guidance": BLUE, "loss": ORANGE, "lambda": GREEN, "refresh": PINK, "passes": GREY}
-check(
-    options.only in (None, *COLOURS), f"--only is {options.only!r}, expected: {', '.join(COLOURS)}"
-)
+known = ", ".join(COLOURS)
+check(options.only in (None, *COLOURS), f"--only is {options.only!r}, expected one of: {known}")
 if options.only:
     ROWS = {t: row for t, row in ROWS.items() if row.group == options.only or t == FULL}
 
@@ -273,8 +272,15 @@ paper.bar_label(paper.barh(at, scores, 0.65, color=colours, alpha=0.8), fmt="%.2
 if "base model" in right:
     ours.axvline(shares["base model"]["value"], color="black", ls=":", lw=1)
     paper.axvline(ROWS["base model"].paper, color="black", ls=":", lw=1)
-ours.set(xlabel="share right in everything (bar: mean, 95 % interval; dots: training seeds)")
-ours.set_title("the twin (dotted: base model)")
-paper.set(yticks=[], xlim=(22, 22.9), ylim=ours.get_ylim(), title="the paper, SDXL")
-paper.set_xlabel("PickScore (axis starts at 22)")
+ours.set(
+    title="the twin (dotted: base model)",
+    xlabel="share right in everything (bar: mean, 95 % interval; dots: training seeds)",
+)
+paper.set(
+    title="the paper, SDXL",
+    xlabel="PickScore (axis starts at 22)",
+    xlim=(22, 22.9),
+    ylim=ours.get_ylim(),
+    yticks=[],
+)
 save(figure, options, "08_ablations", f"{described}; one change at a time")

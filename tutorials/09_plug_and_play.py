@@ -92,7 +92,7 @@ images = (base.pictures, to_pil(base_again), dpo.pictures, to_pil(dpo_again))
 colours = (GREY, BLUE, ORANGE, GREEN)
 figure, ((left, right), *rows) = sheet(10, ([2.8], [1, 2]), ([2.2] * 4, [1] * 5))
 bars(left, shares, color=colours)
-left.set(ylim=(0, 1), ylabel="share right in everything")
+left.set(ylim=(0, 1.05), ylabel="share right in everything")
 for k, (name, share) in enumerate(by_category.items()):
     at = np.arange(len(share)) + 0.2 * k - 0.3
     right.bar(at, share, 0.19, color=colours[k], alpha=0.8, label=name)

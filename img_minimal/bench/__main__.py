@@ -6,8 +6,6 @@
     features      pairs on their way to features: read, decode, image tokens, MLLM
     sampling      IMG's steps: the twin's measured, at true size computed (--model, --mllm)
     growth        how cost grows with passes, guidance length, images, pairs (--output)
-    optimizers    Muon in fp32 and in bf16, and AdamW, a step each
-    startup       help, imports, a first picture, a first training step
 
 Without a subject, those that take seconds are measured, in one table. Times are of this machine, so
 read the ratios: calls are made in turn, and compared with the first of them; *spread* is the lowest
@@ -16,8 +14,6 @@ and the highest ratio. Keep the machine idle meanwhile.
 """
 
 import argparse
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -26,8 +22,8 @@ from statistics import median
 from img_minimal.cli import PICTURES, quiet_libraries, run, writable_file
 
 MLLMS = ("llava-13b", "llava-7b", "qwen2.5-vl-7b")
-QUICK = ("aligner", "sampling", "optimizers")
-SUBJECTS = ("memory", *QUICK, "injection", "features", "growth", "startup")
+QUICK = ("aligner", "sampling", "features")
+SUBJECTS = ("memory", *QUICK, "injection", "growth")
 
 
 def command_line() -> argparse.Namespace:
@@ -66,7 +62,6 @@ from img_minimal.data.pairs import pair_stream, prompts_of
 from img_minimal.devices import Precision, best_device
 from img_minimal.files import peak_bytes, to_pil
 from img_minimal.mllm import guidance_features
-from img_minimal.optimizer import new_optimizer
 from img_minimal.pipeline import IMG
 from img_minimal.plots import curves
 from img_minimal.presets import find_preset
@@ -231,46 +226,7 @@ def growth(
     report.remarks.append(f"drawn in {report.picture}")
 
 
-def optimizers(report: Report) -> None:
-    """Measure a step of the twin's aligner with Muon in either dtype and with AdamW."""
-    f = ImplicitAligner(128, 160, 4, 4, 32).to(report.device)
-
-    def step(optimizer: torch.optim.Optimizer) -> None:
-        for parameter in f.parameters():  # Muon takes the gradients of matrices away
-            parameter.grad = torch.full_like(parameter, 1e-3)
-        optimizer.step()
-
-    kinds = {
-        "Muon, fp32": ("muon", torch.float32),
-        "Muon, bf16": ("muon", torch.bfloat16),
-        "AdamW": ("adamw", torch.float32),
-    }
-    calls = {}
-    for title, (name, dtype) in kinds.items():
-        calls[title] = partial(step, new_optimizer(name, f.parameters(), 1e-4, 0.0, dtype))
-    report.in_turn("a step of the twin's aligner", calls)
-
-
-def startup(report: Report) -> None:
-    """Measure commands as processes of their own."""
-    train = "train.py --steps 1 --max-pairs 200 --eval-prompts 0 --cache-dir none --overwrite"
-    calls = {}
-    for words in (
-        "-c pass",
-        "-m torch.version",
-        "-m img_minimal.pipeline",
-        "sample.py --help",
-        "sample.py --num-images 1 --output outputs/bench",
-        f"{train} --output-dir outputs/bench",
-    ):
-        command = [sys.executable, *words.split()]
-        calls[words] = partial(subprocess.run, command, check=True, capture_output=True)
-    report.in_turn("python", calls)
-
-
-MEASURES = {
-    f.__name__: f for f in (aligner, sampling, optimizers, injection, features, growth, startup)
-}
+MEASURES = {f.__name__: f for f in (aligner, sampling, features, injection, growth)}
 
 
 def main() -> int:
@@ -281,7 +237,7 @@ def main() -> int:
         return 0
     writable_file(options.output, "--output", PICTURES)
     quiet_libraries()
-    report = Report(picture=options.output)
+    report = Report(rounds=5 if options.subject else 3, picture=options.output)
     compute = Precision.named("fp32", report.device).described(report.device)
     print(f"{compute}; {torch.get_num_threads()} threads\n", flush=True)
     for subject in [options.subject] if options.subject else QUICK:

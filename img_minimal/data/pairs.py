@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -196,7 +197,8 @@ class Stream(Generic[Item]):
     ):
         rank, world = share
         self.source, self.size = source, size
-        self.limit = limit and (limit + world - 1 - rank) // world
+        # This rank's part of the limit, which may be no item at all.
+        self.limit = (limit + world - 1 - rank) // world if limit else inf
         self.table = open_table(source, layouts)
         self.parse = layouts[self.table.layout]
         generator = torch.Generator().manual_seed(seed)
@@ -213,7 +215,7 @@ class Stream(Generic[Item]):
 
         Images with the same bytes are decoded once per chunk.
         """
-        if self.limit and position.items >= self.limit:
+        if position.items >= self.limit:
             return
         decoder = ImageDecoder(self.table.root)
         items = []

@@ -105,7 +105,7 @@ def evaluate_world(config: Config, preset: Preset, settings: dict) -> dict:
     arms = Arms(img, grammar.benchmark(count, split, config.seed), config.seed)
     arms.controls()
     if not config.only_img:
-        ablations(arms, preset)
+        ablations(arms)
     images = arms.aligned("img", img)
     arms.choices(images)
     results = arms.results() | {"mllm": arms.words()}
@@ -150,14 +150,14 @@ def evaluate_file(config: Config, preset: Preset, settings: dict) -> dict:
             if one.missing():
                 ClipJudge.open(one.files)  # finds a missing file in seconds, not after hours
         compare.release()
-        compare.draw_missing(folder, preset)
+        compare.draw_missing(folder, IMG(preset=preset))
 
     results = {"judges": {}}
     for one in scores:
         compare.release()
         one.fill()
-        results["judges"][one.files.name] = one.results()
-        compare.print_table(one.title, one.results())
+        result = results["judges"][one.files.name] = one.results()
+        compare.print_table(one.title, result)
     results["settings"] = settings | {
         "prompt_file": config.prompt_file,
         "prompts": len(prompts),

@@ -25,7 +25,6 @@ from img_minimal.files import to_pil
 from img_minimal.mllm import MLLM, NOTHING
 from img_minimal.pipeline import IMG
 from img_minimal.plots import Cell, sheet
-from img_minimal.presets import Preset
 from img_minimal.tiny.edits import correct
 from img_minimal.tiny.grammar import CATEGORIES, Prompt, benchmark
 from img_minimal.tiny.oracle import Verdict, judge
@@ -81,9 +80,10 @@ class Arms:
         """Draw and judge the arms that need no aligner."""
         again = self.draw("new_seed", offset=NEW_SEED)
         self.choose("best_of_two_mllm", "new_seed", self.preferred(again))
+        # An image is right exactly if its soft score is 1, so this prefers right ones, too.
         soft = self.marks("soft")
         self.choose("best_of_two_oracle", "new_seed", soft["new_seed"] > soft["base"])
-        # The nearest correct scene to each image: what the aligner would ideally ask for.
+        # The correct scene that is nearest to each image, as the pairs of training have it.
         scenes = []
         for verdict, prompt in zip(self.verdicts["base"], self.prompts):
             scenes.append(correct(verdict.found, prompt)[1])
@@ -152,13 +152,15 @@ class Arms:
             arms[name]["by_category"] = shares(values, everything, groups)
         others = [("img", name) for name in arms if name != "img"]
         chosen = [(name, "base") for name in CHOICES if name in arms]
-        order = filter(arms.get, ORDER)
+        steps = []
+        for worse, better in pairwise(filter(arms.get, ORDER)):
+            steps.append((better, worse))
         return {
             "arms": arms,
             "win_rate": win_rates(marks["soft"], captions, others + chosen),
             "graded_win_rate": win_rates(marks["graded"], captions, others),
             "difference": differences(strict, captions, others),
-            "order": differences(strict, captions, [pair[::-1] for pair in pairwise(order)]),
+            "order": differences(strict, captions, steps),
         }
 
 
@@ -179,7 +181,7 @@ def print_results(results: dict) -> None:
     for name, arm in arms.items():
         marks = "{strict:7.3f} {soft:5.3f} {graded:6.3f} {unclear:7.3f}".format(**arm)
         groups = "".join(f"{share:9.2f}" for share in arm["by_category"].values())
-        print(f"{TITLES[name]:48} {marks} {groups}")
+        print(f"{TITLES[name]:48} {marks}{groups}")
 
     columns = "strict, difference       win rate, soft score            win rate, graded score"
     print(f"\n{'IMG against':48} {columns}")
@@ -203,10 +205,11 @@ def print_results(results: dict) -> None:
 
 def print_words(words: dict) -> None:
     """Print how the MLLM's words agree with the oracle's."""
-    report = """
-The MLLM says nothing about {nothing_when_wrong:.0%} of the base's {n_wrong} wrong images, and
-exactly what is wrong about {exact_when_wrong:.0%}; it complains about {complaint_when_right:.0%}
-of {n_right} right ones."""
+    report = (
+        "\nThe MLLM says nothing about {nothing_when_wrong:.0%} of the base's {n_wrong} wrong "
+        "images, and exactly\nwhat is wrong about {exact_when_wrong:.0%}; it complains about "
+        "{complaint_when_right:.0%} of {n_right} right ones."
+    )
     print(report.format(**words))
     titles = {
         "nothing_by_category": "Nothing about wrong ones",
@@ -232,18 +235,20 @@ def print_comparison(img: IMG, name: str, count: int, picture: Path) -> None:
 
 def before_and_after(arms: Arms, name: str, images: Tensor, path: Path | str) -> None:
     """Save both images of the first six prompts that the base draws wrong, with the verdicts."""
-    after, cells = to_pil(images), []
+    redrawn = to_pil(images)
+    cells: list[Cell] = []
     for k, verdict in enumerate(arms.verdicts["base"]):
         if verdict.strict or len(cells) == 12:
             continue
-        picture, caption, answer = arms.pictures[k], arms.captions[k], "(guided by text: no MLLM)"
+        picture, caption = arms.pictures[k], arms.captions[k]
+        answer = "(guided by text: no MLLM looked)"
         if isinstance(arms.img.guide, MLLM):
             [answer] = arms.img.explain([picture], [caption], [arms.seeds[k]])
         cells.append((picture, f'"{caption}"\noracle: {verdict.words}\nMLLM: {answer}'))
         verdict = arms.verdicts["img"][k]
-        now = "right" if verdict.strict else f"still wrong: {verdict.words}"
-        cells.append((after[k], f"IMG, same seed\noracle: {now}"))
-    shown = f"the first {len(cells) // 2} of {len(after)} prompts that the base draws wrong"
+        words = "right" if verdict.strict else f"still wrong: {verdict.words}"
+        cells.append((redrawn[k], f"IMG, same seed\noracle: {words}"))
+    shown = f"the first {len(cells) // 2} of {len(redrawn)} prompts that the base draws wrong"
     save_pairs(cells, path, f"{name}: {shown}, seed {arms.seed}; not chosen by result")
 
 
@@ -254,16 +259,17 @@ def save_pairs(cells: list[Cell], path: Path | str, caption: str) -> None:
         sheet(rows, path, caption=caption)
 
 
-def ablations(arms: Arms, preset: Preset) -> None:
+def ablations(arms: Arms) -> None:
     """Judge the arms guided by text and by the stock MLLM, except where an aligner is missing."""
-    backbone, sampling = arms.img.backbone, preset.sampling
+    backbone = arms.img.backbone
+    sampling = backbone.preset.sampling
     rows = (
         ("text", "text", sampling.text_aligner),
         ("stock_mllm", "stock", sampling.stock_aligner),
     )
     for name, guidance, path in rows:
         if Path(path).exists():
-            arms.aligned(name, IMG(backbone, aligner=path, guidance=guidance, preset=preset))
+            arms.aligned(name, IMG(backbone, aligner=path, guidance=guidance))
         else:
             advice = f"train it with: python train.py --guidance {guidance}"
             print(f"left out: {TITLES[name]}; {path} is not there, {advice}")

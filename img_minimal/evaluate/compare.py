@@ -32,7 +32,6 @@ from img_minimal.evaluate.judges import JUDGES, ClipJudge, JudgeFiles
 from img_minimal.evaluate.prompts import FilePrompt
 from img_minimal.files import cached_images, check_provenance, identity, read_json, write_whole
 from img_minimal.pipeline import IMG
-from img_minimal.presets import Preset
 
 ARMS = ("base", "new_seed", "no_guidance", "img")
 LOOK_BATCH = 64  # prompts whose guidance features are held at once, 0.4 GB with LLaVA-13B
@@ -89,16 +88,15 @@ def texts_of(prompts: Prompts) -> list[str]:
     return [prompt.text for prompt in prompts]
 
 
-def draw_missing(folder: ImageFolder, preset: Preset) -> None:
+def draw_missing(folder: ImageFolder, img: IMG) -> None:
     """Draw what the folder lacks, in the order base model, MLLM, base model."""
-    img, prompts = IMG(preset=preset), folder.prompts
-    cut = 0
+    prompts, cut = folder.prompts, 0
     for prompt in prompts:
         cut += bool(img.backbone.truncated_part(prompt.text)[0])
     if cut:
         reason = "are longer than the text encoders read; their ends are not drawn"
         warn(f"{cut} of {len(prompts)} prompts {reason}")
-    batches = folder.batches(preset.sampling.draw_batch)
+    batches = folder.batches(img.backbone.sampling.draw_batch)
     for arm in ("base", "new_seed"):
         for batch in tqdm(batches, desc=TITLES[arm]):
             if folder.lacks(batch, arm):

@@ -34,7 +34,7 @@ from img_minimal.presets import Preset
 
 SINGLE_FILES = ("ip_adapter", "resampler", "aligner")  # the other locations are folders
 STEM, SHARD = r"(model|pytorch_model|diffusion_pytorch_model)", r"(-\d+-of-\d+)?"
-PLAIN, TORCH, FP16 = (r"\.safetensors", r"\.bin", rf"\.fp16{SHARD}\.safetensors")
+PLAIN, TORCH, FP16 = r"\.safetensors", r"\.bin", rf"\.fp16{SHARD}\.safetensors"
 
 
 def fetch(preset: Preset, *names: str) -> Preset:
@@ -118,7 +118,7 @@ def chosen(path: Path, names: list[str], half: bool, without: tuple[str, ...] = 
         for part, classes in index.items():
             if isinstance(classes, list) and any(classes) and part not in without:
                 parts.append(f"{part}/")
-    kinds = [FP16] * half + [PLAIN, TORCH, FP16]
+    kinds = (FP16, PLAIN, TORCH) if half else (PLAIN, TORCH, FP16)
     files = []
     for part in parts:
         for kind in kinds:

@@ -3,10 +3,10 @@
     python -m img_minimal.tiny.diagnose                    all measurements, a minute
     python -m img_minimal.tiny.diagnose --sheet drawn.png  60 images of the base with verdicts
 
-The oracle judges right scenes, before and after the VAE, and images that were also read by eye. CLIP
-compares a right picture with its caption and with a *foil*, a caption that is wrong in one respect:
-what the text embedding does not tell apart, it cannot tell the UNet. A linear map shows what an
-encoder's features say about colours, forms, counts and positions.
+The oracle judges right scenes, before and after the VAE, and images that were also read by eye.
+CLIP compares a right picture with its caption and with a *foil*, a caption that is wrong in one
+respect: what the text embedding does not tell apart, it cannot tell the UNet. A linear map shows
+what an encoder's features say about colours, forms, counts and positions.
 """
 
 import random
@@ -30,7 +30,7 @@ from img_minimal.presets import TWINS, find_preset
 from img_minimal.tiny import grammar
 from img_minimal.tiny.grammar import COLOURS, FORMS, Prompt, benchmark, sample_prompt
 from img_minimal.tiny.oracle import FIGURE, Verdict, compare, judge
-from img_minimal.tiny.world import CELLS, Scene, Shape, exchange, place, render
+from img_minimal.tiny.world import CELLS, SIZE, Scene, Shape, exchange, place, render
 
 FOILS = {"colour": "two", "count": "counting", "binding": "two", "position": "position"}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -104,27 +104,33 @@ def oracle_accuracy(count: int = 1000, seed: int = 0) -> dict[str, float]:
     That is as rendered and after the VAE's round trip, the latter also split by held-out pairs: the
     VAE has never seen a blue triangle, which limits everything that is drawn through it.
     """
-    rng, prompts = random.Random(seed), benchmark(count, seed=seed)
-    images = render([place(prompt, rng) for prompt in prompts])
+    prompts = benchmark(count, seed=seed)
+    images = render(scenes_for(prompts, random.Random(seed)))
     vae = AutoencoderKL.from_pretrained(f"{MODELS.base}/vae", dtype=torch.float32)
     rebuilt = []
     for batch in images.split(50):
         latents = vae.encode(batch * 2 - 1).latent_dist.mode()
         rebuilt.append(vae.decode(latents).sample / 2 + 0.5)
-    before, after = strict(images, prompts), strict(torch.cat(rebuilt), prompts)
+    before = strict(images, prompts)
+    after = strict(torch.cat(rebuilt), prompts)
     held_out = torch.tensor([prompt.held_out for prompt in prompts])
-    groups = {
-        "as rendered": before,
-        "after the VAE": after,
-        "after the VAE, seen pairs": after[~held_out],
-        "after the VAE, held-out pairs": after[held_out],
+    return {
+        "as rendered": before.mean().item(),
+        "after the VAE": after.mean().item(),
+        "after the VAE, seen pairs": after[~held_out].mean().item(),
+        "after the VAE, held-out pairs": after[held_out].mean().item(),
     }
-    return {name: verdicts.mean().item() for name, verdicts in groups.items()}
+
+
+def scenes_for(prompts: list[Prompt], rng: random.Random) -> list[Scene]:
+    """Lay out a right scene for each prompt."""
+    return [place(prompt, rng) for prompt in prompts]
 
 
 def strict(images: Tensor, prompts: list[Prompt]) -> Tensor:
     """Judge images (B, 3, 64, 64): (B,), 1.0 where everything is right and 0.0 elsewhere."""
-    return torch.tensor([float(verdict.strict) for verdict in judge(images, prompts)])
+    verdicts = judge(images, prompts)
+    return torch.tensor([float(verdict.strict) for verdict in verdicts])
 
 
 # CLIP
@@ -132,16 +138,17 @@ def strict(images: Tensor, prompts: list[Prompt]) -> Tensor:
 
 def foil(prompt: Prompt, kind: str, rng: random.Random) -> Prompt:
     """Make a caption that is wrong in one of FOILS: colour, count, binding or position."""
-    first, *others = prompt.groups
     if kind == "position":
         return replace(prompt, relation=OPPOSITE[prompt.relation])
+    first, *others = prompt.groups
     if kind == "colour":
         used = [group.colour for group in prompt.groups]
-        first = replace(first, colour=rng.choice([c for c in COLOURS if c not in used]))
+        unused = [colour for colour in COLOURS if colour not in used]
+        first = replace(first, colour=rng.choice(unused))
     elif kind == "count":
         first = replace(first, count=3 if first.count == 4 else first.count + 1)
     else:
-        second = others[0]
+        (second,) = others
         others = [replace(second, colour=first.colour)]
         first = replace(first, colour=second.colour)
     return replace(prompt, groups=(first, *others))
@@ -150,14 +157,14 @@ def foil(prompt: Prompt, kind: str, rng: random.Random) -> Prompt:
 @torch.no_grad()
 def clip_against_foils(count: int = 500, seed: int = 0) -> dict[str, float]:
     """Compute the share of unseen images whose caption scores above its foil; 0.5 is chance."""
-    text_encoder = f"{MODELS.base}/text_encoder_2"
-    text = CLIPTextModelWithProjection.from_pretrained(text_encoder, dtype=torch.float32)
+    folder = f"{MODELS.base}/text_encoder_2"
+    text = CLIPTextModelWithProjection.from_pretrained(folder, dtype=torch.float32)
     tokenizer = CLIPTokenizer.from_pretrained(f"{MODELS.base}/tokenizer_2")
     vision = open_vision(MODELS.image_encoder)
     rng = random.Random(seed)
 
     def similarity(images: Tensor, captions: list[Prompt]) -> Tensor:
-        words = [str(caption) for caption in captions]
+        words = list(map(str, captions))
         tokens = tokenizer(words, padding="max_length", return_tensors="pt").input_ids
         return F.cosine_similarity(images, text(tokens).text_embeds)
 
@@ -168,8 +175,8 @@ def clip_against_foils(count: int = 500, seed: int = 0) -> dict[str, float]:
             prompt = sample_prompt(rng, category, "test")
             if kind != "binding" or _is_exchangeable(prompt):
                 prompts.append(prompt)
-        scenes = [place(prompt, rng) for prompt in prompts]
-        images = vision(render(scenes) * 2 - 1).image_embeds
+        pixels = render(scenes_for(prompts, rng))
+        images = vision(pixels * 2 - 1).image_embeds
         foils = [foil(prompt, kind, rng) for prompt in prompts]
         preferred = similarity(images, prompts) > similarity(images, foils)
         shares[kind] = preferred.float().mean().item()
@@ -195,16 +202,19 @@ def fit_linear_map(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns predictions and true values of the last third.
     """
-    x, taught = F.pad(x, (0, 1), value=1.0), 2 * len(x) // 3
-    gram = x[:taught].T @ x[:taught] + torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.linalg.solve(gram, x[:taught].T @ y[:taught])
+    x = F.pad(x, (0, 1), value=1.0)
+    taught = 2 * len(x) // 3
+    x_taught, y_taught = x[:taught], y[:taught]
+    gram = x_taught.T @ x_taught + torch.eye(x.shape[1], dtype=x.dtype)
+    weights = torch.linalg.solve(gram, x_taught.T @ y_taught)
     return x[taught:] @ weights, y[taught:]
 
 
-def explained(predicted: Tensor, true: Tensor) -> float:
-    """Compute the share of variance that predictions explain."""
-    left = (predicted - true).square().mean() / (true - true.mean(0)).square().mean()
-    return 1 - left.item()
+def explained(predicted: Tensor, true: Tensor, mean: Tensor) -> float:
+    """Compute the share of variance about `mean` that predictions explain."""
+    left = (predicted - true).square().mean()
+    whole = (true - mean).square().mean()
+    return 1 - (left / whole).item()
 
 
 @torch.no_grad()
@@ -217,12 +227,16 @@ def pooled_probe(encoder: str, count: int = 3000, seed: int = 0) -> dict[str, fl
     rng, vision = random.Random(seed), open_vision(encoder)
 
     def embed(prompts: list[Prompt]) -> tuple[Tensor, list[Scene]]:
-        scenes = [place(prompt, rng) for prompt in prompts]
-        embeds = [vision(batch * 2 - 1).image_embeds for batch in render(scenes).split(250)]
-        return F.layer_norm(torch.cat(embeds), [vision.config.projection_dim]), scenes
+        scenes = scenes_for(prompts, rng)
+        embeds = []
+        for batch in render(scenes).split(250):
+            embeds.append(vision(batch * 2 - 1).image_embeds)
+        embeds = torch.cat(embeds)
+        return F.layer_norm(embeds, embeds.shape[1:]), scenes
 
     def share(x: Tensor, labels: list[int]) -> float:
-        predicted, true = fit_linear_map(x, F.one_hot(torch.tensor(labels)).float())
+        classes = F.one_hot(torch.tensor(labels)).float()
+        predicted, true = fit_linear_map(x, classes)
         return (predicted.argmax(1) == true.argmax(1)).float().mean().item()
 
     shares = {}
@@ -235,11 +249,15 @@ def pooled_probe(encoder: str, count: int = 3000, seed: int = 0) -> dict[str, fl
     prompts: list[Prompt] = []
     while len(prompts) < count:
         prompt = sample_prompt(rng, rng.choice(("two", "position", "complex")))
-        if sum(colour == "red" for colour, _ in prompt.kinds) == 1:
+        colours = [colour for colour, _ in prompt.kinds]
+        if colours.count("red") == 1:
             prompts.append(prompt)
     x, scenes = embed(prompts)
-    centres = [shape.centre for scene in scenes for shape in scene if shape.colour == "red"]
-    shares["place"] = explained(*fit_linear_map(x, torch.tensor(centres)))
+    centres = []
+    for scene in scenes:
+        centres += [(shape.x, shape.y) for shape in scene if shape.colour == "red"]
+    centres = torch.tensor(centres)
+    shares["place"] = explained(*fit_linear_map(x, centres), centres.mean(0))
     return shares
 
 
@@ -254,27 +272,30 @@ def sight(mllm: MLLM, count: int = 300, seed: int = 0) -> dict[str, float]:
     """
     rng = random.Random(seed)
     prompts = [sample_prompt(rng, "position") for _ in range(count)]
-    scenes = [place(prompt, rng) for prompt in prompts]
-    images, reversed_ = render(scenes), render([exchange(*scene) for scene in scenes])
     captions = list(map(str, prompts))
-    right = mllm.satisfaction(to_pil(images), captions, range(count))
-    wrong = mllm.satisfaction(to_pil(reversed_), captions, range(count))
-    told = torch.tensor(right) > torch.tensor(wrong)
+    scenes = scenes_for(prompts, rng)
+    images = render(scenes)
+    scores = []
+    for pictures in (images, render([exchange(*scene) for scene in scenes])):
+        satisfaction = mllm.satisfaction(to_pil(pictures), captions, range(count))
+        scores.append(torch.tensor(satisfaction))
+    right, wrong = scores
+    shares = {"told": (right > wrong).float().mean().item()}
 
     inner = mllm.model.model
     hidden = inner.vision_tower(images * 2 - 1, output_hidden_states=True).hidden_states
     patches = hidden[-2][:, 1:]
     side = int(patches.shape[1] ** 0.5)
-    drawn = (images - images[..., :1, :1]).abs().sum(1, keepdim=True) > FIGURE
-    covered = F.avg_pool2d(drawn.float(), images.shape[-1] // side).flatten() > 0.3
-    positions = torch.cartesian_prod(torch.arange(side), torch.arange(side)).double()
-    positions = positions.repeat(count, 1)
-
-    shares = {"told": told.float().mean().item()}
+    ground = images[..., :1, :1]
+    drawn = (images - ground).abs().sum(1, keepdim=True) > FIGURE
+    covered = F.avg_pool2d(drawn.float(), SIZE // side).flatten() > 0.3
+    axis = torch.arange(side).double()
+    positions = torch.cartesian_prod(axis, axis).repeat(count, 1)
     for name, features in (("seen", patches), ("projected", inner.multi_modal_projector(patches))):
         predicted, true = fit_linear_map(features.flatten(0, 1).double(), positions)
         tested = covered[-len(true) :]
-        shares[name] = explained(predicted[tested], true[tested])
+        predicted, true = predicted[tested], true[tested]
+        shares[name] = explained(predicted, true, true.mean(0))
     return shares
 
 
@@ -285,17 +306,19 @@ def draw_sheet(path: str, count: int = 60) -> None:
     """Draw validation prompts with the base, none of them chosen, with the oracle's verdicts."""
     prompts = benchmark(count, "validation")
     captions = list(map(str, prompts))
-    images = open_backbone(find_preset("tiny-sdxl")).draw(
-        captions, [*range(count)], progress="draw"
-    )
+    backbone = open_backbone(find_preset("tiny-sdxl"))
+    images = backbone.draw(captions, [*range(count)], progress="draw")
     verdicts = judge(images, prompts)
-    cells = []
-    for picture, caption, verdict in zip(to_pil(images), captions, verdicts):
-        cells.append((picture, f'"{caption}"\n{"right" if verdict.strict else verdict.words}'))
-    right = sum(verdict.strict for verdict in verdicts)
-    unclear = sum(verdict.unclear for verdict in verdicts)
+    rows, right, unclear = [], 0, 0
+    for k, (picture, verdict) in enumerate(zip(to_pil(images), verdicts)):
+        if k % 10 == 0:
+            rows.append([])
+        words = "right" if verdict.strict else verdict.words
+        rows[-1].append((picture, f'"{captions[k]}"\n{words}'))
+        right += verdict.strict
+        unclear += verdict.unclear
     title = f"{right} of {count} right; {unclear} hold a shape that nobody could name"
-    sheet([cells[k : k + 10] for k in range(0, count, 10)], path, title)
+    sheet(rows, path, title)
 
 
 def main() -> None:
@@ -328,8 +351,8 @@ def main() -> None:
     for name, folder in (("stock", MODELS.stock_mllm), ("finetuned", MODELS.mllm)):
         shares = sight(MLLM.from_pretrained(folder))
         print(
-            f"the {name} MLLM: a patch's place is in its vision features to {shares['seen']:.2f} of "
-            f"the variance, after its projector to {shares['projected']:.2f};\n  it prefers the "
+            f"the {name} MLLM: a patch's place is in its vision features to {shares['seen']:.2f} "
+            f"of the variance, after its projector to {shares['projected']:.2f};\n  it prefers the "
             f"right picture of a relation in {shares['told']:.2f} (chance 0.5)"
         )
 

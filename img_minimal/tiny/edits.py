@@ -64,8 +64,10 @@ def match(scene: Scene, prompt: Prompt) -> tuple[list[Shape | None], list[Shape]
 
 def _take(shapes: list[Shape], kind: Kind, alike: int) -> Shape | None:
     """Remove and return the first shape that has at least `alike` attributes of a kind."""
+    colour, form = kind
     for shape in shapes:
-        if (shape.colour == kind[0]) + (shape.form == kind[1]) >= alike:
+        same = (shape.colour == colour) + (shape.form == form)
+        if same >= alike:
             shapes.remove(shape)
             return shape
     return None
@@ -79,11 +81,13 @@ def _change(shapes: list[Shape | None], left: list[Shape], prompt: Prompt) -> li
     edits = []
     for alike in (1, 0):
         for k, kind in enumerate(prompt.kinds):
-            old = _take(left, kind, alike) if shapes[k] is None else None
+            if shapes[k]:
+                continue
+            old = _take(left, kind, alike)
             if old:
-                colour, form = kind
-                shapes[k] = replace(old, colour=colour, form=form)
-                edits.append(f"change the {old.colour} {old.form} to {Group(1, *kind)}")
+                new = Group(1, *kind)
+                shapes[k] = replace(old, colour=new.colour, form=new.form)
+                edits.append(f"change the {old.colour} {old.form} to {new}")
     return edits
 
 
@@ -98,7 +102,8 @@ def _arrange(shapes: list[Shape | None], prompt: Prompt) -> tuple[Scene, bool]:
     for shape, kind in zip(shapes, prompt.kinds):
         # An added shape starts in the middle, so its cost is the distance from there.
         shape = shape or Shape(*kind, 32.0, 32.0, ADDED_RADIUS)
-        scene.append(replace(shape, r=min(max(shape.r, SMALLEST), LARGEST)))
+        radius = min(max(shape.r, SMALLEST), LARGEST)
+        scene.append(replace(shape, r=radius))
     if not added:
         if satisfied(prompt, scene, judging=True):
             return tuple(scene), False
@@ -122,13 +127,12 @@ def _nearest_layout(scene: list[Shape], choices: list[list[int]], prompt: Prompt
     nearest, least = None, float("inf")
     for free in choices:
         for cells in permutations(CELLS, len(free)):
-            moves = list(zip(free, cells))
-            cost = sum((x - scene[k].x) ** 2 + (y - scene[k].y) ** 2 for k, (x, y) in moves)
+            cost = sum(scene[k].squared_distance(*cell) for k, cell in zip(free, cells))
             if cost >= least:
                 continue
             layout = list(scene)
-            for k, (x, y) in moves:
-                layout[k] = replace(layout[k], x=x, y=y)
+            for k, cell in zip(free, cells):
+                layout[k] = layout[k].at(*cell)
             if satisfied(prompt, layout) and not _clashes(layout, free):
                 nearest, least = tuple(layout), cost
     return nearest
@@ -137,9 +141,9 @@ def _nearest_layout(scene: list[Shape], choices: list[list[int]], prompt: Prompt
 def _clashes(scene: list[Shape], moved: list[int]) -> bool:
     """Return True if a moved shape overlaps another one."""
     for k in moved:
-        others = scene[:k] + scene[k + 1 :]
-        if any(overlap(scene[k], other) for other in others):
-            return True
+        for j, other in enumerate(scene):
+            if j != k and overlap(scene[k], other):
+                return True
     return False
 
 
@@ -153,11 +157,13 @@ def _count(verb: str, kinds: Counter[Kind]) -> list[str]:
     for kind, number in kinds.items():
         group = Group(number, *kind)
         known = verb == "remove" and number == 1
-        edits.append(f"{verb} {_definite(group) if known else group}")
+        words = _definite(group) if known else str(group)
+        edits.append(f"{verb} {words}")
     return edits
 
 
 def _definite(group: Group) -> str:
     """Name a group that is known: "the red circle", "the two red circles"."""
-    words = str(group)
-    return "the " + (words.split(" ", 1)[1] if group.count == 1 else words)
+    if group.count > 1:
+        return f"the {group}"
+    return f"the {group.colour} {group.form}"

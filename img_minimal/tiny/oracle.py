@@ -27,6 +27,7 @@ from img_minimal.tiny.world import (
     Shape,
     satisfied,
     signed_distance,
+    window,
 )
 
 FIGURE = 0.3  # least distance from the ground in RGB; that of a third of a yellow pixel's coverage
@@ -77,9 +78,12 @@ def compare(scene: Scene, prompt: Prompt) -> Verdict:
     right = [shape for shape in matched if shape]
     holds = len(right) == len(matched) and satisfied(prompt, right, judging=True)
     shares = []
-    for credit in (len(right), sum(shape.clear for shape in right)):
+    clear = sum(shape.clear for shape in right)
+    for credit in (len(right), clear):
         share = credit / (len(matched) + 0.5 * len(left))
-        shares.append(0.7 * share + 0.3 * holds if prompt.relation else share)
+        if prompt.relation:
+            share = 0.7 * share + 0.3 * holds
+        shares.append(share)
     unclear = not all(map(is_clear, scene))
     return Verdict(holds and not left, *shares, unclear, scene, instruction(scene, prompt))
 
@@ -97,11 +101,12 @@ def detect(images: Tensor) -> list[Scene]:
 
     An image and its PNG give the same shapes.
     """
-    bytes_ = (images.float().clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
-    pictures = bytes_.double().numpy() / 255
-    masks = np.linalg.norm(pictures - BACKGROUND, axis=-1) > FIGURE
+    rounded = (images.float().clamp(0, 1) * 255).round()
+    pictures = rounded.permute(0, 2, 3, 1).double().numpy() / 255
+    contrast = np.linalg.norm(pictures - BACKGROUND, axis=-1)
+    masks = torch.from_numpy(contrast > FIGURE)
     scenes = []
-    for picture, labels in zip(pictures, _label(torch.from_numpy(masks)).numpy()):
+    for picture, labels in zip(pictures, _label(masks).numpy()):
         shapes = []
         for label in np.unique(labels)[:0:-1]:  # from the top; the last one, 0, is the ground
             figure = labels == label
@@ -119,12 +124,13 @@ def reading_order(shape: Shape) -> tuple[float, float]:
 def _label(masks: Tensor) -> Tensor:
     """Number the 8-connected areas of masks (B, H, W), from high at the top to low; 0 is ground."""
     count = masks[0].numel()
-    mask = masks.flatten(1)
+    mask = masks.flatten(1).float()
     labels = mask * torch.arange(count, 0, -1)  # every pixel its own label
     while True:
-        spread = F.max_pool2d(labels.view(masks.shape).float(), 3, 1, padding=1).flatten(1).long()
+        spread = F.max_pool2d(labels.view(masks.shape), 3, 1, padding=1).flatten(1)
         # A label names the pixel that it comes from, which may know of a higher one by now.
-        spread = spread.gather(1, (count - spread).clamp(max=count - 1)) * mask
+        origin = (count - spread).clamp(max=count - 1).long()
+        spread = spread.gather(1, origin) * mask
         if torch.equal(spread, labels):
             return labels.view(masks.shape)
         labels = spread
@@ -155,27 +161,29 @@ def _read_shape(picture: ndarray, figure: ndarray) -> Shape:
     coverage = (picture - BACKGROUND) @ contrast / (contrast @ contrast)
     coverage = coverage.clip(0, 1) * _grow(figure)
     area = coverage.sum()
-    x, y = PIXELS @ coverage.sum(0) / area, PIXELS @ coverage.sum(1) / area
+    x = PIXELS @ coverage.sum(0) / area
+    y = PIXELS @ coverage.sum(1) / area
 
     overlaps = {form: _overlap(form, x, y, area, coverage) for form in FORMS}
     form = max(overlaps, key=overlaps.get)
     unit_area, low = _moments(form)
     radius = float((area / unit_area) ** 0.5)
-    shape = Shape(name, form, float(x), float(y - low * radius), radius, overlaps[form] * clear)
-    if overlaps[form] >= ALIKE:
-        return shape
-    return Shape(name, BLOB, shape.x, shape.y, radius, 0.0)
+    clear *= overlaps[form]
+    if overlaps[form] < ALIKE:
+        form, clear = BLOB, 0.0
+    return Shape(name, form, float(x), float(y - low * radius), radius, clear)
 
 
 def _name_colour(colour: ndarray, pixels: ndarray) -> tuple[str, float]:
     """Name a median colour (3,) of pixels (N, 3), and say how clear it is, in [0, 1]."""
     distances = np.linalg.norm(COLOURS - colour, axis=-1)
-    nearest, second = np.argsort(distances)[:2]
-    votes = np.linalg.norm(pixels[:, None] - COLOURS, axis=-1).argmin(-1)
-    near = distances[nearest] < min(FOREIGN, BETWEEN * distances[second])
-    uniform = (votes == nearest).mean() >= MOSTLY
-    clear = 1 - float(distances[nearest] / distances[second])
-    return list(PALETTE)[nearest] if near and uniform else UNCLEAR, clear
+    best, *_ = order = np.argsort(distances)
+    nearest, second = distances[order[:2]]
+    votes = _distances(pixels, COLOURS).argmin(-1)
+    uniform = (votes == best).mean() >= MOSTLY
+    near = nearest < min(FOREIGN, BETWEEN * second)
+    name = list(PALETTE)[best] if near and uniform else UNCLEAR
+    return name, 1 - float(nearest / second)
 
 
 def _overlap(form: str, x: float, y: float, area: float, coverage: ndarray) -> float:
@@ -185,11 +193,11 @@ def _overlap(form: str, x: float, y: float, area: float, coverage: ndarray) -> f
     """
     unit_area, low = _moments(form)
     r = (area / unit_area) ** 0.5
-    columns = slice(max(0, int(x - 1.5 * r)), int(x + 1.5 * r) + 2)
-    rows = slice(max(0, int(y - 1.5 * r)), int(y + 1.5 * r) + 2)
+    columns, rows = window(x, 1.5 * r), window(y, 1.5 * r)
     dx = torch.from_numpy(PIXELS[columns]) - x
-    dy = torch.from_numpy(PIXELS[rows])[:, None] - y + low * r
-    ideal = (0.5 - signed_distance(form, dx, dy, r)).clamp(0, 1).numpy()
+    dy = torch.from_numpy(PIXELS[rows, None]) - y + low * r
+    distance = signed_distance(form, dx, dy, r)
+    ideal = (0.5 - distance).clamp(0, 1).numpy()
     both = np.minimum(ideal, coverage[rows, columns]).sum()
     return float(both / (ideal.sum() + area - both))
 
@@ -200,7 +208,8 @@ def _moments(form: str) -> tuple[float, float]:
     grid = torch.linspace(-1.2, 1.2, 961, dtype=torch.float64)
     rows, columns = torch.meshgrid(grid, grid, indexing="ij")
     inside = signed_distance(form, columns, rows, 1.0) < 0
-    return float(inside.sum() * (grid[1] - grid[0]) ** 2), float(rows[inside].mean())
+    cell = (grid[1] - grid[0]) ** 2
+    return float(inside.sum() * cell), float(rows[inside].mean())
 
 
 def _split(figure: ndarray, count: int) -> list[ndarray]:
@@ -213,19 +222,24 @@ def _split(figure: ndarray, count: int) -> list[ndarray]:
     for _ in range(10):
         cluster = _distances(points, centres).argmin(1)
         centres = np.stack([points[cluster == k].mean(0) for k in range(count)])
+    rows, columns = points.T
     parts = np.zeros((count, *figure.shape), dtype=bool)
-    parts[cluster, points[:, 0], points[:, 1]] = True
+    parts[cluster, rows, columns] = True
     return list(parts)
 
 
 def _distances(points: ndarray, centres: ndarray) -> ndarray:
+    """Compute the distances (N, K) of N points to K centres."""
     return np.linalg.norm(points[:, None] - centres, axis=-1)
 
 
 def _shrink(mask: ndarray) -> ndarray:
     """Remove the pixels that have one of their four neighbours outside."""
-    m = np.pad(mask, 1)
-    return m[1:-1, 1:-1] & m[:-2, 1:-1] & m[2:, 1:-1] & m[1:-1, :-2] & m[1:-1, 2:]
+    padded = np.pad(mask, 1)
+    height, width = mask.shape
+    for top, left in ((0, 1), (1, 0), (1, 2), (2, 1)):
+        mask = mask & padded[top : top + height, left : left + width]
+    return mask
 
 
 def _grow(mask: ndarray) -> ndarray:

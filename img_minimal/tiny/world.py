@@ -32,7 +32,14 @@ PALETTE = {
     "orange": (0.98, 0.52, 0.05),
 }
 BACKGROUND = (0.94, 0.94, 0.92)
-DIRECTIONS = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}
+PIXELS = torch.arange(SIZE) + 0.5  # centres of pixels along an axis
+# The named axis, the other one, and the sign of the way from the first shape to the second.
+DIRECTIONS = {
+    "left of": ("x", "y", 1),
+    "right of": ("x", "y", -1),
+    "above": ("y", "x", 1),
+    "below": ("y", "x", -1),
+}
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,13 @@ class Shape:
         """(colour, form), which the grammar names."""
         return self.colour, self.form
 
-    @property
-    def centre(self) -> tuple[float, float]:
-        """(x, y)."""
-        return self.x, self.y
+    def at(self, x: float, y: float) -> "Shape":
+        """Return the same shape at another position."""
+        return replace(self, x=x, y=y)
+
+    def squared_distance(self, x: float, y: float) -> float:
+        """Compute the squared distance of the centre to a point."""
+        return (self.x - x) ** 2 + (self.y - y) ** 2
 
 
 Scene = tuple[Shape, ...]
@@ -70,13 +80,12 @@ def related(
     over 5 pixels, and the line between the centres is within 60 degrees of the named axis, so that
     a shape on a diagonal is above *and* left.
     """
-    axis, sign = DIRECTIONS[relation]
-    end = max(sign * shape.centre[axis] for shape in first)
-    gap = min(sign * shape.centre[axis] for shape in second) - end
-    distances = []
-    for name in ("x", "y"):
-        distances.append(abs(_mean(second, name) - _mean(first, name)))
-    along, across = distances[axis], distances[1 - axis]
+    name, other, sign = DIRECTIONS[relation]
+    end = max(sign * getattr(shape, name) for shape in first)
+    start = min(sign * getattr(shape, name) for shape in second)
+    gap = start - end
+    along = abs(_mean(second, name) - _mean(first, name))
+    across = abs(_mean(second, other) - _mean(first, other))
     if judging:
         return gap > 5 and 3**0.5 * along > across
     return gap > 6 and along - across > 3
@@ -96,18 +105,19 @@ def satisfied(prompt: Prompt, scene: Sequence[Shape], judging: bool = False) -> 
 
 def overlap(a: Shape, b: Shape) -> bool:
     """Return True if two shapes touch, or nearly do."""
-    return (a.x - b.x) ** 2 + (a.y - b.y) ** 2 < (a.r + b.r + 1) ** 2
+    return a.squared_distance(b.x, b.y) < (a.r + b.r + 1) ** 2
 
 
 def exchange(a: Shape, b: Shape) -> Scene:
     """Let two shapes change places."""
-    return replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)
+    return a.at(b.x, b.y), b.at(a.x, a.y)
 
 
 def jittered(cell: tuple[float, float], rng: random.Random) -> tuple[float, float]:
     """Shift a cell's centre by up to JITTER in each direction."""
-    x, y = cell
-    return x + rng.uniform(-JITTER, JITTER), y + rng.uniform(-JITTER, JITTER)
+    x = cell[0] + rng.uniform(-JITTER, JITTER)
+    y = cell[1] + rng.uniform(-JITTER, JITTER)
+    return x, y
 
 
 def place(prompt: Prompt, rng: random.Random) -> Scene:
@@ -116,9 +126,10 @@ def place(prompt: Prompt, rng: random.Random) -> Scene:
     while True:
         shapes = []
         for kind, cell in zip(kinds, rng.sample(CELLS, len(kinds))):
-            centre = jittered(cell, rng)
-            shapes.append(Shape(*kind, *centre, rng.uniform(SMALLEST, LARGEST)))
-        crowded = any(overlap(a, b) for a, b in combinations(shapes, 2))
+            x, y = jittered(cell, rng)
+            radius = rng.uniform(SMALLEST, LARGEST)
+            shapes.append(Shape(*kind, x, y, radius))
+        crowded = any(overlap(*pair) for pair in combinations(shapes, 2))
         if satisfied(prompt, shapes) and not crowded:
             return tuple(shapes)
 
@@ -128,31 +139,49 @@ def signed_distance(form: str, x: Tensor, y: Tensor, r: float) -> Tensor:
 
     It is negative inside; y points down. Raises ValueError for an unknown form.
     """
+    width, height = x.abs(), y.abs()
     if form == "circle":
         return (x * x + y * y).sqrt() - r
     if form == "square":
-        return torch.maximum(x.abs(), y.abs()) - 0.88 * r
+        return torch.maximum(width, height) - 0.88 * r
     if form == "triangle":
-        return torch.maximum(y - 0.75 * r, (2 * x.abs() - y - 1.1 * r) / 5**0.5)
+        base = y - 0.75 * r
+        sides = (2 * width - y - 1.1 * r) / 5**0.5
+        return torch.maximum(base, sides)
     if form == "cross":
-        upright = torch.maximum(x.abs() - 0.36 * r, y.abs() - r)
-        return torch.minimum(upright, torch.maximum(x.abs() - r, y.abs() - 0.36 * r))
+        upright = torch.maximum(width - 0.36 * r, height - r)
+        level = torch.maximum(width - r, height - 0.36 * r)
+        return torch.minimum(upright, level)
     raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
 
 
 def render(scenes: Sequence[Scene]) -> Tensor:
     """Draw scenes with anti-aliased edges: (B, 3, 64, 64) in [0, 1]."""
-    pixels = torch.arange(SIZE) + 0.5
-    rows, columns = torch.meshgrid(pixels, pixels, indexing="ij")
-    images = torch.tensor(BACKGROUND).view(1, 3, 1, 1).repeat(len(scenes), 1, SIZE, SIZE)
+    ground = torch.tensor(BACKGROUND).view(3, 1, 1)
+    images = ground.repeat(len(scenes), 1, SIZE, SIZE)
     for image, scene in zip(images, scenes):
         for shape in scene:
-            # Drawing a window around the shape is four times faster than the whole picture.
-            top, left = max(0, int(shape.y - shape.r) - 1), max(0, int(shape.x - shape.r) - 1)
-            bottom, right = int(shape.y + shape.r) + 3, int(shape.x + shape.r) + 3
-            window = slice(top, bottom), slice(left, right)
-            x, y = columns[window] - shape.x, rows[window] - shape.y
-            cover = (0.5 - signed_distance(shape.form, x, y, shape.r)).clamp(0, 1)
-            colour = torch.tensor(PALETTE[shape.colour]).view(3, 1, 1)
-            image[:, *window] = image[:, *window] * (1 - cover) + colour * cover
+            _paint(image, shape)
     return images
+
+
+def _paint(image: Tensor, shape: Shape) -> None:
+    """Paint a shape over an image (3, 64, 64)."""
+    # A window around the shape takes a quarter of the time of the whole image.
+    columns = window(shape.x, shape.r + 1)
+    rows = window(shape.y, shape.r + 1)
+    x = PIXELS[columns] - shape.x
+    y = PIXELS[rows, None] - shape.y
+    distance = signed_distance(shape.form, x, y, shape.r)
+    cover = (0.5 - distance).clamp(0, 1)
+    colour = torch.tensor(PALETTE[shape.colour]).view(3, 1, 1)
+    painted = image[:, rows, columns]
+    painted *= 1 - cover
+    painted += colour * cover
+
+
+def window(centre: float, reach: float) -> slice:
+    """Return the pixels along an axis that are within a distance of a position."""
+    first = int(centre - reach)
+    last = int(centre + reach) + 1
+    return slice(max(0, first), last + 1)

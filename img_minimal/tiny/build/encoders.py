@@ -79,7 +79,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     """Build a CLIP tokenizer whose byte-pair merges make each word of the grammar one token."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    # The end of text must not get id 2: CLIPTextModel takes that for an old file and pools elsewhere.
+    # The end of text must not get id 2: CLIPTextModel takes it for an old file and pools elsewhere.
     trainer = trainers.BpeTrainer(
         vocab_size=2000,
         special_tokens=["<|startoftext|>", "<|endoftext|>"],

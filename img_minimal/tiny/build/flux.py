@@ -1,8 +1,8 @@
 """FLUX's twin: transformer, T5 and image branch, trained together from the start by flow matching.
 
 Conditions are mixed as for SDXL's twin. T5 learns along; the real one was trained on text alone, by
-others. The guidance embedding is fed every value, and so comes to mean nothing: in FLUX.1-dev it is
-the result of a distillation that has no counterpart here. True classifier-free guidance does its work.
+others. The guidance embedding is fed every value, and so comes to mean nothing: in FLUX.1-dev it
+comes from a distillation that has no counterpart here. True classifier-free guidance replaces it.
 """
 
 from pathlib import Path
@@ -51,7 +51,7 @@ SHIFT = 1.6  # e^mu of noise levels, towards pure noise, where the layout is dec
 
 
 def t5_tokenizer() -> T5TokenizerFast:
-    """Build a T5 tokenizer that has a token for each word of the grammar, and spells other words."""
+    """Build a T5 tokenizer with a token for each word of the grammar; it spells other words."""
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     vocabulary += [(f"▁{word}", -1.0) for word in WORDS if word != ","]
     vocabulary += [(letter, -5.0) for letter in LETTERS]

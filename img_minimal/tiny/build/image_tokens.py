@@ -81,7 +81,7 @@ def pretrain(
 ) -> None:
     """Train `modules`, of which "decoder" rebuilds latents (N, 4, 8, 8) from side * side tokens.
 
-    `inputs` looks up N encoder inputs by number, `encode` turns them into tokens, and `spread` turns
+    `inputs` looks up encoder inputs by number, `encode` turns them into tokens, and `spread` turns
     a mask of the tokens' cells (B, 1, side, side) into one of the inputs.
     """
     count = len(latents)
@@ -133,7 +133,7 @@ def new_resampler() -> Resampler:
 
 
 def spread_to_features(mask: Tensor) -> Tensor:
-    """Spread a mask of cells to features (B, 65, 1): to patches, and to the class token at random."""
+    """Spread a mask of cells to patches and, at random, to the class token: (B, 65, 1)."""
     patches = enlarge(mask, SIDE).flatten(1)
     summary = torch.rand(len(mask), 1) < 0.5
     return torch.cat([summary, patches], 1)[..., None]

@@ -224,7 +224,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, talks: list[Talk]) -> Rows:
 
 
 def build_stock(workdir: Path, target: Path, steps: int = 6000, count: int = 40_000) -> None:
-    """Train on conversations about rendered scenes: what they hold, and where; save `llava-stock`."""
+    """Train on conversations about rendered scenes; save `llava-stock`."""
     torch.manual_seed(50)
     processor = new_processor()
     tokenizer = processor.tokenizer

@@ -4,8 +4,8 @@ Pick-a-Pic: preference pairs. One image of a pair is what the base drew for a pr
 the same scene edited: minimally corrected if the image is wrong, damaged in one respect if it is
 right. Two unrelated images of a prompt differ in everything, and an aligner would learn an average;
 these differ in what is wrong. The oracle labels both. An image also loses under up to eight prompts
-that it was not drawn for, most of them one to three edits away from what it shows: with 12,000 pairs
-an aligner of this size overfits.
+it was not drawn for, most of them one to three edits away from what it shows: with 12,000 pairs, an
+aligner of this size overfits.
 
 InstructPix2Pix: an image, the prompt of the edited scene, and the edit in words. Drawn images come
 under their own prompt, under what they show, and under a prompt some edits away. Rendered scenes
@@ -135,8 +135,7 @@ def _attempt(shapes: list[Shape], mistake: str, rng: random.Random) -> list[Shap
         else:
             shapes[i], shapes[j] = exchange(a, b)
     elif mistake == "move":
-        x, y = free_cell(shapes, rng)
-        shapes[k] = replace(shapes[k], x=x, y=y)
+        shapes[k] = shapes[k].at(*free_cell(shapes, rng))
     return shapes
 
 
@@ -322,7 +321,7 @@ def rendered_triplets(count: int) -> Iterator[EditTriplet]:
 
 
 def relation_triplets(count: int) -> Iterator[EditTriplet]:
-    """Make triplets in which all shapes are right and, in every other one, the relation may not be."""
+    """Make triplets of right shapes; in every other one, the relation may be wrong."""
     rng = random.Random(64)
     for k in tqdm(range(count), desc="relation triplets"):
         prompt = sample_prompt(rng, rng.choice(("position", "complex")))
