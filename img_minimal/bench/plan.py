@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from img_minimal.aligner import ImplicitAligner
+from img_minimal.backbone import backbone_class
 from img_minimal.cli import check
 from img_minimal.detector import mark_trainable
 from img_minimal.devices import Precision, best_device, count_parameters
-from img_minimal.hub.adapters import read_ip_adapter, read_xlabs_adapter
 from img_minimal.hub.mllms import FAMILIES, find_family, read_settings, transformers_config
 from img_minimal.hub.weights import opening
 from img_minimal.presets import Models, Preset
@@ -131,14 +131,7 @@ def image_tokens(backbone: str, models: Models) -> tuple[int, tuple[int, int]]:
     if not all(Path(path).is_file() for path in files):
         return PUBLIC_HEADS[backbone]
     with opening(models.ip_adapter, "IP-Adapter of this model"):
-        if backbone == "flux":
-            state, _ = read_xlabs_adapter(models.ip_adapter)
-            width = state["norm.weight"].shape[0]
-            shape = state["image_embeds.weight"].shape[0] // width, width
-        else:
-            state, _, _ = read_ip_adapter(models)
-            shape = state["latents"].shape[1], state["proj_out.weight"].shape[0]
-        return sum(value.numel() for value in state.values()), shape
+        return backbone_class(backbone).image_prompts.head_size(models)
 
 
 def build_mllm(location: str) -> PreTrainedModel:

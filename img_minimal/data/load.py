@@ -32,7 +32,7 @@ def load_encoder(preset: Preset, guidance: str, seed: int) -> Encoder:
         guide = open_guide(preset.models, "text", tokenizer)
     else:
         preset = fetch(preset, *ADAPTER, "mllm")
-        tokenizer = open_image_prompt(preset)
+        tokenizer = open_image_prompt(preset.backbone, preset.models)
         guide = open_guide(preset.models, "mllm")
     models = preset.models
     share = preset.data.identity_share

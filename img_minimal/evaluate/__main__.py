@@ -148,7 +148,7 @@ def evaluate_file(config: Config, preset: Preset, settings: dict) -> dict:
     if any(folder.lacks(prompts, arm) for arm in compare.ARMS):
         for one in scores:
             if one.missing():
-                ClipJudge.open(one.files)  # finds a missing file in seconds, not after hours
+                ClipJudge.open(one.source)  # finds a missing file in seconds, not after hours
         compare.release()
         compare.draw_missing(folder, IMG(preset=preset))
 
@@ -156,7 +156,7 @@ def evaluate_file(config: Config, preset: Preset, settings: dict) -> dict:
     for one in scores:
         compare.release()
         one.fill()
-        result = results["judges"][one.files.name] = one.results()
+        result = results["judges"][one.source.name] = one.results()
         compare.print_table(one.title, result)
     results["settings"] = settings | {
         "prompt_file": config.prompt_file,

@@ -122,16 +122,16 @@ def draw_missing(folder: ImageFolder, img: IMG) -> None:
 class Scores:
     """The scores of one judge, saved batch by batch in scores-<judge>.json."""
 
-    def __init__(self, folder: ImageFolder, files: JudgeFiles):
+    def __init__(self, folder: ImageFolder, source: JudgeFiles):
         """Read the scores there are. Raises UserError if they are damaged, or of other files."""
-        self.folder, self.files, self.title = folder, files, JUDGES[files.name].title
-        self.path = folder.folder / f"scores-{files.name}.json"
+        self.folder, self.source, self.title = folder, source, JUDGES[source.name].title
+        self.path = folder.folder / f"scores-{source.name}.json"
         advice = f"choose another --output, or delete {self.path.name} to judge anew"
         # A judge may be added later, so each has a record of its own.
         judged_by = {}
-        for part, location in asdict(files).items():
-            judged_by[f"{files.name} {part}"] = identity(location)
-        note = self.path.with_name(f"judge-{files.name}.json")
+        for part, location in asdict(source).items():
+            judged_by[f"{source.name} {part}"] = identity(location)
+        note = self.path.with_name(f"judge-{source.name}.json")
         check_provenance(note, judged_by, advice, self.path.exists())
         self.rows: dict[str, dict[str, float]] = {}  # by the prompt's number
         if self.path.exists():
@@ -150,7 +150,7 @@ class Scores:
         missing = self.missing()
         if not missing:
             return
-        judge = ClipJudge.open(self.files, best_device())
+        judge = ClipJudge.open(self.source, best_device())
         for batch in tqdm(missing, desc=self.title):
             texts, images = texts_of(batch), []
             for arm in ARMS:

@@ -101,14 +101,15 @@ class ClipJudge:
     processor: CLIPImageProcessorPil
 
     @classmethod
-    def open(cls, files: JudgeFiles, device: torch.device | str = "cpu") -> Self:
+    def open(cls, source: JudgeFiles, device: torch.device | str = "cpu") -> Self:
         """Load a judge. Raises UserError for files that are missing, damaged, or no CLIPModel's."""
-        folder = fetch_folder(files.model, f"--{files.name}-model")
-        config = CLIPConfig(**read_config(folder))
+        folder = fetch_folder(source.model, f"--{source.name}-model")
+        with opening(folder, "CLIP model"):
+            config = CLIPConfig(**read_config(folder))
         model, _ = open_model(CLIPModel, config, folder, torch.float32, device)
-        published = JUDGES[files.name].processor
+        published = JUDGES[source.name].processor
         own = (folder / "preprocessor_config.json").exists() and any(folder.glob("tokenizer*.json"))
-        location = files.processor or (str(folder) if own else published)
+        location = source.processor or (str(folder) if own else published)
         with opening(location, "tokenizer and image processor, see --judge-processor"):
             processor = CLIPImageProcessorPil.from_pretrained(location)
             length = config.text_config.max_position_embeddings
@@ -118,8 +119,8 @@ class ClipJudge:
         found = f"{len(tokenizer)} words and {crop.height} x {crop.width} pixels"
         expected = f"{config.text_config.vocab_size} words and {side} x {side} pixels"
         advice = "give --judge-processor the one that belongs to the model"
-        check(found == expected, f"{location}: has {found}, {files.name} {expected}; {advice}")
-        return cls(JUDGES[files.name], model, tokenizer, processor)
+        check(found == expected, f"{location}: has {found}, {source.name} {expected}; {advice}")
+        return cls(JUDGES[source.name], model, tokenizer, processor)
 
     def cut(self, prompts: list[str]) -> list[int]:
         """Count the tokens of each prompt that are beyond the judge's length and dropped."""
