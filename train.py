@@ -147,7 +147,7 @@ def train(
         schedule.step()
         if with_preference and refresh.update(row["error"], row["reference_error"]):
             reference.load_state_dict(aligner.state_dict())
-        row["refreshes"] = refresh.refreshes
+        row["refreshes"] = refresh.refreshes  # written when this step ends
     return aligner
 
 
@@ -190,7 +190,10 @@ def train_aligner(config: Config, preset: Preset, run: Run) -> None:
     if skipped := data.stream.skips():
         print(skipped)
 
-    if config.rounds > 1 and not run.stopped:
+    if run.stopped:
+        return
+    aligner.save(run.path / "aligner.safetensors")
+    if config.rounds > 1:
         aligner = train_rounds(
             preset,
             run,
@@ -203,13 +206,13 @@ def train_aligner(config: Config, preset: Preset, run: Run) -> None:
             replay=config.replay,
             gate=config.gate,
         )
-    if run.stopped:
-        return
-    aligner.save(run.path / "aligner.safetensors")
+        if run.stopped:
+            return
+        aligner.save(run.path / "aligner.safetensors")
     results = validate(aligner, data.unseen)
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
     if config.eval_prompts and preset.world == "tiny":
-        # By name: training real models must not import the tiny world, which has the oracle.
+        # By name, like a backbone: the oracle belongs to this world alone.
         arms = import_module("img_minimal.evaluate.arms")
         img = IMG(preset=preset, aligner=aligner, guidance=guidance)
         arms.print_comparison(img, preset.name, config.eval_prompts, run.path / "samples.png")

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from img_minimal.cli import check
+from img_minimal.cli import UserError, check
 from img_minimal.hub.weights import fill, opening, read_metadata, read_weights, write_weights
 
 
@@ -226,9 +226,9 @@ def align(
         aligned.append(aligner(h.float(), c, m, passes).cpu())
     result = torch.cat(aligned)
     broken = (~result.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    check(
-        not broken,
-        f"the aligned features of image {broken[:1]} are not finite; check the files of the MLLM "
-        "and the aligner",
-    )
+    if broken:
+        raise UserError(
+            f"the aligned features of image {broken[0]} are not finite; check the files of the "
+            "MLLM and the aligner"
+        )
     return result

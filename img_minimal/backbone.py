@@ -1,6 +1,6 @@
 """What IMG needs of a text-to-image model: draw, with or without image tokens, and make tokens.
 
-sdxl.py and flux.py implement it; nothing else knows what a UNet is. A backbone is a diffusers
+sdxl.py and flux.py implement it; the method never sees a UNet. A backbone is a diffusers
 pipeline plus an IP-Adapter in two halves: the *image prompt* turns images into tokens, the *branch*
 lets the network attend to them.
 """
@@ -19,6 +19,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from img_minimal.cli import check
 from img_minimal.devices import Precision, Turns, best_device, compute_device
 from img_minimal.files import check_finite
+from img_minimal.hub.weights import opening
 from img_minimal.presets import Models, Preset
 
 CLASSES = {"sdxl": "SDXL", "flux": "Flux"}
@@ -110,6 +111,9 @@ class Backbone:
         scale_end = sampling.scale_end if scale_end is None else scale_end
         scales = torch.linspace(scale, scale * scale_end, sampling.steps).tolist()
         guided = tokens is not None and scale != 0
+        expected = (len(prompts), *self.token_shape)
+        if guided and tokens.shape != expected:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected {expected}")
         negative = self.negative_tokens().to(device) if guided else None
         texts = self.read(prompts)
         starts = range(0, len(prompts), sampling.draw_batch)
@@ -123,6 +127,7 @@ class Backbone:
         images = []
         for start in starts:
             batch = slice(start, start + sampling.draw_batch)
+            self.first_image = start  # its number, for messages
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
             both = None
             if guided:
@@ -140,13 +145,12 @@ class Backbone:
         """(N, D) of one image's tokens."""
         return self.image_prompt.token_shape
 
-    def tokens(self, images: list[Image], progress: str | None = None) -> Tensor:
+    def tokens(self, images: list[Image]) -> Tensor:
         """Compute the image tokens (B, N, D) of images."""
         self.turns.bring(self.image_prompt)
         size = self.preset.models.encode_batch
-        starts = range(0, len(images), size)
         tokens = []
-        for k in tqdm(starts, desc=progress, disable=progress is None, leave=False):
+        for k in range(0, len(images), size):
             tokens.append(self.image_prompt.tokens(images[k : k + size]).cpu())
         return torch.cat(tokens)
 
@@ -164,14 +168,12 @@ def backbone_class(kind: str) -> type[Backbone]:
 def open_backbone(
     preset: Preset,
     pipe: DiffusionPipeline | None = None,
-    inspect: Callable[[int], object] = id,
     loaded: Callable[[], object] = lambda: None,
 ) -> Backbone:
     """Load a backbone from local files, or wrap a loaded pipeline without moving or changing it.
 
-    The image prompt is small and comes first: `inspect` may reject the width of its tokens before
-    anything big is loaded. `loaded` is called after each part. Raises UserError for files that are
-    missing or do not fit each other.
+    `loaded` is called after each part. Raises UserError for files that are missing or do not fit
+    each other.
     """
     kind = backbone_class(preset.backbone)
     models, sampling = preset.models, preset.sampling
@@ -186,7 +188,6 @@ def open_backbone(
         turns = Turns(compute_device(network))
         precision = Precision(network.dtype, network.dtype, network.dtype)
     image_prompt = kind.image_prompts.open(models, precision, turns.home)
-    inspect(image_prompt.token_shape[1])
     loaded()
     if pipe is None:
         pipe = kind.open_pipe(models, precision).to(turns.home)
@@ -202,6 +203,12 @@ def open_image_prompt(kind: str, models: Models) -> ImagePrompt:
     device = best_device()
     precision = Precision.named(models.dtype, device)
     return backbone_class(kind).image_prompts.open(models, precision, device)
+
+
+def announced_token_width(kind: str, models: Models) -> int:
+    """Return D by the adapter's file, without loading CLIP. Raises UserError."""
+    with opening(models.ip_adapter, "IP-Adapter of this model"):
+        return backbone_class(kind).image_prompts.head_size(models)[1][1]
 
 
 def unseen_end(tokenizer: Any, prompt: str, limit: int) -> str:

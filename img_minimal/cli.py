@@ -77,7 +77,7 @@ def _add_flag(parser: argparse.ArgumentParser, flag: Field, kind: Any, from_pres
     kind = alternatives[0] if alternatives else kind
     required = flag.default is MISSING and not from_preset
     text = flag.metadata["help"]
-    if from_preset:
+    if from_preset and flag.default is not None:
         text += " (default: the preset's)"
     elif not required and flag.default is not None:
         text += f" (default: {flag.default})"

@@ -90,13 +90,17 @@ def identity(value: object) -> object:
     return value
 
 
-def check_provenance(note: Path, settings: dict, advice: str, used: bool = True) -> None:
+def check_provenance(note: Path, settings: dict, advice: str, used: bool | None = None) -> None:
     """Record in `note` which settings a folder was made with.
 
-    Raises UserError naming the first difference if the folder was `used` with other settings.
+    Raises UserError naming the first difference if the folder was `used` with other settings, or
+    without a note; by default it was used if there is a note.
     """
     settings = json.loads(json.dumps(settings))
-    before = read_json(note, dict, advice) if used and note.exists() else settings
+    noted = note.exists()
+    before = settings
+    if noted if used is None else used:
+        before = read_json(note, dict, advice) if noted else {}
     for name in sorted(settings | before):
         was, now = before.get(name), settings.get(name)
         if was != now:

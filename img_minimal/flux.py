@@ -27,6 +27,7 @@ from img_minimal import backbone
 from img_minimal.backbone import Backbone, unseen_end
 from img_minimal.cli import check
 from img_minimal.devices import Precision, compute_device
+from img_minimal.files import check_finite
 from img_minimal.hub.adapters import (
     XLABS_V1,
     check_encoder_width,
@@ -124,6 +125,8 @@ def inject(transformer: FluxTransformer2DModel, branch: nn.ModuleDict) -> Iterat
     """
     before = transformer.attn_processors
     names = {f"transformer_blocks.{i}.attn.processor": p for i, p in branch.items()}
+    for name, processor in names.items():  # as set by set_attention_backend
+        processor._attention_backend = getattr(before[name], "_attention_backend", None)
     try:
         transformer.set_attn_processor(before | names)
         yield
@@ -224,6 +227,7 @@ class Flux(Backbone):
         latents = pipe._unpack_latents(x, height, width, pipe.vae_scale_factor)
         latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
         decoded = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
+        check_finite(decoded, self.first_image)
         return pipe.image_processor.postprocess(decoded, output_type="pt")
 
     def schedule(self, patches: int) -> Tensor:

@@ -159,7 +159,7 @@ class MLLM:
         seeds: Sequence[int],
         batch_size: int = 64,
     ) -> list[float]:
-        """Compute the log-probability that the answer begins with "nothing" is wrong."""
+        """Compute the log-probability that the answer begins with "nothing", i.e. none is wrong."""
         scores = []
         for k in range(0, len(images), batch_size):
             batch = slice(k, k + batch_size)
@@ -265,8 +265,7 @@ def strip_placeholders(text: str) -> str:
 def drop_no_op_edits(answer: str) -> str:
     """Drop clauses that change something into itself; returns "nothing" if no other is left.
 
-    They come of decoding word by word: something is wrong, and what it is now gets read from the
-    prompt.
+    Greedy decoding may begin with "change the ..." and then copy the prompt for what is there now.
     """
     if not NO_OP_EDIT.search(answer):
         return answer

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from img_minimal.cli import check
 from img_minimal.presets import Training
 
 
@@ -86,7 +87,8 @@ def new_optimizer(
     """Create "adamw" or "muon"; `dtype` is that of Muon's products."""
     if name == "muon":
         return Muon(parameters, lr, weight_decay, dtype)
-    return {"adamw": torch.optim.AdamW}[name](parameters, lr=lr, weight_decay=weight_decay)
+    check(name == "adamw", f"unknown optimizer {name!r}; expected adamw or muon")
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
 
 
 def warmup_constant_decay(

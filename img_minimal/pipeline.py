@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from img_minimal.aligner import ImplicitAligner, align
-from img_minimal.backbone import PIPELINES, Backbone, open_backbone
+from img_minimal.backbone import PIPELINES, Backbone, announced_token_width, open_backbone
 from img_minimal.cli import check
 from img_minimal.devices import Precision, Turns, best_device, known_device
 from img_minimal.files import to_pil
@@ -71,13 +71,19 @@ class IMG:
         Raises UserError for another kind of pipeline, or files that are missing or do not fit.
         """
         preset = find_preset_for(pipe, preset)
+        changes = {name: value for name, value in changes.items() if value is not None}
+        check_changes(pipe, mllm, guidance, changes)
         for name, given in (("mllm", mllm), ("aligner", aligner)):
             if isinstance(given, str | PathLike):
                 changes[name] = str(given)
         preset = preset.guided_by(guidance).changed(**changes)
         opens_aligner = aligner is None or "aligner" in changes
         opens_mllm = guidance != "text" and (mllm is None or "mllm" in changes)
-        locations = ["aligner"] * opens_aligner + ["mllm"] * opens_mllm
+        locations: list[str] = []
+        if opens_aligner:
+            locations.append("aligner")
+        if opens_mllm:
+            locations.append("mllm")
         if not isinstance(pipe, Backbone):
             locations += ADAPTER
         if pipe is None:
@@ -89,12 +95,15 @@ class IMG:
         self.aligner = aligner.eval()
         if opens_mllm:
             self.aligner.check_widths(announced_width(preset.models.mllm), None)
+        if not isinstance(pipe, Backbone):
+            self.aligner.check_widths(None, announced_token_width(preset.backbone, preset.models))
+        if mllm_device is not None:
+            mllm_device = known_device(str(mllm_device))
         with tqdm(total=4, desc="loading models", leave=False, delay=2) as bar:
             if isinstance(pipe, Backbone):
                 self.backbone = pipe
             else:
-                width_fits = lambda width: self.aligner.check_widths(None, width)  # noqa: E731
-                self.backbone = open_backbone(preset, pipe, width_fits, bar.update)
+                self.backbone = open_backbone(preset, pipe, bar.update)
             self.turns = self.backbone.turns
             if opens_mllm or mllm is None:
                 mllm = open_guide(preset.models, guidance, self.backbone, mllm_device)
@@ -103,6 +112,8 @@ class IMG:
         self.aligner.to(self.turns.home)
         # Guidance by text has no model of its own; an MLLM on its own device stays there.
         self.guide_takes_turns = hasattr(mllm, "model") and mllm_device is None
+        if self.guide_takes_turns:
+            mllm.model.to(self.turns.home)
         self.passes, self.mllm_batch = preset.sampling.passes, preset.models.mllm_batch
 
     def __call__(
@@ -139,18 +150,15 @@ class IMG:
             said = self.explain(initial, prompts, seeds)
         return IMGOutput(initial, said, last)
 
-    def stages(
-        self, prompts: list[str], seeds: list[int], *, rounds: int = 1, progress: bool = False
-    ) -> list[Tensor]:
+    def stages(self, prompts: list[str], seeds: list[int], *, rounds: int = 1) -> list[Tensor]:
         """Draw the first images and those of each round: `rounds + 1` tensors (B, 3, H, W).
 
         Every round looks at the latest images and draws again from the same seeds.
         """
-        images = [self.backbone.draw(prompts, seeds, progress="initial" if progress else None)]
+        images = [self.backbone.draw(prompts, seeds)]
         for k in range(rounds):
             tokens = self.align(images[-1], prompts, [seed + k for seed in seeds])
-            title = f"round {k + 1}" if progress else None
-            images.append(self.backbone.draw(prompts, seeds, tokens, progress=title))
+            images.append(self.backbone.draw(prompts, seeds, tokens))
         return images
 
     def align(
@@ -235,7 +243,7 @@ def open_guide(
     models: Models,
     guidance: str,
     backbone: Backbone | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | None = None,
 ) -> GuidanceEncoder:
     """Open the MLLM of `models.mllm`, or guidance by the backbone's "text" encoders.
 
@@ -244,10 +252,21 @@ def open_guide(
     if guidance == "text":
         return TextGuidance(backbone.text_states, backbone.text_width)
     turns = backbone.turns if backbone else Turns(best_device())
-    home = known_device(str(device)) if device else turns.home
+    home = device or turns.home
     with opening(models.mllm, "multimodal LLM"):
-        dtype = Precision.named(models.dtype, turns.device).mllm
+        dtype = Precision.named(models.dtype, device or turns.device).mllm
         return MLLM.from_pretrained(models.mllm, dtype, home, find_questions(models.questions))
+
+
+def check_changes(pipe: object, mllm: object, guidance: str, changes: dict) -> None:
+    """Raise UserError for settings that could have no effect."""
+    if isinstance(pipe, Backbone):
+        fixed = changes.keys() - {"passes", "mllm_batch", "questions"}
+        advice = "is a setting of this backbone; open it with that, or use img.drawing(...)"
+        check(not fixed, f"{min(fixed, default='')!r} {advice}")
+    own = pipe is not None and changes.get("offload")
+    check(not own, "offload=True is for models opened here; use diffusers' hooks on your pipeline")
+    check(guidance != "text" or mllm is None, "guidance by text needs no mllm; leave it out")
 
 
 def find_preset_for(pipe: object, preset: Preset | str | None) -> Preset:
@@ -255,7 +274,7 @@ def find_preset_for(pipe: object, preset: Preset | str | None) -> Preset:
     if isinstance(pipe, Backbone) and preset is None:
         return pipe.preset
     kind = None
-    if isinstance(pipe, DiffusionPipeline):
+    if pipe is not None and not isinstance(pipe, Backbone):
         name = type(pipe).__name__
         kind = PIPELINES.get(name)
         check(kind, f"IMG goes around {' or '.join(PIPELINES)}, and this is a {name}")

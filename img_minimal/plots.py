@@ -36,6 +36,7 @@ DETECTOR = {
 }
 ROUNDS = {
     "score": ("score",),
+    "kept by the gate": ("kept",),
     "damage: right before, wrong after": ("damage",),
     "pairs": ("pairs", "img_better", "base_better", "both_right"),
     "|c_w - c_l|": ("step_original", "step_new"),

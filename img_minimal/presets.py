@@ -30,7 +30,9 @@ class Models:
     stock_mllm: str  # the same MLLM before finetuning
     questions: str = option("own", "phrasings of the question: own, released, or a JSON list")
     dtype: str | None = option(
-        None, "precision of the big models", choices=["fp32", "bf16", "fp16", "mixed"]
+        None,
+        "precision of the big models (default: by device)",
+        choices=["fp32", "bf16", "fp16", "mixed"],
     )
     offload: bool = option(False, "keep one big model on the GPU at a time, the others in RAM")
     encode_batch: int  # images that the vision encoder sees at once
@@ -49,12 +51,18 @@ class Sampling:
         REQUIRED, "classifier-free guidance scale (FLUX: embedded)", most=1000
     )
     true_cfg_scale: float = 1.0  # FLUX's classifier-free guidance, on top of the embedded one
-    negative_prompt: str | None = option(None, "what not to draw")
+    negative_prompt: str | None = option(
+        None, "what not to draw (default: zeros for SDXL, the empty prompt for FLUX)"
+    )
     passes: int = option(REQUIRED, "times the aligner is applied", least=1, most=100)
     scale: float = option(REQUIRED, "weight of the image tokens at the first step", most=1000)
     scale_end: float = option(1.0, "fraction of --scale left at the last step, linear", most=1000)
-    height: int | None = option(None, "image height in pixels", least=1, most=8192)
-    width: int | None = option(None, "image width in pixels", least=1, most=8192)
+    height: int | None = option(
+        None, "image height in pixels (default: the model's)", least=1, most=8192
+    )
+    width: int | None = option(
+        None, "image width in pixels (default: the model's)", least=1, most=8192
+    )
     draw_batch: int  # images drawn at once
 
 
@@ -120,11 +128,13 @@ class Preset:
 
     def guided_by(self, guidance: str) -> "Preset":
         """Copy the preset with the MLLM and the aligner that belong to a guidance."""
-        sampling, mllm = self.sampling, self.guide(guidance)
-        if guidance == "mllm":
-            return self
-        aligner = sampling.stock_aligner if guidance == "stock" else sampling.text_aligner
-        return self.changed(mllm=mllm, aligner=aligner)
+        self.guide(guidance)  # raises UserError for an unknown one
+        if guidance == "text":
+            return self.changed(aligner=self.sampling.text_aligner)
+        if guidance == "stock":
+            stock = {"mllm": self.models.stock_mllm, "aligner": self.sampling.stock_aligner}
+            return self.changed(**stock)
+        return self
 
     def changed(
         self, parts: tuple[str, ...] = ("models", "sampling"), **changes: object

@@ -225,7 +225,7 @@ class PairMaker:
         preset = replace(self.preset, data=data)
         encoder = cache(lambda: load_encoder(preset, self.guidance, self.seed))
         rounds = []
-        for k in range(number, max(0, number - 2), -1):
+        for k in [number, number - 1] if number > 1 else [1]:
             folder = self.folder / str(k)
             features = FeatureCache(folder / "features", {"the round": str(k)}, float("inf"))
             stream = pair_stream(folder / "pairs.parquet")

@@ -191,9 +191,10 @@ class Run:
         try:
             progress = tqdm(range(first, last), desc="train", initial=first, total=last)
             with progress as bar, self.metrics.open("a") as log:
-                for self.step in bar:
-                    yield self.step
-                    done = self.step + 1
+                for step in bar:
+                    self.step = step
+                    yield step
+                    done = step + 1
                     self.stopped = self.row.pop("stopping") > 0
                     saving = done % save_every == 0 or done == last or self.stopped
                     positions = self.ranks.gather(parts["data"].state_dict()) if saving else []

@@ -27,6 +27,7 @@ from img_minimal import backbone
 from img_minimal.aligner import PerceiverLayers, layer_sizes
 from img_minimal.backbone import Backbone, unseen_end
 from img_minimal.devices import Precision
+from img_minimal.files import check_finite
 from img_minimal.hub.adapters import (
     check_encoder_width,
     check_sdxl,
@@ -347,10 +348,13 @@ class SDXL(Backbone):
 
         def after_step(_: object, step: int, timestep: object, tensors: dict) -> dict:
             bar.update()
-            if step + 1 < len(scales):
-                scale.fill_(scales[step + 1])
+            # Schedulers of order 2 call the UNet twice in most steps.
+            calls = pipe.num_timesteps
+            if step + 1 < calls:
+                scale.fill_(scales[round((step + 1) / (calls - 1) * (len(scales) - 1))])
                 return {}
-            # The VAE is in fp32, whatever the UNet computes in.
+            check_finite(tensors["latents"], self.first_image)
+            # The VAE may be in another dtype than the UNet.
             return {"latents": tensors["latents"].to(pipe.vae.dtype)}
 
         pipe._guidance_scale = sampling.guidance_scale  # decides if the batch is doubled

@@ -1,12 +1,14 @@
 """Make random features to train on, in memory, as a cache or a stream would give them."""
 
+import os
+import signal
 from collections.abc import Iterator
 
 import torch
 
 from img_minimal.data.features import Batches, Features, Part
 from img_minimal.data.pairs import StreamPosition
-from img_minimal.run import Ranks
+from img_minimal.run import Ranks, Run
 
 WIDTHS = 64, 32  # D, H
 
@@ -43,3 +45,15 @@ class Data:
 
     def batches(self, batch_size: int, seed: int, ranks: Ranks) -> Batches:
         return Batches(self.parts, batch_size, seed, (ranks.rank, ranks.world), shared=True)
+
+
+def interrupt(run: Run, step: int) -> None:
+    """Let a signal come in a step of a run."""
+    log = run.log
+
+    def with_signal(*samples: str, **metrics: torch.Tensor) -> dict[str, float]:
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return log(*samples, **metrics)
+
+    run.log = with_signal

@@ -136,7 +136,7 @@ def test_evaluate_writes_every_arm_with_its_size_and_interval(call, tmp_path):
 def test_train_stopped_by_sigterm_says_how_to_resume_and_resumes(call, tmp_path):
     folder = tmp_path / "run"
     words = ["--output-dir", folder, "--cache-dir", tmp_path / "cache", "--max-pairs", 60]
-    words += ["--batch-size", 8, "--steps", 80, "--save-every", 20, "--eval-prompts", 5]
+    words += ["--batch-size", 8, "--steps", 60, "--save-every", 20, "--eval-prompts", 5]
     metrics, command = folder / "metrics.jsonl", Command("train", *words)
     deadline = time.monotonic() + 120
     while not read_rows(metrics) and time.monotonic() < deadline:
@@ -148,7 +148,7 @@ def test_train_stopped_by_sigterm_says_how_to_resume_and_resumes(call, tmp_path)
     done = call("train.py", *words, "--resume")
     assert done.returncode == 0, done.stderr
     assert "strict alignment on 5 validation prompts: base" in done.stdout
-    assert [row["step"] for row in read_rows(metrics)] == list(range(1, 81))
+    assert [row["step"] for row in read_rows(metrics)] == list(range(1, 61))
     made = {path.name for path in folder.iterdir()}
     pictures = {"curves.png", "samples.png"}
     assert (

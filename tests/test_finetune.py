@@ -1,16 +1,14 @@
 """Finetuning an MLLM: answers alone count, LoRA merges, and a stopped run goes on to the bit."""
 
-import os
 import random
-import signal
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from feature_sets import interrupt
 from mllm_folders import write_llava_hf, write_original_llava, write_qwen
 from PIL import Image
 from refusals import assert_refused
@@ -25,7 +23,7 @@ from img_minimal.presets import find_preset
 from img_minimal.run import Run
 
 TWIN = find_preset("tiny-sdxl")
-SMALL = {"steps": 20, "batch_size": 16, "micro_batch": 16, "warmup": 2, "save_every": 10}
+SMALL = {"steps": 20, "batch_size": 8, "micro_batch": 8, "warmup": 2, "save_every": 10}
 SETTINGS = replace(TWIN.finetuning, optimizer="adamw", lr=1.5e-3, constant_share=0.5, **SMALL)
 
 
@@ -64,10 +62,13 @@ def data_of(source: Path, detector: Detector, chunk: int = 0) -> StreamedData:
     return detector_data(triplet_stream(source, chunk), detector, batch_size=16)
 
 
-def train(folder: Path, source: Path, detector: Detector, **changed: int) -> list[dict]:
-    """Train in a folder, or go on there; returns the log."""
+def train(
+    folder: Path, source: Path, detector: Detector, stop: int = -1, **changed: int
+) -> list[dict]:
+    """Train in a folder, or go on there; a signal comes in step `stop`. Returns the log."""
     settings = replace(SETTINGS, **changed)
     run = Run(folder, {}, resume=(folder / "checkpoint.pt").exists())
+    interrupt(run, stop)
     train_detector(run, detector, data_of(source, detector, settings.chunk), settings)
     run.lock.close()
     return read_rows(folder / "metrics.jsonl")
@@ -114,7 +115,7 @@ def test_features_seen_once_give_the_loss_that_transformers_has_of_images_and_an
 
 def test_micro_batches_add_up_to_the_gradient_of_the_whole_batch(source, tmp_path):
     rows = []
-    for size in (16, 5):
+    for size in (8, 3):
         settings = {"steps": 1, "micro_batch": size}
         rows += train(tmp_path / str(size), source, new_detector(), **settings)
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-3)
@@ -137,15 +138,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(source, tmp_path,
     settings = {"steps": 9, "save_every": 100, "chunk": chunk}
     whole, stopped, resumed = new_detector(), new_detector(), new_detector()
     rows = train(tmp_path / "whole", source, whole, **settings)
-    make_rows, calls = stopped.rows, count(1)
-
-    def interrupt(*arguments: object) -> object:
-        if next(calls) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return make_rows(*arguments)
-
-    stopped.rows = interrupt
-    assert len(train(tmp_path / "parts", source, stopped, **settings)) == 4
+    assert len(train(tmp_path / "parts", source, stopped, stop=3, **settings)) == 4
     again = train(tmp_path / "parts", source, resumed, **settings)
     assert [row["loss"] for row in again] == [row["loss"] for row in rows]
     for name, weight in whole.trained.items():
@@ -162,7 +155,7 @@ def test_the_last_tenth_of_the_first_chunk_is_held_out_and_never_trained_on(sour
 
 
 def test_accuracy_counts_exact_instructions_and_decisions(source, monkeypatch):
-    """A model that says "nothing" whatever it sees is right exactly where nothing is wrong."""
+    # A model that always says "nothing" is right exactly where nothing is wrong.
     [chunk] = triplet_stream(source).chunks()
     detector = new_detector()
     tokenizer, nothing = detector.mllm.processor.tokenizer, detector.mllm.nothing

@@ -10,7 +10,7 @@ from PIL import Image
 from refusals import refused
 
 from img_minimal.files import to_pil
-from img_minimal.mllm import MLLM, RELEASED, find_questions
+from img_minimal.mllm import RELEASED, find_questions
 from img_minimal.pipeline import IMG, load_img, open_guide
 from img_minimal.presets import PRESETS, find_preset
 from img_minimal.sdxl import cross_attentions
@@ -112,20 +112,14 @@ def test_a_file_of_no_questions_is_refused_with_an_example(tmp_path, text):
 def test_the_better_of_two_images_is_the_one_that_the_mllm_is_more_content_with(twin, images):
     own = to_pil(images)
     anothers = own[1:] + own[:1]
-    first, second = anothers[:1] + own[1:], own[:1] + anothers[1:]
-    before, after = (twin.satisfaction(pictures, PROMPTS, SEEDS) for pictures in (first, second))
-    better = twin.better(first, second, PROMPTS, SEEDS)
-    assert better == [b > a for a, b in zip(before, after)] and len(set(better)) == 2
-    assert twin.better(first, first, PROMPTS, SEEDS) == [False] * 5
+    before, after = (twin.satisfaction(pictures, PROMPTS, SEEDS) for pictures in (anothers, own))
+    better = twin.better(anothers, own, PROMPTS, SEEDS)
+    assert better == [b > a for a, b in zip(before, after)] and any(better)
+    assert twin.better(own, own, PROMPTS, SEEDS) == [False] * 5
 
 
-def test_guidance_comes_of_the_mllm_the_stock_mllm_or_the_text_alone(twin, images):
-    pictures = to_pil(images)
-    stock = open_guide(PRESET.changed(mllm=PRESET.guide("stock")).models, "stock")
-    assert isinstance(stock, MLLM) and stock.width == twin.guide.width
-    weights = [guide.model.lm_head.weight for guide in (stock, twin.guide)]
-    assert not torch.equal(*weights)
+def test_guidance_may_come_of_the_text_alone(twin, images):
     text = open_guide(PRESET.models, "text", twin.backbone)
-    states, mask = text.guidance(pictures, PROMPTS, SEEDS)
+    states, mask = text.guidance(to_pil(images), PROMPTS, SEEDS)
     assert states.shape[::2] == (5, text.width) and mask.all()
     assert torch.equal(states, twin.backbone.text_states(PROMPTS).float())

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from PIL import Image
@@ -54,29 +55,16 @@ def test_what_cannot_be_drawn_is_refused(call, runs, tmp_path, words, said):
 
 
 def test_every_number_is_written_for_tensorboard(call, runs, tmp_path, monkeypatch):
-    written = []
-
-    class Writer:
-        def __init__(self, folder: str):
-            self.folder = Path(folder).name
-
-        def __enter__(self) -> "Writer":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            written.append((self.folder, name, step))
-
-    command = ("plots", *runs, "--output", tmp_path / "a.png", "--tensorboard", tmp_path / "tb")
-    module = type(sys)("tensorboard")
-    module.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    assert call(*command).returncode == 0
-    assert len(written) == 2 * (40 + 4) and written[0] == ("run1", "error", 1)
+    tensorboard = MagicMock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    words = ("--output", tmp_path / "a.png", "--tensorboard", tmp_path / "tb")
+    assert call("plots", *runs, *words).returncode == 0
+    folders = [Path(folder.args[0]).name for folder in tensorboard.SummaryWriter.call_args_list]
+    writer = tensorboard.SummaryWriter.return_value.__enter__.return_value
+    assert folders == ["run1", "run2"] and writer.add_scalar.call_count == 2 * (40 + 4)
+    writer.add_scalar.assert_any_call("error", 1 / 2, 1)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert_refused(call(*command), "pip install tensorboard")
+    assert_refused(call("plots", *runs, *words), "pip install tensorboard")
 
 
 @pytest.mark.parametrize("text", ["costs $5", r"$\frac{1}$", "$$", "a_b^{", "\ud83d half", "tab\t"])

@@ -127,7 +127,6 @@ def test_an_aligner_saved_as_pth_is_a_plain_state_dict_as_the_authors_load_it(re
 
 def test_half_precision_takes_fp16_files_and_decodes_in_fp32(release, tmp_path):
     new_base().to(torch.float16).save_pretrained(tmp_path / "base", variant="fp16")
-    assert not list((tmp_path / "base" / "unet").glob("*model.safetensors"))
     backbone = open_backbone(preset(release, base=str(tmp_path / "base"), dtype="fp16"))
     pipe, prompt, decoded = backbone.pipe, backbone.image_prompt, []
     for part in (pipe.unet, pipe.text_encoder, prompt.encoder):
@@ -137,9 +136,6 @@ def test_half_precision_takes_fp16_files_and_decodes_in_fp32(release, tmp_path):
     images = backbone.draw([PROMPT], [0], backbone.tokens(red()))
     assert decoded == [torch.float32]
     assert images.dtype == torch.float32 and images.isfinite().all()
-    # Half files are better than none.
-    wide = open_backbone(preset(release, base=str(tmp_path / "base")))
-    assert wide.pipe.unet.dtype == torch.float32
 
 
 def test_a_prompt_beyond_77_tokens_is_drawn_with_a_warning_that_says_what_is_cut(

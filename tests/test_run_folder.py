@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from feature_sets import interrupt
 from refusals import refused
 
 from img_minimal.plots import read_rows
@@ -38,9 +39,8 @@ class Total:
 def go(run: Run, last: int, save_every: int = 2, broken: int = -1, stopped: int = -1) -> Total:
     """Run to a step; the loss of step `broken` is NaN, a signal comes in step `stopped`."""
     total = Total()
+    interrupt(run, stopped)
     for step in run.steps({"total": total, "data": Total()}, last, save_every):
-        if step == stopped:
-            os.kill(os.getpid(), signal.SIGTERM)
         total.sum += torch.rand(())
         run.log(f"samples of step {step}", loss=torch.tensor(torch.nan if step == broken else 1.0))
     return total

@@ -10,7 +10,7 @@ from img_minimal.aligner import ImplicitAligner
 from img_minimal.bench.memory import SDXL_UNET, models
 from img_minimal.devices import count_parameters
 from img_minimal.hub.weights import fill
-from img_minimal.sdxl import Resampler, cross_attentions, new_branch
+from img_minimal.sdxl import Resampler, new_branch
 
 Shapes = dict[str, tuple[int, ...]]
 COUNTS = {
@@ -83,19 +83,3 @@ def test_every_key_of_the_public_files_finds_its_place_and_none_is_left_over():
 def test_the_models_of_true_size_have_the_published_parameter_counts():
     parts = models("llava-13b")
     assert {name: count_parameters(parts[name]) for name in COUNTS} == COUNTS
-
-
-def test_sdxl_has_70_cross_attentions_numbered_down_up_middle():
-    unet = models("llava-13b")["unet"]
-    layers = cross_attentions(unet)
-    assert len(unet.attn_processors) == 140
-    assert [int(number) for number in layers] == list(range(1, 140, 2))
-    names = {module: name for name, module in unet.named_modules()}
-    blocks = [".".join(names[layer].split(".")[:2]) for layer in layers.values()]
-    assert {block: (2 * blocks.index(block) + 1, blocks.count(block)) for block in blocks} == {
-        "down_blocks.1": (1, 4),
-        "down_blocks.2": (9, 20),
-        "up_blocks.0": (49, 30),
-        "up_blocks.1": (109, 6),
-        "mid_block.attentions": (121, 10),
-    }

@@ -1,19 +1,17 @@
 """An aligner learns from samples for training alone, and its training resumes to the bit."""
 
 import dataclasses
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from feature_sets import Data, some_features
+from feature_sets import Data, interrupt, some_features
 from refusals import assert_refused, refused
 
 import train as script
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.data.features import Batches, Features, Part
+from img_minimal.data.features import Batches, Part
 from img_minimal.data.pairs import StreamPosition
 from img_minimal.devices import Precision
 from img_minimal.plots import read_rows
@@ -25,34 +23,21 @@ SETTINGS = dataclasses.replace(find_preset("tiny-sdxl").training, **SMALL)
 FP32 = Precision.named("fp32", torch.device("cpu"))
 
 
-def train(folder: Path, data: Data, **changed: object) -> ImplicitAligner:
-    """Train in a folder, or go on there."""
+def train(folder: Path, data: Data, stop: int = -1, **changed: object) -> ImplicitAligner:
+    """Train in a folder, or go on there; a signal comes in step `stop`."""
     run = Run(folder, {}, resume=(folder / "checkpoint.pt").exists())
+    interrupt(run, stop)
     settings = dataclasses.replace(SETTINGS, **changed)
     aligner = script.train(run, data, settings, FP32, refresh_after=2)
     run.lock.close()
     return aligner
 
 
-class Interrupted(Data):
-    """Data in whose fifth batch a signal comes."""
-
-    def batches(self, *arguments: object) -> Batches:
-        class Signal(Batches):
-            def __iter__(self) -> Iterator[Features]:
-                for k, batch in enumerate(super().__iter__()):
-                    if k == 4:
-                        os.kill(os.getpid(), signal.SIGTERM)
-                    yield batch
-
-        return Signal(**vars(super().batches(*arguments)))
-
-
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, chunks):
     data = [some_features(60 // chunks, seed) for seed in range(chunks)]
     train(tmp_path / "whole", Data(*data))
-    train(tmp_path / "parts", Interrupted(*data))
+    train(tmp_path / "parts", Data(*data), stop=4)
     assert load_checkpoint(tmp_path / "parts" / "checkpoint.pt")["step"] == 5
     torch.rand(100)  # another process would not have this one's random state either
     train(tmp_path / "parts", Data(*data))

@@ -52,20 +52,27 @@ MLLMS = {"stock MLLM": models.stock_mllm, "finetuned MLLM": models.mllm}
 
 # %% 1. The exam: both MLLMs write instructions for the triplets that finetuning held out, which are
 # the table's last. Both see with the same frozen eyes, so the pictures are encoded once.
-exact, examples = {}, []
+exact = {}
 with step("exam"):
     [table] = triplet_stream(preset.data.triplets).chunks()
-    held_out = table.items[-MAX_HELD_OUT:][: 20 if options.quick else None]
+    held_out = table.items[-MAX_HELD_OUT:]
+    if options.quick:
+        held_out = held_out[:20]
     numbers = [str(k) for k in range(len(held_out))]
+    examples = None
     for name, path in MLLMS.items():
         detector = Detector(MLLM.from_pretrained(path))
-        examples = examples or detector.encode(held_out, 64)
+        if examples is None:
+            examples = detector.encode(held_out, 64)
         grades = detector.grades(examples, 0, 64)
         exact[name] = mean_interval(np.array(grades["exact"]), numbers)
-        decided = said(mean_interval(np.array(grades["decided"]), numbers))
-        marks = f"worded exactly {said(exact[name])}, edit or nothing decided {decided}"
-        always = f"always saying 'edit': {np.mean(grades['always_edit']):.3f}"
-        print(f"{name:15} {marks}  (n {len(numbers)}; {always})")
+        decided = mean_interval(np.array(grades["decided"]), numbers)
+        always = np.mean(grades["always_edit"])
+        print(
+            f"{name:15} worded exactly {said(exact[name])},",
+            f"edit or nothing decided {said(decided)}",
+            f" (n {len(numbers)}; always saying 'edit': {always:.3f})",
+        )
 
 # %% 2. Images for the probe: every prompt drawn four times, each from a seed of its own
 with step("load"):
@@ -76,26 +83,30 @@ with step("load"):
 prompts = benchmark(options.prompts, "validation", seed)
 prompts = np.repeat(prompts, DRAWN)
 captions = [str(prompt) for prompt in prompts]
+count = len(captions)
 with step("draw"):
-    seeds = list(range(seed + 1000, seed + 1000 + len(captions)))
-    images = backbone.draw(captions, seeds, progress="images")
-pictures, verdicts = to_pil(images), judge(images, prompts)
+    seeds = range(seed + 1000, seed + 1000 + count)
+    images = backbone.draw(captions, list(seeds), progress="images")
+pictures = to_pil(images)
+verdicts = judge(images, prompts)
 right = np.array([verdict.strict for verdict in verdicts])  # what the probe is to find out
 
 # %% 3. Features of the images under their prompts, from each guide: x = [mean of h, last h]
 x = {}
 with step("look"):
-    questions = range(seed, seed + len(captions))
+    questions = range(seed, seed + count)
     for name, guide in guides.items():
         h, mask = guidance_features(guide, pictures, captions, questions, progress=name)
-        h, lengths = h.float() * mask[..., None], mask.sum(1)
-        last = h[torch.arange(len(h)), lengths - 1]
-        x[name] = torch.cat([h.sum(1) / lengths[:, None], last], dim=1)
+        h = h.float() * mask[..., None]
+        lengths = mask.sum(1)
+        mean = h.sum(1) / lengths[:, None]
+        last = h[torch.arange(count), lengths - 1]
+        x[name] = torch.cat([mean, last], dim=1)
 
 # %% 4. The probe learns w and b from half of the prompts
 names = sorted(set(captions))
-teachers = set(random.Random(seed).sample(names, len(names) // 2))
-teach = np.array([caption in teachers for caption in captions])
+teachers = random.Random(seed).sample(names, len(names) // 2)
+teach = np.isin(captions, teachers)
 
 
 def probe(x: Tensor, ridge: float = 0.01) -> np.ndarray:
@@ -119,49 +130,49 @@ def probe(x: Tensor, ridge: float = 0.01) -> np.ndarray:
 
 
 # %% 5. Its marks on the other half: any two images, and two drawings of one prompt
-test, right_test = np.array(captions)[~teach], right[~teach]
+test = np.array(captions)[~teach]
+right_test = right[~teach]
 
 
 def same_prompt(scores: np.ndarray) -> dict[str, float]:
     """Compute the share of pairs, a right and a wrong image of one prompt, in the right order."""
-    ordered, pairs, clusters = [], [], sorted(set(test))
+    clusters = sorted(set(test))
+    ordered, pairs = [], []
     for caption in clusters:
         here = test == caption
-        high, low = scores[here & right_test][:, None], scores[here & ~right_test]
-        ordered.append(((high > low) + 0.5 * (high == low)).sum())
-        pairs.append(high.size * low.size)
-    return bootstrap_ratio(np.array(ordered, float), np.array(pairs, float), clusters)
+        high, low = scores[here & right_test], scores[here & ~right_test]
+        lead = np.sign(np.subtract.outer(high, low))
+        ordered.append((1 + lead).sum() / 2)
+        pairs.append(float(lead.size))
+    return bootstrap_ratio(np.array(ordered), np.array(pairs), clusters)
 
 
 any_two, one_prompt = {}, {}
-print(
-    f"a linear probe for 'right' on unseen prompts, {len(right)} images, {right.mean():.0%} right:"
-)
+print(f"a linear probe for 'right' on unseen prompts, {count} images, {right.mean():.0%} right:")
 with step("probe"):
     for name in guides:
         scores = probe(x[name])[~teach]
-        any_two[name] = area = ranking_interval(scores, right_test, test)
-        one_prompt[name] = pairs = same_prompt(scores)
+        any_two[name] = ranking_interval(scores, right_test, test)
+        one_prompt[name] = same_prompt(scores)
         print(
-            f"{name:15} area under ROC {said(area)} ; between drawings of one prompt {said(pairs)}"
+            f"{name:15} area under ROC {said(any_two[name])} ;",
+            f"between drawings of one prompt {said(one_prompt[name])}",
         )
 
 # %% 6. The picture: the marks, and words about the first wrong images and the first right one
-figure, ((words, left, middle), row) = sheet(10, ([3.6], [1, 1.3, 1.3]), ([4], [1] * 5))
+figure, ((words, left, middle), row) = sheet(10, (3.6, [1, 1.3, 1.3]), (4, [1] * 5))
 bars(words, exact, color=(ORANGE, BLUE))
-words.plot([0.423, 0.763], "D", color="black", label="the paper, judged by people")
 words.set(ylim=(0, 1.15), ylabel="instructions right", title="in words")
-words.legend()
 for axis, marks, title in (
     (left, any_two, "any two images"),
     (middle, one_prompt, "two drawings of one prompt"),
 ):
     bars(axis, marks, color=(GREY, ORANGE, BLUE))
-    axis.axhline(0.5, color="black", ls=":", lw=1)
+    axis.axhline(0.5, color="black", ls=":")
     axis.set(ylim=(0.4, 1.05), title=f"in hidden states, by a linear probe:\n{title}")
 left.set_ylabel("right image above wrong (.5: chance)")
-firsts = np.arange(0, len(captions), DRAWN)
-shown = [*firsts[~right[firsts]][:4], *firsts[right[firsts]][:1]]
+first = np.arange(count) % DRAWN == 0
+shown = [*np.flatnonzero(first & ~right)[:4], *np.flatnonzero(first & right)[:1]]
 with step("put in words"):
     for axis, k in zip(row, shown):
         below = ""
@@ -170,7 +181,7 @@ with step("put in words"):
             below += f"{name.split()[0]}: {answer}\n"
         picture(axis, pictures[k], captions[k], f"{below}oracle: {verdicts[k].words}")
 caption = (
-    f"words: {len(examples)} held-out triplets; probes: {len(captions)} images of {len(names)} "
+    f"words: {len(examples)} held-out triplets; probes: {count} images of {len(names)} "
     "prompts, half of the prompts teach, the others test; images: the first of either kind, not "
     "chosen"
 )

@@ -7,8 +7,7 @@ IMG corrects nothing but 16 image tokens, so whatever they cannot say it cannot 
 2. disagreement: the text asks for one picture, the tokens are another's; the scale decides who is
    heard;
 3. exchange: two prompts, two token sets, the four combinations;
-4. the two branches of one cross-attention: their sizes at every layer, and where two of the tokens
-   are heard.
+4. the two branches of a cross-attention: their sizes at every layer.
 
     tokens   c = Resampler(CLIP penultimate states of the image)         (N, D); SDXL: 16 x 2048
     layer    to_out( A_text + s A_image ),   A_x = softmax(Q K_x^T / sqrt(d)) V_x      (sdxl.py)
@@ -26,11 +25,8 @@ from common import begin, check, curve, option, picture, save, sheet, step
 
 help_text = "how many images the curves are about"
 options, preset = begin(__doc__, images=option(80, help_text, least=4, quick=4))
-check(
-    preset.backbone == "sdxl",
-    f"this tutorial opens the cross-attentions of SDXL's UNet, which {preset.name} has not; see 04 "
-    "and 07",
-)
+opens = "this tutorial opens the cross-attentions of SDXL's UNet"
+check(preset.backbone == "sdxl", f"{opens}, which {preset.name} has not; see 04 and 07")
 
 from itertools import product
 
@@ -57,9 +53,12 @@ with step("load"):
 # %% 1. Images of one shape each, which the base draws well, so that what is drawn later tells whom
 # it listened to
 count = options.images
-single = [str(Group(1, *kind)) for kind in product(COLOURS, FORMS) if kind not in HELD_OUT]
+single = []
+for colour, form in product(COLOURS, FORMS):
+    if (colour, form) not in HELD_OUT:
+        single.append(str(Group(1, colour, form)))
 prompts = [single[(7 * k) % len(single)] for k in range(count)]
-seeds = [seed + 100 + k for k in range(count)]
+seeds = list(range(seed + 100, seed + 100 + count))
 with step("draw"):
     pictures = to_pil(backbone.draw(prompts, seeds, progress="images"))
 c = backbone.tokens(pictures)
@@ -80,16 +79,18 @@ print(f"rest after drawing from tokens alone: {said(rest(alone))}, n {count}")
 
 # %% 3. Disagreement: the text asks for the next image's prompt. Who is heard, at every scale?
 texts = prompts[1:] + prompts[:1]
+wishes = {}
+if preset.world == "tiny":  # the oracle says whose prompt is satisfied
+    wishes = {"text": texts, "tokens": prompts}
 heard = {"rest": [], "text": [], "tokens": []}
 with step("draw from both"):
     for scale in SCALES:
         images = backbone.draw(texts, seeds, c, scale=scale, progress=f"scale {scale}")
         shares = {"rest": rest(images)}
-        if preset.world == "tiny":  # the oracle says whose prompt is satisfied
-            for name, wanted in (("text", texts), ("tokens", prompts)):
-                verdicts = judge(images, [parse(prompt) for prompt in wanted])
-                strict = np.array([verdict.strict for verdict in verdicts])
-                shares[name] = mean_interval(strict, texts)
+        for name, wanted in wishes.items():
+            verdicts = judge(images, [parse(prompt) for prompt in wanted])
+            strict = [verdict.strict for verdict in verdicts]
+            shares[name] = mean_interval(np.array(strict), texts)
         words = []
         for name, share in shares.items():
             heard[name].append(share)
@@ -97,29 +98,28 @@ with step("draw from both"):
         print(f"scale {scale}: {', '.join(words)}  (n {count})")
 
 # %% 4. Exchange: two images, each drawn again from its tokens alone, and under the other's prompt
-columns = {}
+two_seeds = [seed + 1, seed + 2]
 with step("exchange"):
-    columns["image"] = pair = to_pil(backbone.draw(PAIR, [seed + 1, seed + 2]))
+    pair = to_pil(backbone.draw(PAIR, two_seeds))
     own = backbone.tokens(pair)
-    jobs = {"its tokens,\nno words": (["", ""], 1.0)}
-    jobs |= {f"s = {scale}": (PAIR[::-1], scale) for scale in SCALES}
-    for title, (texts, scale) in jobs.items():
-        images = backbone.draw(texts, [seed + 1, seed + 2], own, scale=scale)
-        columns[title] = to_pil(images)
+    alone = backbone.draw(["", ""], two_seeds, own, scale=1.0)
+    columns = {"image": pair, "its tokens,\nno words": to_pil(alone)}
+    for scale in SCALES:
+        images = backbone.draw(PAIR[::-1], two_seeds, own, scale=scale)
+        columns[f"s = {scale}"] = to_pil(images)
 
 # %% 5. The two branches: one denoising step at half of the noise, with a look into every
-# cross-attention. Sizes are root mean squares of A_text and A_image; weights (S, N) say where in
-# the latents each token is heard.
+# cross-attention. Sizes are root mean squares of A_text and A_image.
 backbone.turns.bring(backbone.pipe, backbone.branch)
-unet, sizes, weights = backbone.pipe.unet, {"text": [], "image": []}, []
+unet = backbone.pipe.unet
+sizes = {"text": [], "image": []}
 
 
 def look(attn, args, kwargs) -> None:
-    """Keep what both branches of a layer say, before it runs."""
+    """Measure what both branches of a layer say, before it runs."""
     terms = attn.processor.attend(attn, args[0], kwargs["encoder_hidden_states"])
     for name, (output, _) in terms.items():
         sizes[name].append(output.float().square().mean().sqrt().item())
-    weights.append(terms["image"][1][0].mean(0).float().cpu())
 
 
 for attn in cross_attentions(unet).values():
@@ -127,7 +127,8 @@ for attn in cross_attentions(unet).values():
 embeds, _, pooled, _ = backbone.pipe.encode_prompt(PAIR[0], do_classifier_free_guidance=False)
 side = unet.config.sample_size
 pixels = side * backbone.pipe.vae_scale_factor
-noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)).to(embeds)
+generator = torch.Generator().manual_seed(seed)
+noise = torch.randn(1, 4, side, side, generator=generator).to(embeds)
 size_ids = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]]).to(pooled)
 added = {"text_embeds": pooled, "time_ids": size_ids}
 tokens = own[:1].to(embeds)
@@ -137,10 +138,9 @@ ratios = np.divide(sizes["image"], sizes["text"])
 extremes = f"from {ratios.min():.2f} to {ratios.max():.2f}"
 print(f"||A_image|| / ||A_text||: {extremes} over {len(ratios)} layers (n 1)")
 
-# %% 6. The picture: the exchange; who is heard by scale, both branches by layer, and where the two
-# most concentrated tokens are heard, in the most selective of the finest layers
-blocks = ([2.2, 2.2], [1] * len(columns)), ([4], [4, 4, 1.5, 1.5])
-figure, (*rows, (left, middle, *maps)) = sheet(11, *blocks)
+# %% 6. The picture: the exchange; who is heard by scale, and both branches by layer
+grid = [1] * len(columns)
+figure, (*rows, (left, right)) = sheet(11, (2.2, grid), (2.2, grid), (4, [1, 1]))
 for k, row in enumerate(rows):
     for axis, (title, images) in zip(row, columns.items()):
         picture(axis, images[k], title)
@@ -160,23 +160,16 @@ left.set(
     ylim=(0, 1.35),
 )
 left.legend()
-layers = np.arange(len(ratios))
-for shift, (name, size) in zip((-0.2, 0.2), sizes.items()):
-    middle.bar(layers + shift, size, 0.4, label=f"A_{name}, before s")
-middle.set(
+for name, size in sizes.items():
+    right.plot(size, "o-", label=f"A_{name}, before s")
+right.set(
     title="the two branches side by side",
     xlabel="cross-attention, in the order of the pass",
     ylabel="root mean square",
 )
-middle.margins(y=0.25)  # room for the legend above the bars
-middle.legend(ncols=2)
-finest = max(map(len, weights))
-selective = max((w for w in weights if len(w) == finest), key=lambda w: w.std(0).max())
-for axis, token in zip(maps, selective.std(0).argsort(descending=True)):
-    where = selective[:, token].view(int(finest**0.5), -1)
-    picture(axis, where, f"token {token}\nis heard here", cmap="inferno_r", vmin=0)
+right.legend()
 caption = (
-    f"curves: n {count} images of one shape, with 95 % intervals over prompts; the rest: one image "
-    "of each prompt"
+    f"curves on the left: n {count} images of one shape, with 95 % intervals over prompts; the "
+    "rest: one image of each prompt"
 )
 save(figure, options, "03_image_prompt", caption)

@@ -52,41 +52,32 @@ import torch
 from torch import Tensor
 
 from img_minimal.optimizer import warmup_constant_decay
-from img_minimal.plots import BLUE, GREEN, GREY, ORANGE, PINK
-from img_minimal.preference import ReferenceRefresh, preference_loss, squared_distance
+from img_minimal.plots import BLUE, GREEN, GREY, PINK
+from img_minimal.preference import ReferenceRefresh, preference_loss
 
 steps, grid, n = (40, 12, 10) if options.quick else (400, 60, 300)
 # One sample (B 1, N 1, D 2). c_w and c_l differ by 0.5 in the mean square, as image tokens of two
 # pictures may. f starts off their line: an aligner serves many samples, and rarely answers c_l.
-points = [[1, 0], [0, 0], [0.25, 0.75]]
-WINNER, LOSER, START = torch.tensor(points, dtype=torch.float64)[:, None, None]
+WINNER = torch.tensor([[[1, 0]]], dtype=torch.float64)
+LOSER = torch.tensor([[[0, 0]]], dtype=torch.float64)
+START = torch.tensor([[[0.25, 0.75]]], dtype=torch.float64)
 
 
-def margin(f: Tensor, f_ref: Tensor, c_w: Tensor, c_l: Tensor, norm: str) -> Tensor:
-    """Compute x of each sample (B,), one by one: the loss function returns means over samples."""
-    margins = []
-    for sample in zip(f.split(1), f_ref.split(1), c_w.split(1), c_l.split(1)):
-        margins.append(preference_loss(*sample, norm=norm)[1]["margin"])
-    return torch.stack(margins)
-
-
-# %% 1. x is affine in f. Second differences (q(f + d) - 2 q(f) + q(f - d)) / (2 |d|^2) give the
-# factor of the square in each of its terms: -2, +1, +1, and of all together 0.
+# %% 1. x is affine in f: its second differences (x(f + d) - 2 x(f) + x(f - d)) / (2 |d|^2), which
+# are 1 for a plain |f|^2, are 0
 generator = torch.Generator().manual_seed(options.seed)
-f, d, f_ref, c_w, c_l = torch.randn(5, n, 16, 128, dtype=torch.float64, generator=generator)
-terms = {
-    "-2 ||c_w - f||^2": lambda f: -2 * squared_distance(c_w, f, "sum"),
-    "+  ||c_l - f||^2": lambda f: squared_distance(c_l, f, "sum"),
-    "+  ||f_ref - f||^2": lambda f: squared_distance(f_ref, f, "sum"),
-    "x, all of it": lambda f: margin(f, f_ref, c_w, c_l, "sum"),
-}
-setting = f"{n} random points f and steps d of 16 x 128, float64, seed {options.seed}"
-print(f"second differences / 2 |d|^2, {setting}:")
+points = torch.randn(5, n, 1, 16, 128, dtype=torch.float64, generator=generator)
+second = []
 with step("second differences"):
-    for name, q in terms.items():
-        second = (q(f + d) - 2 * q(f) + q(f - d)) / (2 * d.square().flatten(1).sum(1))
-        mean, largest = second.mean().item(), second.abs().max().item()
-        print(f"  {name:19s} mean {mean:+.6f}, largest {largest:.1e}")
+    for f, d, f_ref, c_w, c_l in zip(*points):
+        x = []
+        for point in (f - d, f, f + d):
+            _, metrics = preference_loss(point, f_ref, c_w, c_l, norm="sum")
+            x.append(metrics["margin"])
+        second.append((x[0] - 2 * x[1] + x[2]) / (2 * d.square().sum()))
+second = torch.stack(second)
+print(f"second differences of x / 2 |d|^2, {n} random points f and steps d of 16 x 128, float64, ")
+print(f"seed {options.seed}: mean {second.mean():+.6f}, largest {second.abs().max():.1e}")
 
 # %% 2. The gradient as a field over the plane, for L_base, with DPO, with both
 OBJECTIVES = {
@@ -107,12 +98,6 @@ def downhill(
     return -gradient, metrics
 
 
-def field(points: Tensor, f_ref: Tensor, **objective) -> tuple[Tensor, Tensor]:
-    """Compute -grad L at points (B, 1, 2), and what the preference terms add to it, the wind."""
-    total, _ = downhill(points, f_ref, WINNER, LOSER, norm="sum", **objective)
-    return total, total - 2 * (WINNER - points)
-
-
 # %% 3. Gradient descent, with and without refreshes
 def descend(k: int, rate: float, copies: int = 1, norm: str = "sum", **objective) -> tuple:
     """Descend from START, with refreshes after `k` wins in a row; the rate decays as in training.
@@ -121,13 +106,15 @@ def descend(k: int, rate: float, copies: int = 1, norm: str = "sum", **objective
     that L_base alone goes the same way whatever D and `norm` are. Returns where f went (steps + 1,
     2), sigmoid(-x) on the way (steps,), and the steps after which f_ref was set.
     """
-    f, c_w, c_l = (point.repeat(1, 1, copies) for point in (START, WINNER, LOSER))
+    f, c_w, c_l = [point.repeat(1, 1, copies) for point in (START, WINNER, LOSER)]
     f_ref, refresh = f, ReferenceRefresh(k)
     factor = warmup_constant_decay(steps, warmup=1, hold=0.4, floor=0.02)
+    if norm == "mean":
+        rate = rate * f.numel()
     path, margins, references = [f], [], [0]
     for number in range(steps):
         direction, metrics = downhill(f, f_ref, c_w, c_l, norm=norm, **objective)
-        f = f + rate * factor(number) * direction * (f.numel() if norm == "mean" else 1)
+        f = f + rate * factor(number) * direction
         path.append(f)
         margins.append(metrics["margin"])
         if refresh.update(metrics["error"], metrics["reference_error"]):
@@ -136,18 +123,17 @@ def descend(k: int, rate: float, copies: int = 1, norm: str = "sum", **objective
     return torch.cat(path)[:, 0, :2], torch.sigmoid(-torch.stack(margins)), references
 
 
-NEVER, ends = steps + 1, {}
+NEVER = steps + 1
 with step("descents"):
     path, strength, references = descend(10, rate=0.02)
     path_never, strength_never, _ = descend(NEVER, rate=0.02)
-    for name, objective in OBJECTIVES.items():
-        ends[name] = descend(NEVER, rate=0.05, **objective)[0][-1]
+refreshed = f"{len(references) - 1} refreshes"
 for name, way, wind in (
     ("never refreshed", path_never, strength_never),
-    (f"{len(references) - 1} refreshes", path, strength),
+    (refreshed, path, strength),
 ):
-    print(f"{name:16} f ends {way[-1, 0] - 1:+.2f} beyond c_w; ", end="")
-    print(f"strength of the wind there {wind[-1]:.2f}")
+    beyond = f"f ends {way[-1, 0] - 1:+.2f} beyond c_w"
+    print(f"{name:16} {beyond}; strength of the wind there {wind[-1]:.2f}")
 
 # %% 4. Sum or mean: sigmoid(-x) on the way from f_ref = c_l to c_w
 share = torch.cat([torch.zeros(1), torch.logspace(-5, 0, 6 * grid)]).double()
@@ -160,97 +146,82 @@ for name, copies, norm in (
     ("mean of any number", 16 * 64, "mean"),
 ):
     with step("winds"):
-        c_w, c_l = (point.repeat(len(share), 1, copies) for point in (WINNER, LOSER))
-        x = margin(c_l + share[:, None, None] * (c_w - c_l), c_l, c_w, c_l, norm)
-    winds[name] = wind = torch.sigmoid(-x)
+        c_w, c_l = WINNER.repeat(1, 1, copies), LOSER.repeat(1, 1, copies)
+        _, metrics = preference_loss(c_w, c_l, c_w, c_l, norm=norm)
+    x = metrics["margin"]
+    winds[name] = wind = torch.sigmoid(-x * share)
     below = share[wind < 0.01]
-    dies = f"below 0.01 after {below[0]:.2%} of the way" if len(below) else "never below 0.01"
-    print(f"  {name:19s} x at c_w {x[-1]:8.1f}, sigmoid(-x) there {wind[-1]:.2f}, {dies}")
+    dies = f"after {below[0]:.2%} of the way" if len(below) else "never"
+    print(f"  {name:19s} x at c_w {x:8.1f}, sigmoid(-x) there {wind[-1]:.2f}, below 0.01 {dies}")
 
 # %% 5. Where f comes to rest, by lambda and norm
 LAMBDAS = (0, 0.5, 1, 2, 8)
 rests = {}
-print(f"end of f after {steps} steps, in |c_w - c_l| beyond c_w (the farthest it was; ", end="")
-print("squared error, c_l's is 1):")
-print(f"  {'lambda':27s}" + "".join(f"{weight:^23}" for weight in LAMBDAS))
+print(f"end of f after {steps} steps, in |c_w - c_l| beyond c_w, by lambda:")
+print(f"  {'lambda':27}", *[f"{weight:>6}" for weight in LAMBDAS])
 for name, settings in (
     ("mean, refreshed", {"norm": "mean", "k": 10}),
     ("mean, never refreshed", {"norm": "mean", "k": NEVER}),
     ("sum of 2, refreshed", {"norm": "sum", "k": 10}),
     ("sum of 16 x 128, refreshed", {"norm": "sum", "k": 10, "copies": 16 * 64}),
 ):
-    rests[name], cells = [], ""
+    rests[name] = []
     for weight in LAMBDAS:
         with step("descents"):
             way, _, _ = descend(rate=0.05, weight=weight, **settings)
-        beyond = way[:, 0] - 1
-        error = (way[-1] - WINNER[0, 0]).square().sum()
-        rests[name].append(beyond[-1])
-        farthest = beyond.max().clamp(min=0)
-        cells += f" {beyond[-1]:+.2f} ({farthest:+.2f}; {error:.3f}) "
-    print(f"  {name:27s}" + cells)
+        rests[name].append(way[-1, 0].item() - 1)
+    print(f"  {name:27}", *[f"{beyond:+6.2f}" for beyond in rests[name]])
 
-# %% 6. The picture: four fields above, descents, winds and ends below
-figure, (upper, (left, middle, right)) = sheet(15, ([3.7], [1] * 4), ([4.2], [1] * 3))
+# %% 6. The picture: fields above, of f_ref = START; descents, winds and ends below
+figure, (upper, (left, middle, right)) = sheet(15, (4.5, [1] * 3), (4.2, [1] * 3))
 X, Y = np.meshgrid(np.linspace(-0.75, 2.05, grid), np.linspace(-1.05, 1.25, grid))
 plane = torch.tensor(np.stack([X, Y], -1)).view(-1, 1, 2)
-
-
-def draw_field(axis, title: str, f_ref: Tensor, end: Tensor, **objective) -> None:
-    """Draw -grad L as streamlines, the length of the wind as colour, and x = 0 as a dashed line."""
-    total, wind = field(plane, f_ref, **objective)
-    arrows = total.view(grid, grid, 2).numpy()
-    strength = wind.norm(dim=-1).view(grid, grid)
-    axis.contourf(X, Y, strength, levels=25, cmap="Oranges", vmin=0, vmax=7)
-    axis.streamplot(X, Y, arrows[..., 0], arrows[..., 1], color=BLUE, density=0.75)
-    points = {GREEN: WINNER}
-    if objective != OBJECTIVES["L_base"]:  # which knows c_w alone
-        half = field(f_ref, f_ref, **objective)[1].norm().item()  # x = 0 there
-        axis.contour(X, Y, strength, levels=[half], colors="black", linestyles="--")
-        points |= {GREY: LOSER, PINK: f_ref}
-    for colour, point in points.items():
-        axis.plot(*point[0, 0], "o", color=colour, ms=11, mec="white", zorder=5)
-    axis.plot(*end, "*", color="black", ms=15, mec="white", zorder=7)
-    axis.set(title=title, xlabel="first element of f", aspect="equal")
-
-
+plane = torch.cat([plane, START])
 for axis, (name, objective) in zip(upper, OBJECTIVES.items()):
-    draw_field(axis, name, START, ends[name], **objective)
-latest = path[references[-1]].view(1, 1, 2)
-draw_field(upper[3], f"... after {len(references) - 1} refreshes", latest, path[-1])
-upper[3].plot(*path.T, color="black")
-upper[3].plot(*path[references].T, "o", color=PINK, ms=5)
-upper[0].set_ylabel("second element of f")
-label = f"{len(references) - 1} refreshes (last {strength[-1]:.2f})"
-left.plot(strength, label=label)
-left.plot(strength_never, color=GREY, label=f"never refreshed (last {strength_never[-1]:.2f})")
-left.vlines(references[1:], 0, 0.6, color=PINK, lw=1)
-left.axhline(0.5, color="black", ls="--", lw=1)
+    total, _ = downhill(plane, START, WINNER, LOSER, norm="sum", **objective)
+    wind = total - 2 * (WINNER - plane)  # what the preference terms add
+    *sizes, at_start = wind.norm(dim=-1)[:, 0]
+    sizes = np.reshape(sizes, X.shape)
+    across, up = total[:-1, 0].numpy().T
+    axis.contourf(X, Y, sizes, levels=25, cmap="Oranges", vmin=0, vmax=7)
+    axis.streamplot(X, Y, across.reshape(X.shape), up.reshape(X.shape), color=BLUE, density=0.75)
+    points = {GREEN: WINNER}
+    if name != "L_base":  # which knows c_w alone
+        axis.contour(X, Y, sizes, levels=[at_start], colors="black", linestyles="--")
+        points |= {GREY: LOSER, PINK: START}
+    for colour, point in points.items():
+        axis.plot(*point[0, 0], "o", color=colour, ms=11, mec="white")
+    axis.set(title=name, xlabel="first element of f", ylabel="second element", aspect="equal")
+axis.plot(*path.T, color="black")
+axis.plot(*path[references].T, "o", color=PINK, ms=5)
+left.plot(strength, label=refreshed)
+left.plot(strength_never, color=GREY, label="never refreshed")
+left.vlines(references[1:], 0, 0.6, color=PINK)
+left.axhline(0.5, color="black", ls="--")
 left.set(
     title="A refresh brings the wind back",
     xlabel="step of gradient descent (pink: f_ref <- f)",
     ylabel="σ(-x), strength of the wind",
 )
-middle.set_prop_cycle(color=(GREEN, BLUE, PINK, ORANGE))
 for name, wind in winds.items():
     middle.semilogx(share[1:], wind[1:], label=name)
-middle.xaxis.set_major_formatter("{x:g}")
+middle.xaxis.set_major_formatter("{x:g}")  # formulas are switched off
 middle.set(
     title="Sum or mean: when does the wind die?",
     xlabel="share of the way from f_ref to c_w (logarithmic)",
     ylabel="σ(-x)",
 )
-for (name, beyond), look in zip(rests.items(), ("C1o-", "C1o:", "C4s-", "C0s-")):
-    right.plot(beyond, look, label=name)
-right.axhline(1, color=GREY, ls="--", lw=1, label="as wrong as c_l was")
+for name, beyond in rests.items():
+    right.plot(beyond, "o-", label=name)
+right.axhline(1, color=GREY, ls="--", label="as wrong as c_l was")
 right.set_xticks(range(len(LAMBDAS)), LAMBDAS)
 right.set(title="What a large λ breaks", xlabel="λ", ylabel="end of f beyond c_w, in |c_w - c_l|")
 for axis in (left, middle, right):
     axis.legend()
 caption = (
     "Blue: -grad L, where f goes; orange: wind, the strength of the preference terms; dashed: x = "
-    "0, f as good as f_ref; green c_w, grey c_l, pink f_ref; star: where f comes to rest. One "
-    f"sample of 2 elements; fields with the sum of 2 and lambda 1; {steps} steps of gradient "
+    "0, f as good as f_ref; green c_w, grey c_l, pink f_ref; black: the descent with refreshes. "
+    f"One sample of 2 elements; fields with the sum of 2 and lambda 1; {steps} steps of gradient "
     "descent; nothing drawn is random. Repeating the two elements gives 16 x 128 and 16 x 2048."
 )
 save(figure, options, "05_preference_objective", caption)

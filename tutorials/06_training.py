@@ -43,7 +43,7 @@ import torch
 
 import train
 from img_minimal.hub.weights import read_weights
-from img_minimal.plots import GREEN, GREY, ORANGE, PINK, read_rows
+from img_minimal.plots import BLUE, GREEN, GREY, ORANGE, PINK, read_rows
 from img_minimal.run import Run
 
 # %% 1. A run is `python train.py` with these options
@@ -109,112 +109,105 @@ with step("resumed"):
 resumed = read_rows(log)
 
 # %% 4. Every number of both runs, and the final weights
-differences = []
+compared = differ = 0
 for row, other in zip(rows, resumed, strict=True):
-    differences += [abs(row[name] - other[name]) for name in row.keys() & other.keys()]
-weights = [read_weights(folder / name / "aligner.safetensors") for name in ("whole", "resumed")]
-equal = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for name in row.keys() & other.keys():
+        compared += 1
+        differ += row[name] != other[name]
+weights = read_weights(folder / "whole" / "aligner.safetensors")
+others = read_weights(folder / "resumed" / "aligner.safetensors")
+equal = all(torch.equal(weights[name], others[name]) for name in weights)
 verdict = (
     f"stopped after step {stopped} of {len(rows)}",
-    f"{len(differences):,} numbers compared, {np.count_nonzero(differences)} differ",
+    f"{compared:,} numbers compared, {differ} differ",
     f"final weights bitwise equal: {'yes' if equal else 'no'}",
 )
 
 # %% 5. The curves of a healthy run, with what is to be read off each
-figure, (upper, lower) = sheet(15, ([4.4], [1] * 3), ([4.4], [1] * 4))
-steps, window = np.arange(len(rows)) + 1, max(1, len(rows) // 20)
+figure, (upper, lower) = sheet(15, (4.4, [1] * 3), (4.4, [1] * 3))
+steps = np.arange(len(rows)) + 1
+window = max(1, len(rows) // 20)
 
 
-def values(name):
+def values(name: str) -> np.ndarray:
     """Return one number of all rows that have it."""
     return np.array([row[name] for row in rows if name in row])
 
 
-def draw(axis, **lines) -> None:
-    """Draw numbers of every step, pale, and their means over a twentieth of the run."""
-    for label, name in lines.items():
-        mean = np.convolve(values(name), np.ones(window) / window, mode="valid")
-        (line,) = axis.plot(steps[window - 1 :], mean, label=label)
-        axis.plot(steps, values(name), color=line.get_color(), alpha=0.2)
+def draw(axis, name: str, colour: str) -> None:
+    """Draw a number of every step, pale, and its means over a twentieth of the run."""
+    y = values(name)
+    mean = np.convolve(y, np.ones(window) / window, mode="valid")
+    axis.plot(steps, y, color=colour, alpha=0.2)
+    axis.plot(steps[window - 1 :], mean, color=colour, label=name)
 
 
-def explain(axis, title, unit, how_to_read, *found) -> None:
+def explain(axis, title: str, unit: str, how_to_read: str, *found: str) -> None:
     """Write above a panel, and print, how to read it and what is found in this run."""
     words = "\n".join([title, fill(how_to_read, 44), *found])
     axis.set(title=words, xlabel="step", ylabel=unit)
     print(f"{title}: {'; '.join(found)}. Look for: {how_to_read}")
 
 
-def change(values, few=1) -> str:
-    """Describe how the mean over the first `few` values becomes that over the last ones."""
-    first, last = values[:few].mean(), values[-few:].mean()
+def change(first: float, last: float) -> str:
+    """Describe how a number has changed."""
     return f"{first:.3g} to {last:.3g}, ratio {last / first:.2f}"
 
 
 unit = "squared distance to c_w, mean over elements"
-lead = 1 - values("error") / values("reference_error")
-draw(upper[0], f_ref="reference_error", f="error")
+error = values("error")
+draw(upper[0], "reference_error", BLUE)
+draw(upper[0], "error", ORANGE)
 how = "f runs ahead, f_ref is brought up to it again and again"
-ahead = f"f ahead of f_ref in {(lead > 0).mean():.0%} of steps"
-found = f"f: {change(values('error'), window)}"
+found = f"f: {change(error[:window].mean(), error[-window:].mean())}"
+ahead = f"f ahead of f_ref in {(error < values('reference_error')).mean():.0%} of steps"
 explain(upper[0], "Error on training batches", unit, how, found, ahead)
 
-found = ["no prompt was set aside"]
-if len(values("nearer")):
-    unseen = np.append(values("identity_error")[0], values("validation_error"))
-    saved = [0, *(row["step"] for row in rows if "nearer" in row)]
-    upper[1].plot(saved, unseen, "o-", color=GREEN, label="f, unseen prompts")
-    upper[1].axhline(unseen[0], ls="--", color=GREY, label="changing nothing")
-    best = unseen.argmin()
-    lowest = f"lowest at step {saved[best]}: ratio {unseen[best] / unseen[0]:.2f}"
-    found = [change(unseen), lowest, f"losers moved nearer to c_w: {values('nearer')[-1]:.0%}"]
 how = "below grey; rises while the left one falls: too few pairs"
+found = ["no prompt was set aside"]
+unseen = values("validation_error")
+if len(unseen):
+    untrained = values("identity_error")[0]
+    saved = [row["step"] for row in rows if "nearer" in row]
+    upper[1].plot([0, *saved], [untrained, *unseen], "o-", color=GREEN, label="f, unseen prompts")
+    upper[1].axhline(untrained, ls="--", color=GREY, label="changing nothing")
+    nearer = values("nearer")[-1]
+    found = [change(untrained, unseen[-1]), f"losers moved nearer to c_w: {nearer:.0%}"]
 explain(upper[1], "Error on unseen prompts", unit, how, *found)
 
-refreshed = steps[1:][np.diff(values("refreshes")) > 0]
 accuracy = values("implicit_accuracy")
-draw(upper[2], x="implicit_accuracy")
-upper[2].axhline(0.5, color=GREY, ls="--", lw=1)
+draw(upper[2], "implicit_accuracy", BLUE)
+upper[2].axhline(0.5, color=GREY, ls="--")
 how = "above 1/2; 0 just after a refresh, when f is f_ref (x = 0)"
-found = [f"step 1: {accuracy[0]:.2f}; last twentieth: {accuracy[-window:].mean():.2f}"]
-if len(refreshed):  # in the first step after it, f is f_ref
-    before, after = accuracy[refreshed - 1], accuracy[refreshed[refreshed + 1 < len(rows)] + 1]
-    found.append(f"before a refresh {before.mean():.2f}, two steps after {after.mean():.2f}")
-explain(upper[2], "Implicit accuracy", "share of the batch with x > 0", how, *found)
+found = f"step 1: {accuracy[0]:.2f}; last twentieth: {accuracy[-window:].mean():.2f}"
+explain(upper[2], "Implicit accuracy", "share of the batch with x > 0", how, found)
 
-few = max(12, len(rows) // 10)
-lower[0].plot(steps[:few], lead[:few])
-lower[0].vlines(refreshed[refreshed <= few], 0, lead.max(), color=PINK, lw=1)
-how = "a sawtooth: a refresh (pink) takes it back to 0"
-explain(lower[0], "Lead of f over f_ref", "share", how, f"largest {lead.max():.1%}")
-
-lower[1].step(steps, values("refreshes"), color=PINK, where="post")
-lower[1].plot(steps, steps / (k + 1), "--", color=GREY, lw=1)  # after a refresh no one can win
-early = (refreshed <= len(rows) / 2).sum()
-found = f"{early} in the first half, {len(refreshed) - early} in the second"
+refreshes = values("refreshes")
+lower[0].plot(steps, refreshes, color=PINK)
+lower[0].plot(steps, steps / (k + 1), "--", color=GREY)  # after a refresh no one can win
 how = "dashed: the most there can be, one in k + 1 steps"
-explain(lower[1], "Refreshes", "so far", how, f"{len(refreshed)} refreshes, k = {k}", found)
+explain(lower[0], "Refreshes", "so far", how, f"{refreshes[-1]:.0f} refreshes, k = {k}")
 
 norms = values("gradient_norm")
-draw(lower[2], norm="gradient_norm")
-lower[2].axhline(1, color="black", ls="--", lw=1)
-lower[2].set_yscale("log")
-lower[2].yaxis.set_major_formatter("{x:g}")
+draw(lower[1], "gradient_norm", BLUE)
+lower[1].axhline(1, color="black", ls="--")
+lower[1].set_yscale("log")
+lower[1].yaxis.set_major_formatter("{x:g}")  # formulas are switched off
 how = "no lonely spikes; what is above the dashed line is clipped to 1"
 found = f"clipped in {(norms > 1).mean():.0%} of steps"
 largest = f"largest / median: {norms.max() / np.median(norms):.1f}"
-explain(lower[2], "Gradient norm", "logarithmic", how, found, largest)
+explain(lower[1], "Gradient norm", "logarithmic", how, found, largest)
 
 near = slice(max(0, stopped - 30), stopped + 30)
 loss = [row["loss"] for row in resumed]
-lower[3].plot(steps[near], values("loss")[near], color=ORANGE, alpha=0.5, lw=7, label="whole run")
-lower[3].plot(steps[near], loss[near], ".-", color=GREEN, label="stopped and resumed")
-lower[3].axvline(stopped + 0.5, color="black", ls="--", lw=1)
+lower[2].plot(steps[near], values("loss")[near], color=ORANGE, alpha=0.5, lw=7, label="whole run")
+lower[2].plot(steps[near], loss[near], ".-", color=GREEN, label="stopped and resumed")
+lower[2].axvline(stopped + 0.5, color="black", ls="--")
 how = "the thin line lies on the thick one, to the last digit"
-explain(lower[3], "Stopped and resumed", "loss", how, *verdict)
-for axis in (*upper[:2], lower[3]):
+explain(lower[2], "Stopped and resumed", "loss", how, *verdict)
+for axis in (upper[0], upper[1], lower[2]):
     axis.legend()
-    axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+    axis.set_ylim(0, 1.2 * axis.get_ylim()[1])
 caption = (
     f"{options.steps} steps of {batch_size} on {options.max_pairs or 'all'} pairs, lambda "
     f"{training.preference_weight:g}. Lines: running mean over {window} steps; pale: every step. "

@@ -21,14 +21,14 @@ scale:
 
 h and c_0 are frozen: computed once, they serve every number of passes and scale. Look at both
 colours of the bars: a setting that fixes more often breaks more, too, and its worth is the
-difference. The length also says what the push of the preference terms could be worth: they carry f
+difference, the black point. The length also says what the push of the preference terms could be worth: they carry f
 beyond the winner (tutorial 05), and that is a longer correction. With --model sdxl there is no
 oracle, and the pictures alone are shown. What the steps cost at SDXL's and FLUX's size is computed,
 and printed at the end.
 """  # noqa: E501
 
 # %% Options
-from common import bars, begin, option, picture, save, sheet, step
+from common import begin, curve, option, picture, save, sheet, step
 
 help_text = "how many prompts of the test split"
 options, preset = begin(__doc__, prompts=option(200, help_text, least=20, quick=10))
@@ -39,10 +39,10 @@ import numpy as np
 
 from img_minimal.bench.memory import operations_table
 from img_minimal.evaluate.arms import FIRST_SEED, TITLES, Arms
-from img_minimal.evaluate.intervals import paired_shares, said, win_rate
+from img_minimal.evaluate.intervals import paired_shares, said
 from img_minimal.files import to_pil
 from img_minimal.pipeline import IMG
-from img_minimal.plots import BLUE, GREEN, GREY, ORANGE
+from img_minimal.plots import GREEN, GREY, ORANGE
 from img_minimal.tiny.grammar import benchmark
 from img_minimal.tiny.oracle import judge
 
@@ -53,61 +53,68 @@ if judged:
     captions = [str(prompt) for prompt in prompts]
 elif quick:
     captions = captions[:1]
-seeds = [FIRST_SEED * (options.seed + 1) + k for k in range(len(captions))]
+count = len(captions)
+first_seed = FIRST_SEED * (options.seed + 1)
+seeds = list(range(first_seed, first_seed + count))
 with step("load"):
     img = IMG(preset=preset)
+backbone = img.backbone
 
 # %% 1. x_0 = G(T, z): the initial images
 with step("draw"):
-    initial = img.backbone.draw(captions, seeds, progress="initial")
+    initial = backbone.draw(captions, seeds, progress="initial")
 pictures = to_pil(initial)
 
 # %% 2. h = MLLM(x_0, q) and c_0 = Resampler(CLIP(x_0)); an image's seed draws the phrasing q
 with step("look"):
     h, mask = img.guidance(pictures, captions, seeds, progress="look")
-    c_0 = img.backbone.tokens(pictures)
+    c_0 = backbone.tokens(pictures)
 
 # %% 3. c_k = f(h, c_(k-1)): each pass goes on from the one before
-PASSES = range(1, 4 if quick else 6)
 c = [c_0]
 with step("align"):
-    for _ in PASSES:
+    for _ in range(3 if quick else 5):
         c.append(img.correct(c[-1], h, mask, passes=1))
 corrected = c[img.passes]
 
 # %% 4. x_1 = G(T, z; c_k, s): text attention + s * image attention, in every cross-attention
 with step("draw again"):
-    second = img.backbone.draw(captions, seeds, corrected, progress="second image")
+    second = backbone.draw(captions, seeds, corrected, progress="second image")
 
 # %% 5. One image on its way, with the shapes of what it becomes
 with step("put in words"):
     [answer] = img.explain(pictures[:1], captions[:1], seeds[:1])
-shapes = f"{(int(mask[0].sum()), h.shape[-1])}; tokens c_0 {tuple(c_0[0].shape)}"
+looked = int(mask[0].sum()), h.shape[-1]
 moved = (c[1][0] - c_0[0]).norm() / c_0[0].norm()
 differ = (second[0] - initial[0]).abs().mean()
 print(f"""\
 "{captions[0]}", seed {seeds[0]}
   1  initial image x_0          {tuple(initial[0].shape)}
   2  MLLM: {answer}
-     guidance features h        {shapes}
+     guidance features h        {looked}; tokens c_0 {tuple(c_0[0].shape)}
   3  aligned tokens c_1 = f(h, c_0): ||c_1 - c_0|| / ||c_0|| = {moved:.2f}
   4  second image x_1, whose pixels differ by {differ:.3f} of their range""")
 
 # %% 6. Other settings, one at a time, from the same h and c_0; rounds look at the latest image anew
 SETTINGS = {
-    "passes": PASSES,
-    "length": (0.5, 1.0, 1.5, 2.0),
-    "scale": [sampling.scale * factor for factor in (0.5, 1.0, 1.5, 2.0)],
-    "scale_end": sorted({sampling.scale_end, 0.25, 0.5, 1.0}),
+    "passes": range(1, len(c)),
+    "length": (0.5, 1, 1.5, 2),
+    "scale": [sampling.scale * factor for factor in (0.5, 1, 1.5, 2)],
+    "scale_end": sorted({sampling.scale_end, 0.25, 0.5, 1}),
     "rounds": range(1, 3 if quick else 5),
 }
-OWN = {"passes": img.passes, "length": 1, "scale": sampling.scale, "rounds": 1}
-OWN["scale_end"] = sampling.scale_end
-images, names = {}, {}
+OWN = {
+    "passes": img.passes,
+    "length": 1,
+    "scale": sampling.scale,
+    "scale_end": sampling.scale_end,
+    "rounds": 1,
+}
+images = {}
 with step("other settings"):
     for kind, values in SETTINGS.items():
-        names[kind] = [f"{kind} {value:g}" for value in values]
-        for name, value in zip(names[kind], values):
+        for value in values:
+            name = f"{kind} {value:g}"
             if value == OWN[kind]:
                 images[name] = second
                 continue
@@ -121,99 +128,77 @@ with step("other settings"):
                 tokens = img.align(images[f"rounds {value - 1}"], captions, later)
             else:
                 changes = {kind: value}
-            images[name] = img.backbone.draw(captions, seeds, tokens, progress=name, **changes)
+            images[name] = backbone.draw(captions, seeds, tokens, progress=name, **changes)
 
-# %% 7. Controls, and every setting against the base: what was fixed and what broken, win rate
+# %% 7. Controls, and every setting against the base: what was fixed and what broken
 CONTROLS = ("new_seed", "best_of_two_mllm", "best_of_two_oracle", "no_guidance", "perfect_tokens")
-table, strict, soft = {}, {}, {}
+table, strict = {}, {}
 if judged:
     with step("controls"):
         arms = Arms(img, prompts, options.seed)
         arms.controls()
-    verdicts = {TITLES[name]: arms.verdicts[name] for name in ("base", *CONTROLS)}
-    verdicts |= {name: judge(drawn, prompts) for name, drawn in images.items()}
-    heads = "strict                minus base               fixed  broken  wins*"
+        for name, drawn in images.items():
+            arms.verdicts[name] = judge(drawn, prompts)
+    strict = arms.marks("strict")
+    heads = "strict                minus base               fixed  broken"
     print(f"\n{'95 % intervals over captions':40} {heads}")
-    for name, row in verdicts.items():
-        strict[name] = np.array([verdict.strict for verdict in row])
-        soft[name] = np.array([verdict.soft for verdict in row])
-        table[name] = row = paired_shares(strict[name], strict["base model"], captions)
-        line = f"{name:40} {said(row['share'])}  "
-        if name != "base model":
-            wins = win_rate(soft[name], soft["base model"], captions)
-            line += f"{said(row['difference'], '+.3f')}  {row['fixed']:5d}  {row['broken']:6d}  "
-            line += f"{wins['value']:.2f} of {wins['decided']}"
-        print(line)
-    print("* against the base on the soft score, without ties\n")
-
-    before, after = strict["base model"], strict[f"passes {img.passes}"]
-    categories = arms.categories()
-    print("the preset's own setting, by category:")
-    for category, here in categories.items():
-        fixed, wrong = (here & ~before & after).sum(), (here & ~before).sum()
-        broken, right = (here & before & ~after).sum(), (here & before).sum()
-        counts = f"fixed {fixed:2d} of {wrong:2d} wrong, broke {broken:2d} of {right:2d} right"
-        print(f"  {category:9} {counts}")
+    for name in ("base", *CONTROLS, *images):
+        row = paired_shares(strict[name], strict["base"], captions)
+        table[name] = row
+        change = f"{said(row['difference'], '+.3f')}  {row['fixed']:5d}  {row['broken']:6d}"
+        print(f"{TITLES.get(name, name):40} {said(row['share'])}  {change}")
 
 # %% 8. The picture: some images in many settings, chosen by a rule, and what each setting is worth
-shown = dict.fromkeys(range(len(captions)), "")
 if judged:
+    categories, wrong = arms.categories(), strict["base"] == 0
+    rules = {
+        "the first position that the base draws wrong": categories["position"] & wrong,
+        "the first complex that the base draws wrong": categories["complex"] & wrong,
+        "the first right one that IMG breaks": strict["base"] > strict[f"passes {img.passes}"],
+    }
     shown = {}
-    for category in ("position", "complex"):
-        for k in np.flatnonzero(categories[category] & ~before)[:1]:
-            shown[k] = f" (the first {category} that the base draws wrong)"
-    for k in np.flatnonzero(before & ~after)[:1]:
-        shown[k] = " (the first right one that IMG breaks)"
-columns = {"base model": initial, "correction": (c[1] - c_0).norm(dim=-1)}
-chosen = names["passes"][::2] + names["scale"][::3] + ["scale_end 1"] + names["rounds"][1::2]
-columns |= {name: images[name] for name in chosen}
-blocks = [([1.9], [1] * len(columns))] * len(shown)
+    for why, here in rules.items():
+        for k in np.flatnonzero(here)[:1]:
+            shown[k] = f" ({why})"
+else:
+    shown = dict.fromkeys(range(count), "")
+columns = {"base": initial}
+scales = f"scale {sampling.scale / 2:g}", f"scale {sampling.scale * 2:g}"
+for name in ("passes 1", "passes 3", *scales, "scale_end 1", "rounds 2"):
+    columns[name] = images[name]
+blocks = [(1.9, [1] * len(columns))] * len(shown)
 if judged:
-    blocks.append(([3.3, 2.2], [4, 4, 4, 4, 3, 9]))
+    blocks.append((4.5, [4, 4, 4, 4, 3, 9]))
 figure, rows = sheet(13.5, *blocks)
 for axes, (k, why) in zip(rows, shown.items()):
     [answer] = img.explain([pictures[k]], [captions[k]], [seeds[k]])
     words = f'"{captions[k]}"{why}  MLLM of the initial image: {answer}'
     axes[0].figure.suptitle(fill(words, 150), fontsize=9, x=0.01, ha="left")
     for axis, (name, drawn) in zip(axes, columns.items()):
-        if name == "correction":
-            side = int(drawn.shape[1] ** 0.5)
-            picture(axis, drawn[k].view(side, -1), name, cmap="Blues", vmin=0)
-            continue
         below = ""
         if judged:
             below = "right" if strict[name][k] else "wrong"
-        colour = GREEN if below == "right" else ORANGE
-        picture(axis, to_pil(drawn[k : k + 1])[0], name, below, colour)
-
-
-def draw_worth(upper, lower, worth: dict[str, dict], title: str, **look) -> None:
-    """Draw differences to the base with intervals, and below how many are fixed and broken."""
-    bars(upper, {name: row["difference"] for name, row in worth.items()}, **look)
-    upper.axhline(0, color=GREY, lw=1)
-    upper.set_title(title)
-    for key, sign, colour in (("fixed", 1, GREEN), ("broken", -1, ORANGE)):
-        counts = np.array([row[key] for row in worth.values()])
-        drawn = lower.bar(range(len(counts)), sign * counts, color=colour)
-        lower.bar_label(drawn, [count or "" for count in counts])
-    lower.set_xticks([])
-    lower.margins(y=0.2)
-
+        picture(axis, to_pil(drawn[k : k + 1])[0], name, below)
 
 if judged:
-    for axes in rows[-2:]:
-        for axis in axes[1:]:
-            axis.sharey(axes[0])
-    charts = list(zip(*rows[-2:]))
-    for (upper, lower), (kind, values) in zip(charts, SETTINGS.items()):
-        worth = {f"{value:g}": table[name] for value, name in zip(values, names[kind])}
-        draw_worth(upper, lower, worth, kind, color=BLUE)
-    worth = {name.replace("_", " "): table[TITLES[name]] for name in CONTROLS}
-    draw_worth(*charts[-1], worth, "controls", color=GREY)
-    rows[-2][0].set_ylabel(f"strict share minus base's ({before.mean():.2f})")
-    rows[-1][0].set_ylabel("fixed (up), broken (down)")
+    charts = {}
+    for kind, values in SETTINGS.items():
+        charts[kind] = {f"{value:g}": table[f"{kind} {value:g}"] for value in values}
+    charts["controls"] = {fill(name.replace("_", " "), 8): table[name] for name in CONTROLS}
+    for axis, (kind, worth) in zip(rows[-1], charts.items()):
+        axis.sharey(rows[-1][0])
+        fixed = [row["fixed"] / count for row in worth.values()]
+        broken = [-row["broken"] / count for row in worth.values()]
+        difference = [row["difference"] for row in worth.values()]
+        axis.bar(worth.keys(), fixed, color=GREEN, label="fixed")
+        axis.bar(worth.keys(), broken, color=ORANGE, label="broken")
+        curve(axis, worth.keys(), difference, "o", color="black", label="difference")
+        axis.axhline(0, color=GREY)
+        axis.set_title(kind)
+    rows[-1][0].set_ylabel(f"share of images (base right: {strict['base'].mean():.2f})")
+    rows[-1][-1].legend()
 own = ", ".join(f"{kind} {value:g}" for kind, value in OWN.items())
-caption = f"n {len(captions)}; IMG's own setting: {own}"
+caption = f"n {count}; IMG's own setting: {own}"
 save(figure, options, "07_regeneration", caption)
 
 # %% 9. What the steps cost at true size: operations of one image, counted without a download

@@ -30,6 +30,9 @@ have no order.
 # %% Options
 from common import ROOT, bars, begin, check, option, save, sheet, step
 
+from img_minimal.plots import BLUE, GREEN, GREY, ORANGE, PINK, read_rows
+
+COLOURS = {"guidance": BLUE, "loss": ORANGE, "lambda": GREEN, "refresh": PINK, "passes": GREY}
 options, preset = begin(
     __doc__,
     oracle=True,
@@ -40,24 +43,28 @@ options, preset = begin(
     pairs=option(None, "with --fresh: preference pairs; default: the preset's"),
     max_pairs=option(0, "with --fresh: use only so many pairs, 0 for all", quick=400),
     preference_weight=option(0.0, "with --fresh: lambda unless a title says it", most=1000),
-    only=option(None, "a group of rows: guidance, loss, lambda, refresh or passes"),
+    only=option("all", "a group of rows", choices=["all", *COLOURS]),
     results=option(str(ROOT / "tutorials" / "08_ablations.json"), "without --fresh: results"),
 )
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
 from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
 
-import train
+from img_minimal.aligner import ImplicitAligner
+from img_minimal.data.load import load_training_data
+from img_minimal.devices import Precision, best_device
 from img_minimal.evaluate.arms import Arms
 from img_minimal.evaluate.intervals import mean_interval, said
 from img_minimal.files import check_provenance, identity, read_json, write_whole
 from img_minimal.pipeline import IMG
-from img_minimal.plots import BLUE, GREEN, GREY, ORANGE, PINK, read_rows
+from img_minimal.run import Ranks, Run
 from img_minimal.tiny.grammar import benchmark
+from train import train
 
 # %% 1. The rows: what each changes, and the paper's PickScore on SDXL where it has one
 SETTINGS = ("seed", "prompts", "seeds", "steps", "pairs", "max_pairs", "preference_weight")
@@ -67,14 +74,18 @@ MEASURED = ("gradient_norm", "margin", "correction", "refreshes", "validation_er
 def read_results(path: str | Path) -> dict:
     """Read a results.json of this tutorial. Raises UserError for another file."""
 
-    def look(file: dict) -> None:
+    def inspect(file: dict) -> None:
         for name in SETTINGS:
-            file["settings"][name], file["right"].keys(), file["training"].keys()
+            file["settings"][name]
+        file["right"].keys()
+        file["training"].keys()
 
-    return read_json(path, dict, "expected a results.json of this tutorial's --fresh", inspect=look)
+    advice = "expected a results.json of this tutorial's --fresh"
+    return read_json(path, dict, advice, inspect=inspect)
 
 
-fresh, pairs = options.fresh or options.quick, options.pairs or preset.data.pairs
+fresh = options.fresh or options.quick
+pairs = options.pairs or preset.data.pairs
 if fresh:
     settings = {name: getattr(options, name) for name in SETTINGS}
     settings["pairs"] = Path(pairs).name
@@ -83,13 +94,6 @@ else:
     print(f"results from {options.results}; --fresh makes them anew")
     results = read_results(options.results)
     settings = results["settings"]
-preset = preset.changed(
-    ("data", "training"),
-    pairs=pairs,
-    max_pairs=settings["max_pairs"],
-    steps=settings["steps"],
-    save_every=settings["steps"],
-)
 weight, seeds = settings["preference_weight"], range(settings["seeds"])
 prompts = benchmark(settings["prompts"], "test", settings["seed"])
 
@@ -142,76 +146,94 @@ ROWS = {
     "two passes": Row("passes", weight=weight, passes=2),
     "three passes": Row("passes", weight=weight, passes=3),
 }
-COLOURS = {"guidance": BLUE, "loss": ORANGE, "lambda": GREEN, "refresh": PINK, "passes": GREY}
-known = ", ".join(COLOURS)
-check(options.only in (None, *COLOURS), f"--only is {options.only!r}, expected one of: {known}")
-if options.only:
+if options.only != "all":
     ROWS = {t: row for t, row in ROWS.items() if row.group == options.only or t == FULL}
 
 # %% 2. Train, draw and judge what the folder lacks
 folder = Path(options.output) / f"08_ablations-{'-'.join(map(str, settings.values()))}"
+precision = Precision.named(preset.models.dtype, best_device())
+preset = preset.changed(
+    ("data", "training"),
+    pairs=pairs,
+    max_pairs=settings["max_pairs"],
+    steps=settings["steps"],
+    save_every=settings["steps"],
+)
 
 
-def train_row(row: Row, seed: int) -> Path:
-    """Train a row's aligner as `python train.py` does, or use an earlier one; return its folder."""
-    path = folder / row.aligner(seed)
-    if not (path / "aligner.safetensors").exists():
-        config = train.Config(
-            model=options.model,
-            seed=seed,
-            guidance=row.guidance,
-            spin=row.spin,
-            refresh_after=row.refresh_after,
-            output_dir=str(path),
-            resume=(path / "checkpoint.pt").exists(),
-            eval_prompts=0,
-        )
-        run = train.start(config, preset.changed(("training",), preference_weight=row.weight))
-        if run.stopped:
-            raise KeyboardInterrupt
-    return path
+@cache
+def draw_base() -> Arms:
+    """Draw and judge the base's images of all prompts."""
+    return Arms(IMG(preset=preset), prompts, settings["seed"])
 
 
-def measure(path: Path) -> dict[str, float]:
+@lru_cache(maxsize=1)  # features of one guidance at a time
+def prepare(guidance: str) -> tuple:
+    """Open the training pairs' features, the same for all training seeds, and a guided IMG."""
+    data = load_training_data(preset, guidance, settings["seed"], 70.0, Ranks())
+    return data, IMG(draw_base().img.backbone, preset=preset, guidance=guidance)
+
+
+def train_row(row: Row, seed: int, path: Path) -> None:
+    """Train a row's aligner with train.py's own loop; keep it, and how the training ended."""
+    data, _ = prepare(row.guidance)
+    recipe = replace(preset.training, preference_weight=row.weight)
+    run = Run(path, asdict(row), resume=(path / "checkpoint.pt").exists())
+    terms = {"spin": row.spin, "refresh_after": row.refresh_after}
+    aligner = train(run, data, recipe, precision, seed=seed, **terms)
+    if run.stopped:
+        raise KeyboardInterrupt
+    aligner.save(path / "aligner.safetensors")
+
+
+def measure(metrics: Path) -> dict[str, float]:
     """Return means over the last thousand steps of a training, and how often f_ref was set."""
-    means, log = {}, read_rows(path / "metrics.jsonl")[-1000:]
+    log = read_rows(metrics)[-1000:]
+    means = {"refreshes": log[-1]["refreshes"]}
     for name in MEASURED:
         values = [row[name] for row in log if name in row]
         if values:
-            value = values[-1] if name == "refreshes" else sum(values) / len(values)
-            means[name] = round(float(value), 5)
+            means.setdefault(name, round(float(np.mean(values)), 5))
     return means
+
+
+def judge_row(row: Row, seed: int) -> np.ndarray:
+    """Train a row's aligner unless an earlier call has; return which of its images are right."""
+    arms, arm = draw_base(), row.guidance
+    if arm == "none":
+        arms.draw(arm, arms.own)
+    elif arm != "base":
+        path = folder / row.aligner(seed)
+        file = path / "aligner.safetensors"
+        if not file.exists():
+            train_row(row, seed, path)
+        results["training"][path.name] = measure(path / "metrics.jsonl")
+        _, img = prepare(arm)
+        img.aligner = ImplicitAligner.from_file(file).eval()
+        img.passes = row.passes
+        arms.aligned(arm, img)
+    return arms.marks("strict")[arm]
 
 
 if fresh:
     folder.mkdir(parents=True, exist_ok=True)
-    made = asdict(preset.models) | {"name": preset.name, "pairs": preset.data.pairs}
-    made = {name: identity(value) for name, value in made.items()}
+    made = asdict(preset.models) | {"name": preset.name, "pairs": pairs}
+    for name, value in made.items():
+        made[name] = identity(value)
     check_provenance(folder / "made_with.json", made, "choose another --output")
     file = folder / "results.json"
     if file.exists():
         results = read_results(file)
     with step("train and draw"):
-        arms = None
         for row, seed in product(ROWS.values(), seeds):
-            if row.result(seed) in results["right"]:
-                continue
-            arms = arms or Arms(IMG(preset=preset), prompts, settings["seed"])
-            if row.guidance == "none":
-                arms.draw("none", arms.own)
-            elif row.guidance != "base":
-                path = train_row(row, seed)
-                results["training"][path.name] = measure(path)
-                aligner, sampling = path / "aligner.safetensors", preset.changed(passes=row.passes)
-                guided = {"guidance": row.guidance, "preset": sampling}
-                img = IMG(arms.img.backbone, aligner=aligner, **guided)
-                arms.aligned(row.guidance, img)
-            strict = [str(int(verdict.strict)) for verdict in arms.verdicts[row.guidance]]
-            results["right"][row.result(seed)] = "".join(strict)
-            write_whole(file, json.dumps(results, indent=1) + "\n")
+            if row.result(seed) not in results["right"]:
+                right = judge_row(row, seed)
+                results["right"][row.result(seed)] = "".join(map(str, right.astype(int)))
+                write_whole(file, json.dumps(results, indent=1) + "\n")
 
 # %% 3. The table: shares with intervals, each seed, and the paired difference to the full method
-clusters, right = [str(prompt) for prompt in prompts] * len(seeds), {}
+clusters = [str(prompt) for prompt in prompts] * len(seeds)
+right = {}
 for title, row in ROWS.items():
     strings = [results["right"].get(row.result(seed)) for seed in seeds]
     if None not in strings:
@@ -238,7 +260,7 @@ for title, values in right.items():
     each = " ".join(f"{share:.3f}" for share in values.mean(1))
     paper = ROWS[title].paper or ""
     print(f"{title:22} {said(shares[title])}   {each:18}  {minus(title, FULL):31} {paper}")
-order = [t for t in ("none", "base model", "text embedding", "stock MLLM", FULL) if t in right]
+order = [title for title in right if ROWS[title].group == "guidance"]
 for worse, better in pairwise(order):
     print(f"{better} minus {worse}: {minus(better, worse)}")
 lacking = [title for title in ROWS if title not in right]
@@ -248,39 +270,24 @@ if lacking:
 # %% 4. What the preference terms did: ranges over the seeds, of the last thousand steps
 shown = [title for title in right if ROWS[title].group in ("loss", "refresh")]
 if shown:
-    print(f"\n{'':22} " + "".join(f"{name:18}" for name in MEASURED))
+    print(f"\n{'':22}", *[f"{name:17}" for name in MEASURED])
 for title in shown:
     runs = [results["training"].get(ROWS[title].aligner(seed), {}) for seed in seeds]
-    line = f"{title:22} "
+    line = f"{title:22}"
     for name in MEASURED:
         values = sorted(run[name] for run in runs if name in run)
-        ends = dict.fromkeys(f"{value:.4g}" for value in values[:1] + values[-1:])
-        line += f"{' to '.join(ends):18}"
+        ends = [f"{value:.4g}" for value in values[:1] + values[-1:]]
+        line += f" {' to '.join(dict.fromkeys(ends)):17}"
     print(line)
 
 # %% 5. The picture
-figure, ((ours, paper),) = sheet(10, ([7.6], [3, 1.6]))
-at, colours, scores = [], [], []
+figure, [[axis]] = sheet(10, (7.6, [1]))
+bars(axis, shares, lying=True, color=[COLOURS[ROWS[title].group] for title in shares])
 for k, (title, values) in enumerate(right.items()):
-    row = ROWS[title]
-    at.append(k + 0.7 * list(COLOURS).index(row.group))  # groups stand apart
-    colours.append(COLOURS[row.group])
-    scores.append(row.paper or 0)
-    ours.plot(values.mean(1), [at[-1]] * len(seeds), "o", color=colours[-1], mec="black", zorder=3)
-bars(ours, shares, at, lying=True, color=colours)
-paper.bar_label(paper.barh(at, scores, 0.65, color=colours, alpha=0.8), fmt="%.2f")
-if "base model" in right:
-    ours.axvline(shares["base model"]["value"], color="black", ls=":", lw=1)
-    paper.axvline(ROWS["base model"].paper, color="black", ls=":", lw=1)
-ours.set(
-    title="the twin (dotted: base model)",
+    axis.plot(values.mean(1), [k] * len(seeds), "ko", mfc="white")
+    axis.text(0.01, k, ROWS[title].paper or "", va="center", color="white")
+axis.set(
+    title="the twin; in the bars the paper's PickScore on SDXL",
     xlabel="share right in everything (bar: mean, 95 % interval; dots: training seeds)",
-)
-paper.set(
-    title="the paper, SDXL",
-    xlabel="PickScore (axis starts at 22)",
-    xlim=(22, 22.9),
-    ylim=ours.get_ylim(),
-    yticks=[],
 )
 save(figure, options, "08_ablations", f"{described}; one change at a time")

@@ -54,25 +54,20 @@ with step("DPO + IMG"):
     dpo_again = dpo.aligned("img", plugged)
 
 
-# %% 3. The four cells
-def cells(mark: str) -> dict[str, np.ndarray]:
-    """Return a mark of every image (n,), by cell."""
-    marks = {}
-    for name, arms in (("base", base), ("DPO", dpo)):
-        marks[name] = arms.marks(mark)["base"]
-        marks[f"{name} + IMG"] = arms.marks(mark)["img"]
-    return marks
-
-
-strict, soft, captions = cells("strict"), cells("soft"), base.captions
-categories = base.categories()
-print(f"{'':11} strict [95 %]          soft  ", *[f"{category:>9}" for category in categories])
-shares, by_category = {}, {}
+# %% 3. The four cells, and position by itself, which the base gets wrong most often
+strict, soft = {}, {}
+for name, arms in (("base", base), ("DPO", dpo)):
+    for cell, arm in ((name, "base"), (f"{name} + IMG", "img")):
+        strict[cell] = arms.marks("strict")[arm]
+        soft[cell] = arms.marks("soft")[arm]
+captions = base.captions
+position = base.categories()["position"]
+shares = {}
+print(f"{'':11} strict [95 %]          soft   position")
 for name, right in strict.items():
     shares[name] = mean_interval(right, captions)
-    by_category[name] = [right[here].mean() for here in categories.values()]
-    cells = " ".join(f"{share:9.2f}" for share in by_category[name])
-    print(f"{name:11} {said(shares[name])}   {soft[name].mean():.3f}  {cells}")
+    means = f"{soft[name].mean():.3f}  {right[position].mean():8.2f}"
+    print(f"{name:11} {said(shares[name])}   {means}")
 
 # %% 4. Their differences, on the same prompts and seeds
 for ours, theirs in (
@@ -83,29 +78,23 @@ for ours, theirs in (
 ):
     pair = paired_shares(strict[ours], strict[theirs], captions)
     wins = win_rate(soft[ours], soft[theirs], captions)
-    change = f"{said(pair['difference'], '+.3f')}   fixed {pair['fixed']}, broken {pair['broken']}"
-    won = f"wins {said(wins, '.2f')} of {wins['decided']} that differ"
-    print(f"{ours:>10} minus {theirs:10} {change}; {won}")
+    print(
+        f"{ours:>10} minus {theirs:10} {said(pair['difference'], '+.3f')}  ",
+        f"fixed {pair['fixed']}, broken {pair['broken']};",
+        f"wins {said(wins, '.2f')} of {wins['decided']} that differ",
+    )
 
 # %% 5. The picture: the cells, and the first prompts that both models draw wrong, not chosen
-images = (base.pictures, to_pil(base_again), dpo.pictures, to_pil(dpo_again))
-colours = (GREY, BLUE, ORANGE, GREEN)
-figure, ((left, right), *rows) = sheet(10, ([2.8], [1, 2]), ([2.2] * 4, [1] * 5))
-bars(left, shares, color=colours)
-left.set(ylim=(0, 1.05), ylabel="share right in everything")
-for k, (name, share) in enumerate(by_category.items()):
-    at = np.arange(len(share)) + 0.2 * k - 0.3
-    right.bar(at, share, 0.19, color=colours[k], alpha=0.8, label=name)
-right.set_xticks(range(len(categories)), categories)
-right.set(ylim=(0, 1.2), title="by category")
-right.legend(ncols=4)
+drawn = [base.pictures, to_pil(base_again), dpo.pictures, to_pil(dpo_again)]
+figure, ([chart], *rows) = sheet(10, (2.8, [1]), (2.7, [1] * 5), *[(2.2, [1] * 5)] * 3)
+bars(chart, shares, color=(GREY, BLUE, ORANGE, GREEN))
+chart.set(ylim=(0, 1.05), ylabel="share right in everything")
 wrong = np.flatnonzero((strict["base"] == 0) & (strict["DPO"] == 0))
-for row, drawn, (name, right) in zip(rows, images, strict.items()):
+for row, pictures, (name, right) in zip(rows, drawn, strict.items()):
     row[0].set_ylabel(name)
     for axis, k in zip(row, wrong):
         above = captions[k] if name == "base" else ""
-        below, colour = ("right", GREEN) if right[k] else ("wrong", GREY)
-        picture(axis, drawn[k], above, below, colour)
+        picture(axis, pictures[k], above, "right" if right[k] else "wrong")
 caption = (
     f"{len(prompts)} prompts of the test split, the same seeds in all cells; images: the first "
     "prompts that both models draw wrong, not chosen. Neither aligner nor MLLM ever saw the DPO "

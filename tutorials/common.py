@@ -29,15 +29,12 @@ FLAGS = {
     "output": option("outputs/tutorials", "folder for the picture"),
 }
 LOOK = {
-    "axes.axisbelow": True,
-    "axes.labelsize": 9,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 10,
     "errorbar.capsize": 3,
     "legend.fontsize": 8,
     "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
 }
 _clock: Any = None  # set by `begin`: importing it takes seconds, and --help should not wait
 
@@ -54,8 +51,7 @@ def begin(doc: str, oracle: bool = False, **flags: Any) -> tuple[Any, Preset]:
     for name, flag in (FLAGS | flags).items():
         kind = str | None if flag.default is None else type(flag.default)
         fields.append((name, kind, flag))
-    if not NOTEBOOK:
-        cli.install_error_hook()
+    cli.install_error_hook()
     argv = [] if NOTEBOOK else None
     options, changes = cli.parse(make_dataclass("Options", fields), doc, Models, argv=argv)
     preset = find_preset(options.model).changed(**changes)
@@ -85,27 +81,27 @@ def step(name: str) -> AbstractContextManager[None]:
     return _clock(name)
 
 
-def sheet(width: float, *blocks: tuple[list, list]) -> tuple[Any, list]:
-    """Make a figure of blocks of axes, one below the other; returns it and its rows of axes.
+def sheet(width: float, *rows: tuple[float, list[float]]) -> tuple[Any, list]:
+    """Make a figure of rows of axes, each of a height in inches, with relative widths of its axes.
 
-    A block is the heights of its rows, in inches, and the relative widths of its columns.
+    Returns the figure and an array of axes for each row.
     """
     plt = pyplot()
     plt.rcParams |= LOOK | {"axes.prop_cycle": plt.cycler(color=COLOURS)}
-    totals = [sum(heights) for heights, _ in blocks]
-    figure = plt.figure(figsize=(width, sum(totals)))
-    parts = figure.subfigures(len(blocks), 1, height_ratios=totals, squeeze=False)
-    rows = []
-    for part, (heights, widths) in zip(parts.flat, blocks):
-        ratios = {"height_ratios": heights, "width_ratios": widths}
-        rows += list(part.subplots(len(heights), len(widths), squeeze=False, **ratios))
-    return figure, rows
+    heights = [height for height, _ in rows]
+    figure = plt.figure(figsize=(width, sum(heights)))
+    parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)
+    axes = []
+    for part, (_, widths) in zip(parts.flat, rows):
+        [row] = part.subplots(1, len(widths), squeeze=False, width_ratios=widths)
+        axes.append(row)
+    return figure, axes
 
 
-def bars(axis, intervals: dict[str, dict], at=None, lying: bool = False, **look) -> None:
-    """Draw a bar with its interval for each name, standing or lying, at positions `at`."""
+def bars(axis, intervals: dict[str, dict], lying: bool = False, **look) -> None:
+    """Draw a bar with its interval for each name, standing or lying, at 0, 1, 2, ..."""
     value, error = spread(intervals.values())
-    at = range(len(value)) if at is None else at
+    at = range(len(value))
     if lying:
         axis.barh(at, value, 0.65, xerr=error, alpha=0.8, **look)
         axis.set_yticks(at, intervals)
@@ -115,10 +111,10 @@ def bars(axis, intervals: dict[str, dict], at=None, lying: bool = False, **look)
         axis.set_xticks(at, [fill(name, 10) for name in intervals])
 
 
-def curve(axis, x, intervals: list[dict], **look) -> None:
-    """Draw a line with its intervals."""
+def curve(axis, x, intervals: list[dict], fmt: str = "o-", **look) -> None:
+    """Draw a line, or points, with intervals."""
     value, error = spread(intervals)
-    axis.errorbar(x, value, yerr=error, fmt="o-", **look)
+    axis.errorbar(x, value, yerr=error, fmt=fmt, **look)
 
 
 def spread(intervals) -> tuple[np.ndarray, np.ndarray]:
@@ -127,12 +123,12 @@ def spread(intervals) -> tuple[np.ndarray, np.ndarray]:
     return value, np.clip([value - low, high - value], 0, None)
 
 
-def picture(axis, image, above: str = "", below: str = "", colour: str = "black", **look) -> None:
-    """Show an image without ticks, with words above and, in a colour, below it."""
+def picture(axis, image, above: str = "", below: str = "", **look) -> None:
+    """Show an image without ticks, with words above and below it."""
     axis.imshow(image, interpolation="nearest", **look)
     axis.set(xticks=[], yticks=[], title=wrapped(above, 26))
+    axis.set_xlabel(wrapped(below, 30), fontsize=8)
     axis.spines[:].set_visible(False)
-    axis.set_xlabel(wrapped(below, 30), fontsize=8, color=colour)
 
 
 def wrapped(text: str, width: int) -> str:

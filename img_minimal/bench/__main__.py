@@ -235,7 +235,8 @@ def main() -> int:
     if options.subject == "memory":
         print(table(options.model, options.mllm))
         return 0
-    writable_file(options.output, "--output", PICTURES)
+    if options.subject == "growth":
+        writable_file(options.output, "--output", PICTURES)
     quiet_libraries()
     report = Report(rounds=5 if options.subject else 3, picture=options.output)
     compute = Precision.named("fp32", report.device).described(report.device)

@@ -10,10 +10,12 @@ a time: files come in random order, and samples are shuffled within a chunk.
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count, takewhile
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Event, Thread
 from typing import Any, Self
 
 import torch
@@ -32,7 +34,7 @@ from img_minimal.run import Ranks
 
 QUESTION_SEEDS = 1_000_003  # between the first seeds of two chunks' questions
 ORDER_SEEDS = 7919  # between the seeds of two chunks' orders
-EPOCH_SEEDS = 100_003  # between the seeds of two runs' orders
+EPOCH_SEEDS = 100_003  # seeds reserved for the epochs of one order
 MAX_VALIDATION_BYTES = 1e9
 PREFERENCE = "pair with a preference; label_0 and label_1 must be 1 and 0"
 
@@ -401,11 +403,30 @@ def _validation_samples(data: Any) -> Any:
 
 def prefetch(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     """Yield the same chunks, while a thread prepares the next one."""
-    with ThreadPoolExecutor(1) as pool:
-        prepared = pool.submit(next, chunks, None)
-        while (chunk := prepared.result()) is not None:
-            prepared = pool.submit(next, chunks, None)
+    queue: Queue = Queue(maxsize=1)
+    closed = Event()
+
+    def fill() -> None:
+        try:
+            for chunk in chunks:
+                queue.put(chunk)
+                if closed.is_set():
+                    return
+            queue.put(None)
+        except BaseException as error:  # raised again where the chunk is wanted
+            queue.put(error)
+
+    # A daemon, so that a stopped run does not wait for a chunk that is still downloading.
+    Thread(target=fill, daemon=True).start()
+    try:
+        while (chunk := queue.get()) is not None:
+            if isinstance(chunk, BaseException):
+                raise chunk
             yield chunk
+    finally:
+        closed.set()
+        with suppress(Empty):
+            queue.get_nowait()  # lets a waiting thread end
 
 
 @dataclass

@@ -30,26 +30,34 @@ from img_minimal.presets import PRESETS, Models, Preset, Sampling, find_preset
 class Config:
     """Flags of this command; all others override one number of the preset."""
 
-    model: str = option("tiny-sdxl", "which model", choices=list(PRESETS))
+    model: str = option("tiny-sdxl", "model to evaluate", choices=list(PRESETS))
     prompts: int | None = option(
-        None, "how many; default: 256, or all of the --prompt-file", least=5, most=100_000
+        None, "number of prompts (default: 256, or all of --prompt-file)", least=5, most=100_000
     )
-    seed: int = option(0, "draws the prompts and numbers the images")
+    seed: int = option(0, "seed that selects the prompts and numbers the images")
     split: str = option(
-        "test", "test for reporting, validation for choosing", choices=["test", "validation"]
+        "test",
+        "test to report results, validation to choose settings",
+        choices=["test", "validation"],
     )
     only_img: bool = option(False, "leave out the arms of text and stock MLLM")
     json: str | None = option(None, "also write the results to this file")
-    picture: str | None = option(None, "also draw the first prompts that the base gets wrong")
+    picture: str | None = option(
+        None, "also save a picture of the first prompts the base gets wrong"
+    )
     # With --prompt-file, see compare.py.
     prompt_file: str | None = option(
-        None, "judge images of these prompts with CLIP models: .txt, .jsonl, .tsv, .json"
+        None, "prompts whose images CLIP models judge: .txt, .jsonl, .tsv, .json"
     )
-    judges: str = option("pickscore,hpsv2,clipscore", "judges of a prompt file")
-    output: str = option("outputs/evaluate", "folder for the images and scores of a prompt file")
-    pickscore_model: str | None = option(None, "hub id or folder; default: as published")
-    hpsv2_model: str | None = option(None, "the same, in CLIPModel's layout")
-    clipscore_model: str | None = option(None, "the same")
+    judges: str = option("pickscore,hpsv2,clipscore", "CLIP judges for --prompt-file")
+    output: str = option("outputs/evaluate", "images and scores of --prompt-file")
+    pickscore_model: str | None = option(
+        None, "PickScore, hub id or folder (default: as published)"
+    )
+    hpsv2_model: str | None = option(
+        None, "HPSv2 in CLIPModel's layout (default: a conversion on the hub)"
+    )
+    clipscore_model: str | None = option(None, "CLIP for CLIPScore (default: ViT-L/14)")
     judge_processor: str | None = option(
         None, "tokenizer and image processor of the judges; default: each judge's own"
     )

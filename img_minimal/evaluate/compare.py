@@ -96,7 +96,7 @@ def draw_missing(folder: ImageFolder, img: IMG) -> None:
     if cut:
         reason = "are longer than the text encoders read; their ends are not drawn"
         warn(f"{cut} of {len(prompts)} prompts {reason}")
-    batches = folder.batches(img.backbone.sampling.draw_batch)
+    batches = folder.batches(img.mllm_batch)  # divides LOOK_BATCH; `draw` splits it again
     for arm in ("base", "new_seed"):
         for batch in tqdm(batches, desc=TITLES[arm]):
             if folder.lacks(batch, arm):

@@ -214,10 +214,6 @@ class ClipJudges:
         damaged = after < before - self.GUARD_MARGIN
         return {"score": after.mean().item(), "damage": damaged.mean().item()}
 
-    def category(self, prompt: str) -> str:
-        """Return "all": real prompts have no category."""
-        return "all"
-
 
 def find_judge(world: str | None) -> Oracle | ClipJudges:
     """Return the oracle in the tiny world, CLIP models elsewhere."""

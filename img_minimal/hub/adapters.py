@@ -112,9 +112,13 @@ def read_xlabs_adapter(path: str) -> tuple[State, State]:
         else:
             message = f"has an unknown key {key!r}, so it is not XLabs' IP-Adapter; {XLABS_V1}"
             raise WeightsError(f"{path}: {message}")
-    for part, name in ((projection, "ip_adapter_proj_model."), (branch, "double_blocks.*")):
-        if not part:
-            raise WeightsError(f"{path}: has no {name!r} weights; {XLABS_V1}")
+    for part, key in (
+        (projection, "norm.weight"),
+        (projection, "image_embeds.weight"),
+        (branch, "0.to_k_ip.0.weight"),
+    ):
+        if key not in part:
+            raise WeightsError(f"{path}: lacks {key!r}; {XLABS_V1}")
     return projection, branch
 
 

@@ -151,6 +151,8 @@ def open_original_llava(folder: Path, settings: dict, dtype: torch.dtype, device
         optional=r"^model\.vision_tower\.",
     )
     if missing:  # the vision tower was frozen, so it was not saved
+        frozen = len(missing) == len(model.model.vision_tower.state_dict())
+        check(frozen, f"{folder}: lacks {min(missing)!r} of its vision tower; download it again")
         tower = fetch_folder(tower_of(settings), f"{TOWER_FLAG}, whose weights are not in {folder}")
         vision = config.vision_config
         clip, _ = open_model(CLIPVisionModel, vision, tower, dtype, device, unused="")

@@ -84,8 +84,10 @@ def compare(scene: Scene, prompt: Prompt) -> Verdict:
         if prompt.relation:
             share = 0.7 * share + 0.3 * holds
         shares.append(share)
+    soft, graded = shares
+    strict = holds and not left
     unclear = not all(map(is_clear, scene))
-    return Verdict(holds and not left, *shares, unclear, scene, instruction(scene, prompt))
+    return Verdict(strict, soft, graded, unclear, scene, instruction(scene, prompt))
 
 
 def is_clear(shape: Shape) -> bool:
@@ -104,9 +106,9 @@ def detect(images: Tensor) -> list[Scene]:
     rounded = (images.float().clamp(0, 1) * 255).round()
     pictures = rounded.permute(0, 2, 3, 1).double().numpy() / 255
     contrast = np.linalg.norm(pictures - BACKGROUND, axis=-1)
-    masks = torch.from_numpy(contrast > FIGURE)
+    masks = torch.from_numpy(contrast > FIGURE)[:, None]
     scenes = []
-    for picture, labels in zip(pictures, _label(masks).numpy()):
+    for picture, labels in zip(pictures, _label(masks)[:, 0].numpy()):
         shapes = []
         for label in np.unique(labels)[:0:-1]:  # from the top; the last one, 0, is the ground
             figure = labels == label
@@ -122,8 +124,8 @@ def reading_order(shape: Shape) -> tuple[float, float]:
 
 
 def _label(masks: Tensor) -> Tensor:
-    """Number the 8-connected areas of masks (B, H, W), from high at the top to low; 0 is ground."""
-    count = masks[0].numel()
+    """Number the 8-connected areas of masks (B, 1, H, W), from high at the top to low, ground 0."""
+    count = masks.shape[1:].numel()
     mask = masks.flatten(1).float()
     labels = mask * torch.arange(count, 0, -1)  # every pixel its own label
     while True:
@@ -177,7 +179,8 @@ def _read_shape(picture: ndarray, figure: ndarray) -> Shape:
 def _name_colour(colour: ndarray, pixels: ndarray) -> tuple[str, float]:
     """Name a median colour (3,) of pixels (N, 3), and say how clear it is, in [0, 1]."""
     distances = np.linalg.norm(COLOURS - colour, axis=-1)
-    best, *_ = order = np.argsort(distances)
+    order = np.argsort(distances)
+    best = order[0]
     nearest, second = distances[order[:2]]
     votes = _distances(pixels, COLOURS).argmin(-1)
     uniform = (votes == best).mean() >= MOSTLY

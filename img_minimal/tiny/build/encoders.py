@@ -7,6 +7,7 @@ has the same weakness, for the same reason.
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -75,6 +77,13 @@ def normalized(pictures: Tensor) -> Tensor:
     return pictures.float() / 127.5 - 1
 
 
+@torch.no_grad()
+def in_batches(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """Encode N inputs without gradients, a batch at a time."""
+    with autocast():
+        return torch.cat([encode(batch) for batch in tqdm(inputs.split(250), leave=False)])
+
+
 def clip_tokenizer() -> CLIPTokenizer:
     """Build a CLIP tokenizer whose byte-pair merges make each word of the grammar one token."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -129,14 +138,13 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-@torch.no_grad()
 def encode_latents(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """Encode uint8 pictures to latents (N, 4, 8, 8), scaled to a deviation of 1."""
-    latents = []
-    with autocast():
-        for batch in pictures.split(250):
-            latents.append(vae.encode(normalized(batch)).latent_dist.mode())
-    return torch.cat(latents).float() * vae.config.scaling_factor
+
+    def encode(batch: Tensor) -> Tensor:
+        return vae.encode(normalized(batch)).latent_dist.mode()
+
+    return in_batches(encode, pictures).float() * vae.config.scaling_factor
 
 
 def build_vae(workdir: Path, target: Path, steps: int = 1600, count: int = 20_000) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.lr_scheduler import LambdaLR
@@ -36,35 +37,6 @@ def autocast() -> Iterator[None]:
     """
     with MIXED.training(CPU), sdpa_kernel(SDPBackend.MATH):
         yield
-
-
-class WeightAverage:
-    """Exponential moving average of parameters."""
-
-    def __init__(self, parameters: list[nn.Parameter], decay: float):
-        self.live, self.decay, self.updates = parameters, decay, 0
-        self.average = [p.detach().clone() for p in parameters]
-
-    def update(self) -> None:
-        """Take in one step; early ones count more, so that the random start is forgotten."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.live], 1 - decay)
-
-    @torch.no_grad()
-    def exchange(self) -> None:
-        """Exchange the live weights and their average."""
-        copies = [p.clone() for p in self.live]
-        torch._foreach_copy_(self.live, self.average)
-        self.average = copies
-
-    def state_dict(self) -> dict:
-        """Return the average and the number of updates."""
-        return {"average": self.average, "updates": self.updates}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restore a `state_dict`."""
-        self.average, self.updates = state["average"], state["updates"]
 
 
 class RandomBatches:
@@ -103,6 +75,7 @@ def fit(
     checkpoint the numbers of `measure`, seen with averaged weights, are printed and logged. Raises
     UserError if the loss is not finite.
     """
+    # What learns, and at which rate.
     torch.manual_seed(seed)
     groups = []
     for name, module in modules.items():
@@ -110,18 +83,20 @@ def fit(
         groups.append({"params": learning, "lr": (own_lr or {}).get(name, lr)})
     updates = new_optimizer(optimizer, groups, lr, weight_decay)
     if optimizer == "adamw":
+        # In runs this short, a gradient's size must be forgotten sooner than by default.
         for group in updates.param_groups:
             group["betas"] = (0.9, 0.98)
     schedule = LambdaLR(updates, warmup_constant_decay(steps, warmup=100, hold=hold, floor=0.03))
     parameters = [p for group in groups for p in group["params"]]
-    averaged = WeightAverage(parameters, average)
+    averaged = EMAModel(parameters, average, foreach=True)
     run = Run(folder, {"lr": lr, "steps": steps}, resume=(folder / "checkpoint.pt").exists())
 
     def measure_average() -> dict[str, float]:
         with torch.random.fork_rng(devices=[]):  # measuring must not change the run
-            averaged.exchange()
+            averaged.store(parameters)
+            averaged.copy_to(parameters)
             numbers = measure()
-            averaged.exchange()
+            averaged.restore(parameters)
         tqdm.write(f"{folder.name}, step {run.step + 1}: {numbers}")
         return numbers
 
@@ -135,10 +110,10 @@ def fit(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         updates.step()
         schedule.step()
-        averaged.update()
-    if run.stopped:
+        averaged.step(parameters)
+    if run.stopped:  # by Ctrl-C; later parts must not be built on unfinished weights
         raise KeyboardInterrupt
-    averaged.exchange()
+    averaged.copy_to(parameters)
 
 
 def preset_in(target: Path) -> Preset:

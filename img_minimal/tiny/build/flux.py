@@ -38,6 +38,7 @@ from img_minimal.tiny.build.encoders import (
     WORDS,
     encode_latents,
     image_processor,
+    in_batches,
     normalized,
     open_vision,
     random_pictures,
@@ -124,7 +125,6 @@ def open_image_prompt(workdir: Path, target: Path) -> ImagePrompt:
     return ImagePrompt(encoder, image_processor(), projection, MIXED)
 
 
-@torch.no_grad()
 def training_data(pipe: FluxPipeline, image_prompt: ImagePrompt, count: int) -> dict[str, Tensor]:
     """Encode random pictures and their captions.
 
@@ -132,19 +132,20 @@ def training_data(pipe: FluxPipeline, image_prompt: ImagePrompt, count: int) -> 
     """
     prompts, pictures = random_pictures(count, seed=61)
     captions = list(map(str, prompts))
-    embeds, pooled = [], []
-    with autocast():
-        for batch in pictures.split(250):
-            embeds.append(image_prompt.encoder(normalized(batch)).image_embeds)
-    for batch in token_ids(pipe.tokenizer, captions).split(1000):
-        pooled.append(pipe.text_encoder(batch).pooler_output)
     latents = encode_latents(pipe.vae, pictures)
+    embeds = in_batches(lambda x: image_prompt.encoder(normalized(x)).image_embeds, pictures)
     return {
         "latents": rearrange(latents, "n c (y i) (x j) -> n (y x) (c i j)", i=2, j=2),
-        "tokens": image_prompt.head(torch.cat(embeds).float()),
+        "tokens": image_prompt.head(embeds.float()),
         "ids": token_ids(pipe.tokenizer_2, captions),
-        "pooled": torch.cat(pooled),
+        "pooled": encode_pooled(pipe, captions),
     }
+
+
+def encode_pooled(pipe: FluxPipeline, captions: list[str]) -> Tensor:
+    """Compute CLIP's pooled embeddings (N, W) of captions."""
+    ids = token_ids(pipe.tokenizer, captions)
+    return in_batches(lambda x: pipe.text_encoder(x).pooler_output, ids).float()
 
 
 def build_flux(
@@ -162,9 +163,7 @@ def build_flux(
     branch = new_branch(transformer)
     pipe = assemble(target, transformer, t5)
     data = training_data(pipe, image_prompt, count)
-    empty_ids = token_ids(pipe.tokenizer_2, [""])
-    with torch.no_grad():
-        empty_pooled = pipe.text_encoder(token_ids(pipe.tokenizer, [""])).pooler_output
+    empty_ids, empty_pooled = token_ids(pipe.tokenizer_2, [""]), encode_pooled(pipe, [""])
     negative = image_prompt.negative()
     positions = {
         "img_ids": pipe._prepare_latent_image_ids(1, 4, 4, CPU, torch.float32),
@@ -177,6 +176,7 @@ def build_flux(
         ids = torch.where(has_text[:, None], data["ids"][i], empty_ids)
         pooled = torch.where(has_text[:, None], data["pooled"][i], empty_pooled)
         image = random_image_prompts(data["tokens"][i], negative, is_negative)
+        # Levels of noise as in Stable Diffusion 3: most are in the middle.
         sigma = torch.randn(batch_size, 1, 1).sigmoid()
         sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
         clean = data["latents"][i]

@@ -30,7 +30,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -48,6 +47,7 @@ from img_minimal.tiny.build.encoders import (
     WIDTH,
     encode_latents,
     image_processor,
+    in_batches,
     normalized,
     open_vision,
     random_pictures,
@@ -81,14 +81,14 @@ def build_scenes(workdir: Path, target: Path, count: int = 48_000) -> None:
     vae = AutoencoderKL.from_pretrained(target / "sdxl/vae")
     vision = open_vision(target / "image_encoder")
     prompts, pictures = random_pictures(count, seed=21)
-    features = []
-    with torch.no_grad(), autocast():
-        for batch in tqdm(pictures.split(250), desc="scenes"):
-            states = vision(normalized(batch), output_hidden_states=True).hidden_states
-            features.append(states[-2].bfloat16())
+
+    def encode(batch: Tensor) -> Tensor:
+        states = vision(normalized(batch), output_hidden_states=True).hidden_states
+        return states[-2].bfloat16()
+
     data = {
         "latents": encode_latents(vae, pictures).half(),
-        "features": torch.cat(features),
+        "features": in_batches(encode, pictures),
         "captions": list(map(str, prompts)),
     }
     torch.save(data, workdir / "scenes.pt")
@@ -203,9 +203,7 @@ def build_unet(
     resampler = Resampler.from_state_dict(read_weights(workdir / "resampler.safetensors"))
     vision = open_vision(target / "image_encoder")
     image_prompt = ImagePrompt(vision, image_processor(), resampler, MIXED)
-    with torch.no_grad(), autocast():
-        features = data["features"].split(1000)
-        tokens = torch.cat([resampler(batch.float()).bfloat16() for batch in features])
+    tokens = in_batches(lambda x: resampler(x.float()).bfloat16(), data["features"])
     negative = image_prompt.negative()
     unet, scheduler = new_unet(), DDPMScheduler(**NOISE)
     branch, pipe = new_branch(unet), assemble(target, unet)

@@ -282,9 +282,9 @@ def shipped(rows: list[dict]) -> list[dict]:
 EditTriplet = tuple[bytes, Prompt, str]  # image, prompt, instruction
 
 
-def sample_triplet(rng: random.Random, split: str = "train") -> tuple[Scene, Prompt, str]:
+def sample_triplet(rng: random.Random) -> tuple[Scene, Prompt, str]:
     """Draw a scene, a prompt that it mostly is wrong for, and the instruction to correct it."""
-    prompt = sample_prompt(rng, split=split)
+    prompt = sample_prompt(rng)
     scene = place(prompt, rng)
     for _ in range(rng.choice((0, 1, 1, 2))):
         scene = damage(scene, rng)
