@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from img_minimal import cli, rounds
+from img_minimal.data import load as data_load
 from img_minimal.presets import find_preset
 
 ROOT = Path(__file__).parent.parent
@@ -75,7 +76,7 @@ def test_a_tutorial_is_a_script_that_runs_from_anywhere_and_explains_itself(tmp_
         ("01_misalignment", ["--prompts", "5"], "--prompts is 5, expected 20"),
         ("03_image_prompt", ["--model", "flux"], "cross-attentions of SDXL"),
         ("09_plug_and_play", ["--model", "flux"], "exact oracle"),
-        ("08_ablations", ["--only", "colour"], "expected one of: guidance"),
+        ("08_ablations", ["--only", "colour"], "invalid choice: 'colour'"),
     ],
 )
 def test_what_a_tutorial_cannot_do_it_says_at_once_in_one_line(tutorial, name, flags, words):
@@ -116,12 +117,29 @@ def test_the_ablations_show_the_results_of_a_file_and_name_the_rows_that_it_lack
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-def test_ablations_go_on_and_do_not_mix_pairs_in_a_folder(tutorial, tmp_path):
-    flags = "--quick", "--only", "refresh", "--output", tmp_path
+def test_ablations_go_on_share_features_and_do_not_mix_pairs_in_a_folder(
+    tutorial, tmp_path, monkeypatch
+):
+    opened = []
+
+    load = data_load.load_training_data
+
+    def load_training_data(preset, guidance, seed, *rest):
+        opened.append((guidance, seed))
+        return load(preset, guidance, seed, *rest)
+
+    monkeypatch.setattr(data_load, "load_training_data", load_training_data)
+    small = "--prompts", 5, "--seeds", 2, "--steps", 2, "--max-pairs", 400
+    flags = "--fresh", *small, "--only", "refresh", "--output", tmp_path
     first = tutorial("08_ablations", *flags)
     assert first.returncode == 0, first.stderr
+    assert opened == [("mllm", 0)], "training seeds share the features of one data seed"
+    [file] = tmp_path.glob("*/results.json")
+    aligners = json.loads(file.read_text())["training"]
+    assert {name[-6:] for name in aligners} == {"-seed0", "-seed1"}
+    written = file.stat().st_mtime_ns
     again = tutorial("08_ablations", *flags)
-    assert "plan:" in first.stdout and "plan:" not in again.stdout
+    assert file.stat().st_mtime_ns == written and len(opened) == 1
     rows = [text.stdout.split("test prompts")[1].split(" s: ")[0] for text in (first, again)]
     assert rows[0].splitlines()[:-1] == rows[1].splitlines()[:-1]
     pairs = pq.read_table(find_preset("tiny-sdxl").data.pairs)

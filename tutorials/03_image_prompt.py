@@ -152,12 +152,11 @@ for name, colour, label in (
     ("rest", GREY, "rest: distance to the tokens' image"),
 ):
     if heard[name]:
-        curve(left, SCALES, heard[name], label=label, color=colour)
+        curve(left, SCALES, heard[name], fmt="o-", label=label, color=colour)
 left.set(
     title="text asks for one thing, tokens for another",
     xlabel="scale s of the image tokens",
     ylabel="share, or ratio",
-    ylim=(0, 1.35),
 )
 left.legend()
 for name, size in sizes.items():

@@ -63,7 +63,8 @@ c = backbone.tokens(to_pil(images))
 unit = matrix_norm(c - c.roll(1, 0)).median().item()
 
 # %% 2. One image under right and wrong prompts: of eight the one that the MLLM is most content with
-eight, eight_seeds = [RIGHT] * 8, list(range(seed, seed + 8))
+eight = [RIGHT] * 8
+eight_seeds = list(range(seed, seed + 8))
 prompts = [RIGHT, *WRONG]
 many = len(prompts)
 with step("one image under five prompts"):
@@ -151,8 +152,8 @@ def draw_prompts(above: np.ndarray, below: np.ndarray) -> None:
     """Paint corrections over the faded image, and show the images that they lead to."""
     area = (0, 1, 1, 0)
     for k, strength in enumerate(painted):
-        title = f'"{prompts[k]}"\ncorrection {sizes_here[k]:.2f}'
-        picture(above[k], image, title, extent=area, alpha=0.45)
+        size = f"correction {sizes_here[k]:.2f}"
+        picture(above[k], image, f'"{prompts[k]}"', size, extent=area, alpha=0.45)
         look = {"vmin": 0, "vmax": 1, "interpolation": "bicubic", "extent": area}
         above[k].imshow(strength, "inferno_r", alpha=0.85 * strength**0.7, **look)
         picture(below[k], again[k])

@@ -65,8 +65,8 @@ START = torch.tensor([[[0.25, 0.75]]], dtype=torch.float64)
 
 # %% 1. x is affine in f: its second differences (x(f + d) - 2 x(f) + x(f - d)) / (2 |d|^2), which
 # are 1 for a plain |f|^2, are 0
-generator = torch.Generator().manual_seed(options.seed)
-points = torch.randn(5, n, 1, 16, 128, dtype=torch.float64, generator=generator)
+torch.manual_seed(options.seed)
+points = torch.randn(5, n, 1, 16, 128, dtype=torch.float64)
 second = []
 with step("second differences"):
     for f, d, f_ref, c_w, c_l in zip(*points):
@@ -76,7 +76,7 @@ with step("second differences"):
             x.append(metrics["margin"])
         second.append((x[0] - 2 * x[1] + x[2]) / (2 * d.square().sum()))
 second = torch.stack(second)
-print(f"second differences of x / 2 |d|^2, {n} random points f and steps d of 16 x 128, float64, ")
+print(f"second differences of x / 2 |d|^2, {n} random points f and steps d of 16 x 128, float64,")
 print(f"seed {options.seed}: mean {second.mean():+.6f}, largest {second.abs().max():.1e}")
 
 # %% 2. The gradient as a field over the plane, for L_base, with DPO, with both
@@ -107,7 +107,8 @@ def descend(k: int, rate: float, copies: int = 1, norm: str = "sum", **objective
     2), sigmoid(-x) on the way (steps,), and the steps after which f_ref was set.
     """
     f, c_w, c_l = [point.repeat(1, 1, copies) for point in (START, WINNER, LOSER)]
-    f_ref, refresh = f, ReferenceRefresh(k)
+    f_ref = f
+    refresh = ReferenceRefresh(k)
     factor = warmup_constant_decay(steps, warmup=1, hold=0.4, floor=0.02)
     if norm == "mean":
         rate = rate * f.numel()

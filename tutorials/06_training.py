@@ -48,8 +48,10 @@ from img_minimal.run import Run
 
 # %% 1. A run is `python train.py` with these options
 folder = Path(options.output) / "06_training"
-training, k = preset.training, 10
-batch_size, save_every = training.batch_size, max(1, options.steps // 12)
+training = preset.training
+k = 10
+batch_size = training.batch_size
+save_every = max(1, options.steps // 12)
 if options.quick:
     batch_size, save_every, k = 8, 4, 3
 cache = preset.data.cache_dir
@@ -198,10 +200,9 @@ found = f"clipped in {(norms > 1).mean():.0%} of steps"
 largest = f"largest / median: {norms.max() / np.median(norms):.1f}"
 explain(lower[1], "Gradient norm", "logarithmic", how, found, largest)
 
-near = slice(max(0, stopped - 30), stopped + 30)
 loss = [row["loss"] for row in resumed]
-lower[2].plot(steps[near], values("loss")[near], color=ORANGE, alpha=0.5, lw=7, label="whole run")
-lower[2].plot(steps[near], loss[near], ".-", color=GREEN, label="stopped and resumed")
+lower[2].plot(steps, values("loss"), color=ORANGE, alpha=0.5, lw=5, label="whole run")
+lower[2].plot(steps, loss, color=GREEN, lw=1, label="stopped and resumed")
 lower[2].axvline(stopped + 0.5, color="black", ls="--")
 how = "the thin line lies on the thick one, to the last digit"
 explain(lower[2], "Stopped and resumed", "loss", how, *verdict)

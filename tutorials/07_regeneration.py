@@ -46,7 +46,9 @@ from img_minimal.plots import GREEN, GREY, ORANGE
 from img_minimal.tiny.grammar import benchmark
 from img_minimal.tiny.oracle import judge
 
-quick, sampling, judged = options.quick, preset.sampling, preset.world == "tiny"
+quick = options.quick
+sampling = preset.sampling
+judged = preset.world == "tiny"
 captions = ["a red cube on top of a blue sphere", "three green apples and one banana on a table"]
 if judged:
     prompts = benchmark(options.prompts, "test", options.seed)
@@ -118,7 +120,8 @@ with step("other settings"):
             if value == OWN[kind]:
                 images[name] = second
                 continue
-            tokens, changes = corrected, {}
+            tokens = corrected
+            changes = {}
             if kind == "passes":
                 tokens = c[value]
             elif kind == "length":
@@ -150,7 +153,8 @@ if judged:
 
 # %% 8. The picture: some images in many settings, chosen by a rule, and what each setting is worth
 if judged:
-    categories, wrong = arms.categories(), strict["base"] == 0
+    categories = arms.categories()
+    wrong = strict["base"] == 0
     rules = {
         "the first position that the base draws wrong": categories["position"] & wrong,
         "the first complex that the base draws wrong": categories["complex"] & wrong,
@@ -192,7 +196,7 @@ if judged:
         difference = [row["difference"] for row in worth.values()]
         axis.bar(worth.keys(), fixed, color=GREEN, label="fixed")
         axis.bar(worth.keys(), broken, color=ORANGE, label="broken")
-        curve(axis, worth.keys(), difference, "o", color="black", label="difference")
+        curve(axis, worth.keys(), difference, fmt="o", color="black", label="difference")
         axis.axhline(0, color=GREY)
         axis.set_title(kind)
     rows[-1][0].set_ylabel(f"share of images (base right: {strict['base'].mean():.2f})")

@@ -94,7 +94,8 @@ else:
     print(f"results from {options.results}; --fresh makes them anew")
     results = read_results(options.results)
     settings = results["settings"]
-weight, seeds = settings["preference_weight"], range(settings["seeds"])
+weight = settings["preference_weight"]
+seeds = range(settings["seeds"])
 prompts = benchmark(settings["prompts"], "test", settings["seed"])
 
 
@@ -175,7 +176,7 @@ def prepare(guidance: str) -> tuple:
 
 
 def train_row(row: Row, seed: int, path: Path) -> None:
-    """Train a row's aligner with train.py's own loop; keep it, and how the training ended."""
+    """Train a row's aligner with train.py's own loop, and save it."""
     data, _ = prepare(row.guidance)
     recipe = replace(preset.training, preference_weight=row.weight)
     run = Run(path, asdict(row), resume=(path / "checkpoint.pt").exists())
@@ -189,7 +190,7 @@ def train_row(row: Row, seed: int, path: Path) -> None:
 def measure(metrics: Path) -> dict[str, float]:
     """Return means over the last thousand steps of a training, and how often f_ref was set."""
     log = read_rows(metrics)[-1000:]
-    means = {"refreshes": log[-1]["refreshes"]}
+    means = {"refreshes": float(log[-1]["refreshes"])}
     for name in MEASURED:
         values = [row[name] for row in log if name in row]
         if values:
@@ -199,7 +200,8 @@ def measure(metrics: Path) -> dict[str, float]:
 
 def judge_row(row: Row, seed: int) -> np.ndarray:
     """Train a row's aligner unless an earlier call has; return which of its images are right."""
-    arms, arm = draw_base(), row.guidance
+    arms = draw_base()
+    arm = row.guidance
     if arm == "none":
         arms.draw(arm, arms.own)
     elif arm != "base":

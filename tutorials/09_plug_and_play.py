@@ -86,15 +86,14 @@ for ours, theirs in (
 
 # %% 5. The picture: the cells, and the first prompts that both models draw wrong, not chosen
 drawn = [base.pictures, to_pil(base_again), dpo.pictures, to_pil(dpo_again)]
-figure, ([chart], *rows) = sheet(10, (2.8, [1]), (2.7, [1] * 5), *[(2.2, [1] * 5)] * 3)
+figure, ([chart], *rows) = sheet(10, (2.8, [1]), *[(2.6, [1] * 5)] * 4)
 bars(chart, shares, color=(GREY, BLUE, ORANGE, GREEN))
 chart.set(ylim=(0, 1.05), ylabel="share right in everything")
 wrong = np.flatnonzero((strict["base"] == 0) & (strict["DPO"] == 0))
 for row, pictures, (name, right) in zip(rows, drawn, strict.items()):
     row[0].set_ylabel(name)
     for axis, k in zip(row, wrong):
-        above = captions[k] if name == "base" else ""
-        picture(axis, pictures[k], above, "right" if right[k] else "wrong")
+        picture(axis, pictures[k], captions[k], "right" if right[k] else "wrong")
 caption = (
     f"{len(prompts)} prompts of the test split, the same seeds in all cells; images: the first "
     "prompts that both models draw wrong, not chosen. Neither aligner nor MLLM ever saw the DPO "

@@ -46,7 +46,8 @@ from img_minimal.run import Run
 from img_minimal.tiny.grammar import benchmark
 from train import train
 
-top, seed = Path(options.output) / "10_rounds", options.seed
+top = Path(options.output) / "10_rounds"
+seed = options.seed
 preset = preset.changed(
     ("data", "training"),
     round_steps=options.steps,
@@ -67,7 +68,8 @@ WAYS = {
 precision = Precision.named(preset.models.dtype, best_device())
 train_round = partial(train, precision=precision)
 shipped = ImplicitAligner.from_file(preset.sampling.aligner)
-aligners, logs = {"shipped": shipped}, {}
+aligners = {"shipped": shipped}
+logs = {}
 for way, switches in WAYS.items():
     print(f"\n{way}")
     with step(f"rounds, {way}"):
@@ -113,7 +115,6 @@ for axis, (name, title) in zip((*upper, steps), panels.items()):
     axis.set(title=title, xlabel="round")
 first = logs["gate and replay"][1]
 steps.axhline(first["step_original"], color=GREY, ls="--", label="original pairs")
-steps.set_ylim(bottom=0)
 for axis in (*upper, steps):
     axis.legend()
 bars(end, shares, color=(GREY, *colours))

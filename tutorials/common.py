@@ -71,8 +71,7 @@ def begin(doc: str, oracle: bool = False, **flags: Any) -> tuple[Any, Preset]:
         for name, flag in flags.items():
             if "quick" in flag.metadata:
                 setattr(options, name, flag.metadata["quick"])
-    if not NOTEBOOK:  # a notebook shows the question above this cell
-        print(question)
+    print(question)
     return options, preset
 
 
@@ -111,10 +110,10 @@ def bars(axis, intervals: dict[str, dict], lying: bool = False, **look) -> None:
         axis.set_xticks(at, [fill(name, 10) for name in intervals])
 
 
-def curve(axis, x, intervals: list[dict], fmt: str = "o-", **look) -> None:
+def curve(axis, x, intervals: list[dict], **look) -> None:
     """Draw a line, or points, with intervals."""
     value, error = spread(intervals)
-    axis.errorbar(x, value, yerr=error, fmt=fmt, **look)
+    axis.errorbar(x, value, yerr=error, **look)
 
 
 def spread(intervals) -> tuple[np.ndarray, np.ndarray]:

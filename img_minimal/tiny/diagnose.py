@@ -5,8 +5,8 @@
 
 The oracle judges right scenes, before and after the VAE, and images that were also read by eye.
 CLIP compares a right picture with its caption and with a *foil*, a caption that is wrong in one
-respect: what the text embedding does not tell apart, it cannot tell the UNet. A linear map shows
-what an encoder's features say about colours, forms, counts and positions.
+respect: the UNet cannot use a distinction that the text embedding does not make. The MLLMs compare
+a right picture of a relation with the reversed one.
 """
 
 import random
@@ -28,9 +28,9 @@ from img_minimal.mllm import MLLM
 from img_minimal.plots import sheet
 from img_minimal.presets import TWINS, find_preset
 from img_minimal.tiny import grammar
-from img_minimal.tiny.grammar import COLOURS, FORMS, Prompt, benchmark, sample_prompt
-from img_minimal.tiny.oracle import FIGURE, Verdict, compare, judge
-from img_minimal.tiny.world import CELLS, SIZE, Scene, Shape, exchange, place, render
+from img_minimal.tiny.grammar import COLOURS, Prompt, benchmark, sample_prompt
+from img_minimal.tiny.oracle import Verdict, compare, judge
+from img_minimal.tiny.world import CELLS, Scene, Shape, exchange, place, render
 
 FOILS = {"colour": "two", "count": "counting", "binding": "two", "position": "position"}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -194,109 +194,25 @@ def open_vision(folder: str) -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32)
 
 
-# Linear maps
-
-
-def fit_linear_map(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Predict y (N, K) from x (N, W) by ridge regression on the first two thirds.
-
-    Returns predictions and true values of the last third.
-    """
-    x = F.pad(x, (0, 1), value=1.0)
-    taught = 2 * len(x) // 3
-    x_taught, y_taught = x[:taught], y[:taught]
-    gram = x_taught.T @ x_taught + torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.linalg.solve(gram, x_taught.T @ y_taught)
-    return x[taught:] @ weights, y[taught:]
-
-
-def explained(predicted: Tensor, true: Tensor, mean: Tensor) -> float:
-    """Compute the share of variance about `mean` that predictions explain."""
-    left = (predicted - true).square().mean()
-    whole = (true - mean).square().mean()
-    return 1 - (left / whole).item()
+# The MLLM
 
 
 @torch.no_grad()
-def pooled_probe(encoder: str, count: int = 3000, seed: int = 0) -> dict[str, float]:
-    """Read colour, form, count and position from the pooled vector of an encoder's images.
+def relation_preference(mllm: MLLM, count: int = 300, seed: int = 0) -> float:
+    """Measure how often an MLLM prefers a right image to the same with its two shapes exchanged.
 
-    Colour and form are those of a single shape, and count the number of shapes alike: shares of
-    right answers. The position is that of a red one among two to four shapes: share of variance.
-    """
-    rng, vision = random.Random(seed), open_vision(encoder)
-
-    def embed(prompts: list[Prompt]) -> tuple[Tensor, list[Scene]]:
-        scenes = scenes_for(prompts, rng)
-        embeds = []
-        for batch in render(scenes).split(250):
-            embeds.append(vision(batch * 2 - 1).image_embeds)
-        embeds = torch.cat(embeds)
-        return F.layer_norm(embeds, embeds.shape[1:]), scenes
-
-    def share(x: Tensor, labels: list[int]) -> float:
-        classes = F.one_hot(torch.tensor(labels)).float()
-        predicted, true = fit_linear_map(x, classes)
-        return (predicted.argmax(1) == true.argmax(1)).float().mean().item()
-
-    shares = {}
-    x, scenes = embed([sample_prompt(rng, "single") for _ in range(count)])
-    shares["colour"] = share(x, [COLOURS.index(shape.colour) for (shape,) in scenes])
-    shares["form"] = share(x, [FORMS.index(shape.form) for (shape,) in scenes])
-    x, scenes = embed([sample_prompt(rng, "counting") for _ in range(count)])
-    shares["count"] = share(x, list(map(len, scenes)))
-
-    prompts: list[Prompt] = []
-    while len(prompts) < count:
-        prompt = sample_prompt(rng, rng.choice(("two", "position", "complex")))
-        colours = [colour for colour, _ in prompt.kinds]
-        if colours.count("red") == 1:
-            prompts.append(prompt)
-    x, scenes = embed(prompts)
-    centres = []
-    for scene in scenes:
-        centres += [(shape.x, shape.y) for shape in scene if shape.colour == "red"]
-    centres = torch.tensor(centres)
-    shares["place"] = explained(*fit_linear_map(x, centres), centres.mean(0))
-    return shares
-
-
-@torch.no_grad()
-def sight(mllm: MLLM, count: int = 300, seed: int = 0) -> dict[str, float]:
-    """Measure what an MLLM knows about positions.
-
-    "seen" and "projected": the share of variance of a patch's row and column that a linear map
-    reads at patches with a shape, from the features of the vision encoder and of the projector.
-    "told": how often an image that is right for a relation satisfies the MLLM more than the same
-    image with its two shapes exchanged; 0.5 is chance.
+    The prompts are about relations; 0.5 is chance.
     """
     rng = random.Random(seed)
     prompts = [sample_prompt(rng, "position") for _ in range(count)]
     captions = list(map(str, prompts))
     scenes = scenes_for(prompts, rng)
-    images = render(scenes)
     scores = []
-    for pictures in (images, render([exchange(*scene) for scene in scenes])):
-        satisfaction = mllm.satisfaction(to_pil(pictures), captions, range(count))
+    for some in (scenes, [exchange(*scene) for scene in scenes]):
+        satisfaction = mllm.satisfaction(to_pil(render(some)), captions, range(count))
         scores.append(torch.tensor(satisfaction))
     right, wrong = scores
-    shares = {"told": (right > wrong).float().mean().item()}
-
-    inner = mllm.model.model
-    hidden = inner.vision_tower(images * 2 - 1, output_hidden_states=True).hidden_states
-    patches = hidden[-2][:, 1:]
-    side = int(patches.shape[1] ** 0.5)
-    ground = images[..., :1, :1]
-    drawn = (images - ground).abs().sum(1, keepdim=True) > FIGURE
-    covered = F.avg_pool2d(drawn.float(), SIZE // side).flatten() > 0.3
-    axis = torch.arange(side).double()
-    positions = torch.cartesian_prod(axis, axis).repeat(count, 1)
-    for name, features in (("seen", patches), ("projected", inner.multi_modal_projector(patches))):
-        predicted, true = fit_linear_map(features.flatten(0, 1).double(), positions)
-        tested = covered[-len(true) :]
-        predicted, true = predicted[tested], true[tested]
-        shares[name] = explained(predicted, true, true.mean(0))
-    return shares
+    return (right > wrong).float().mean().item()
 
 
 # The command
@@ -342,19 +258,9 @@ def main() -> None:
     for kind, share in clip_against_foils().items():
         name = f"CLIP prefers the caption to one with a wrong {kind:24}"
         print(f"{name} {share:.3f} (n 500, chance 0.5)")
-    for name in ("tiny-sdxl", "tiny-flux"):
-        shares = listed(pooled_probe(find_preset(name).models.image_encoder))
-        print(
-            f"a linear map reads from the one pooled vector of {name}'s encoder: {shares} "
-            "(place: share of variance)"
-        )
     for name, folder in (("stock", MODELS.stock_mllm), ("finetuned", MODELS.mllm)):
-        shares = sight(MLLM.from_pretrained(folder))
-        print(
-            f"the {name} MLLM: a patch's place is in its vision features to {shares['seen']:.2f} "
-            f"of the variance, after its projector to {shares['projected']:.2f};\n  it prefers the "
-            f"right picture of a relation in {shares['told']:.2f} (chance 0.5)"
-        )
+        share = relation_preference(MLLM.from_pretrained(folder))
+        print(f"the {name} MLLM prefers the right picture of a relation  {share:.3f} (n 300)")
 
 
 def listed(shares: dict[str, float]) -> str:
