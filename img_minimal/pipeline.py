@@ -66,8 +66,8 @@ class IMG:
 
         `pipe`, `mllm` and `aligner` are loaded objects, or locations of files. A pipeline of your
         own keeps its scheduler, VAE, LoRAs, dtype, device and hooks. Everything else comes from the
-        `preset` (by default "sdxl" or "flux", as the pipeline is); `changes` replace its fields,
-        e.g. ip_adapter, questions, scale or passes. `guidance` is "mllm", "stock" or "text".
+        `preset`, by default the pipeline's kind or "tiny-sdxl"; `changes` replace its fields, e.g.
+        ip_adapter, questions, scale or passes. `guidance` is "mllm", "stock" or "text".
         Raises UserError for another kind of pipeline, or files that are missing or do not fit.
         """
         preset = find_preset_for(pipe, preset)
@@ -79,16 +79,10 @@ class IMG:
         preset = preset.guided_by(guidance).changed(**changes)
         opens_aligner = aligner is None or "aligner" in changes
         opens_mllm = guidance != "text" and (mllm is None or "mllm" in changes)
-        locations: list[str] = []
-        if opens_aligner:
-            locations.append("aligner")
-        if opens_mllm:
-            locations.append("mllm")
-        if not isinstance(pipe, Backbone):
-            locations += ADAPTER
-        if pipe is None:
-            locations += ["unet", "base"]
-        preset = fetch(preset, *locations)
+        opens = {"aligner": opens_aligner, "mllm": opens_mllm}
+        opens |= dict.fromkeys(ADAPTER, not isinstance(pipe, Backbone))
+        opens |= dict.fromkeys(("unet", "base"), pipe is None)
+        preset = fetch(preset, *(name for name, wanted in opens.items() if wanted))
 
         if opens_aligner:
             aligner = ImplicitAligner.from_file(preset.sampling.aligner)
