@@ -55,6 +55,21 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def mllms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Write tiny random MLLMs as the public ones are stored; "twin" is the shipped one."""
+    from mllm_folders import write_llava_hf, write_original_llava, write_qwen
+
+    from img_minimal.presets import TWINS
+
+    folder = tmp_path_factory.mktemp("mllms")
+    state = write_original_llava(folder / "original")
+    write_llava_hf(folder / "hf", state, folder / "original")
+    write_qwen(folder / "qwen")
+    kinds = {kind: folder / kind for kind in ("original", "hf", "qwen")}
+    return kinds | {"twin": TWINS / "llava-detector"}
+
+
+@pytest.fixture(scope="session")
 def twin() -> object:
     """Open the shipped twin."""
     from img_minimal.pipeline import IMG

@@ -1,24 +1,20 @@
 """Write everything that `--model flux` needs, small and random, in the public layouts."""
 
-import json
 from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
 )
 from diffusers.models.embeddings import ImageProjection
-from release_folder import lively
+from release_folder import lively, new_text_config, new_tokenizer, new_vae
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
-    CLIPTextConfig,
     CLIPTextModel,
-    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     T5Config,
@@ -52,7 +48,7 @@ def new_transformer(seed: int = 0) -> FluxTransformer2DModel:
     return lively(transformer, seed)
 
 
-def new_tokenizer() -> T5TokenizerFast:
+def new_t5_tokenizer() -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(f"▁{word}", -1.0) for word in WORDS]
     pieces += [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz,."]
@@ -60,10 +56,7 @@ def new_tokenizer() -> T5TokenizerFast:
 
 
 def new_pipeline() -> FluxPipeline:
-    clip = CLIPTokenizer.from_pretrained(TWINS / "sdxl" / "tokenizer", model_max_length=77)
-    ends = {"bos_token_id": clip.bos_token_id, "eos_token_id": clip.eos_token_id}
-    text = CLIPTextConfig(vocab_size=len(clip), hidden_size=32, **SMALL, **ends)
-    t5 = new_tokenizer()
+    t5 = new_t5_tokenizer()
     states = T5Config(
         vocab_size=len(t5),
         d_model=WIDTH,
@@ -73,13 +66,8 @@ def new_pipeline() -> FluxPipeline:
         num_heads=2,
         feed_forward_proj="gated-gelu",
     )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+    vae = new_vae(
         latent_channels=16,
-        norm_num_groups=4,
-        sample_size=64,
         scaling_factor=0.3611,
         shift_factor=0.1159,
         use_quant_conv=False,
@@ -87,9 +75,9 @@ def new_pipeline() -> FluxPipeline:
     )
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=lively(vae, 1),
-        text_encoder=lively(CLIPTextModel(text), 2),
-        tokenizer=clip,
+        vae=vae,
+        text_encoder=lively(CLIPTextModel(new_text_config()), 2),
+        tokenizer=new_tokenizer(),
         text_encoder_2=lively(T5EncoderModel(states), 3),
         tokenizer_2=t5,
         transformer=new_transformer(4),
@@ -142,8 +130,3 @@ def preset(folder: Path, **more: object) -> Preset:
     """Return FLUX's preset for these files, with few steps and small images."""
     small = {"dtype": "fp32", "height": 64, "width": 64, "steps": 4}
     return find_preset("flux").changed(**(locations(folder) | small | more))
-
-
-def edit(path: Path, **values: object) -> None:
-    """Change values of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -65,6 +65,16 @@ TOWER = "model.vision_tower.vision_tower."
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
+def noise_images(*sizes: tuple[int, int]) -> list[Image.Image]:
+    """Draw images of random pixels, given as (height, width)."""
+    generator = np.random.default_rng(0)
+    arrays = [generator.integers(0, 255, (*size, 3), dtype=np.uint8) for size in sizes]
+    return [Image.fromarray(array) for array in arrays]
+
+
+IMAGES = noise_images((60, 90), (200, 100), (64, 64))
+
+
 def affine(name: str, *shape: int) -> Shapes:
     """Return the weight and bias of a linear layer or a norm."""
     return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
@@ -132,6 +142,11 @@ def square(image: Image.Image) -> Tensor:
 
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content))
+
+
+def edit(path: Path, **values: object) -> None:
+    """Change values of a JSON file."""
+    write_json(path, json.loads(path.read_text()) | values)
 
 
 def write_weights(folder: Path, state: dict[str, Tensor], kind: str = "bin") -> None:

@@ -61,9 +61,14 @@ def new_unet(seed: int) -> UNet2DConditionModel:
     return lively(UNet2DConditionModel(**UNET), seed)
 
 
-def new_base() -> StableDiffusionXLPipeline:
-    tokenizer = CLIPTokenizer.from_pretrained(TWINS / "sdxl" / "tokenizer", model_max_length=77)
-    text = CLIPTextConfig(
+def new_tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(TWINS / "sdxl" / "tokenizer", model_max_length=77)
+
+
+def new_text_config() -> CLIPTextConfig:
+    """Configure a small CLIP text encoder for `new_tokenizer`."""
+    tokenizer = new_tokenizer()
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
@@ -73,15 +78,27 @@ def new_base() -> StableDiffusionXLPipeline:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def new_vae(**more: float | bool) -> AutoencoderKL:
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
         norm_num_groups=4,
         sample_size=64,
-        scaling_factor=0.13025,
+        **more,
     )
+    return lively(vae, 1)
+
+
+def flags(files: dict[str, object]) -> list[str]:
+    """Return a command line's flags for the fields of a preset."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in files.items()]
+
+
+def new_base() -> StableDiffusionXLPipeline:
+    tokenizer, text = new_tokenizer(), new_text_config()
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -90,7 +107,7 @@ def new_base() -> StableDiffusionXLPipeline:
         steps_offset=1,
     )
     return StableDiffusionXLPipeline(
-        vae=lively(vae, 1),
+        vae=new_vae(latent_channels=4, scaling_factor=0.13025),
         text_encoder=lively(CLIPTextModel(text), 2),
         text_encoder_2=lively(CLIPTextModelWithProjection(text), 3),
         tokenizer=tokenizer,
@@ -168,5 +185,4 @@ def preset(folder: Path, **more: object) -> Preset:
 def command(monkeypatch, folder: Path, *arguments: object, **changed: object) -> None:
     """Set a command line that draws with these files."""
     given = {"model": "sdxl", "prompt": PROMPT, "steps": 2, **locations(folder), **changed}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    monkeypatch.setattr(sys, "argv", ["sample.py", *flags, *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags(given), *map(str, arguments)])

@@ -139,6 +139,8 @@ def test_a_saved_aligner_keeps_its_sizes_its_bytes_and_its_readers(tmp_path, nam
     again.save(tmp_path / name)
     assert (tmp_path / name).read_bytes() == whole
     assert (tmp_path / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
+    if name == "a.pth":  # a plain state dict, as the authors load it
+        assert torch.load(tmp_path / name).keys() == aligner.state_dict().keys()
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from release_folder import UNET
 
 from img_minimal.bench import __main__ as bench
 from img_minimal.bench import memory, true_size
@@ -74,20 +75,7 @@ VISION = TEXT | {"projection_dim": 32, "patch_size": 56}
 VAE = memory.SDXL_VAE | {"block_out_channels": (8,) * 4, "layers_per_block": 1}
 VAE |= {"norm_num_groups": 4}
 SETTINGS = {
-    "SDXL_UNET": dict(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=(2, 4),
-        cross_attention_dim=64,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=32 + 6 * 8,
-        use_linear_projection=True,
-        norm_num_groups=8,
-    ),
+    "SDXL_UNET": UNET | {"projection_class_embeddings_input_dim": 32 + 6 * 8},
     "FLUX_TRANSFORMER": dict(
         guidance_embeds=True,
         num_layers=1,

@@ -14,7 +14,7 @@ from campaign import Command
 from pair_files import rows, write
 from PIL import Image
 from refusals import assert_refused
-from release_folder import locations
+from release_folder import flags, locations
 
 from img_minimal.pipeline import IMG
 from img_minimal.plots import read_rows
@@ -84,9 +84,7 @@ def test_the_first_image_is_kept_where_the_mllm_prefers_it(call, tmp_path, monke
         (["--prompt", ""], "--prompt is empty"),
         (["--prompt", "a red zebra"], "zebra"),
         (["--seed", "-1"], "--seed is -1, expected 0 to"),
-        (["--seed", "x"], "--seed"),
         (["--seed", "9" * 400], "--seed"),
-        (["--num-images", "nan"], "--num-images"),
         (["--steps", "0"], "--steps is 0, expected 1 to 10,000"),
         (["--model", "nope"], "tiny-sdxl"),
         (["--output", "/proc/nowhere"], "/proc/nowhere: cannot be written"),
@@ -173,17 +171,19 @@ def test_help_is_there_before_torch_is(command):
 
 
 def test_training_real_models_imports_nothing_of_the_tiny_world(release, tmp_path):
-    files = {
-        name: path for name, path in locations(release).items() if name not in ("base", "aligner")
-    }
-    flags = [f"--{name.replace('_', '-')}={path}" for name, path in files.items()]
-    flags += [f"--pairs={write(tmp_path / 'pairs', rows(12))}", "--steps=1", "--batch-size=2"]
-    flags += [f"--output-dir={tmp_path / 'run'}", "--model=sdxl"]
+    files = locations(release)
+    del files["base"], files["aligner"]
+    words = flags(files) + [
+        f"--pairs={write(tmp_path / 'pairs', rows(12))}",
+        "--steps=1",
+        "--batch-size=2",
+    ]
+    words += [f"--output-dir={tmp_path / 'run'}", "--model=sdxl"]
     code = """
 import sys, train
 assert train.main() == 0
 print([name for name in sys.modules if name.startswith("img_minimal.tiny")])"""
-    words = [sys.executable, "-c", code, *flags]
+    words = [sys.executable, "-c", code, *words]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr[-2000:]
 

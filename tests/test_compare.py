@@ -193,7 +193,7 @@ def test_damaged_scores_and_a_damaged_image_are_named(whole, config, tmp_path):
     ("changes", "words"),
     [
         ({"pickscore_model": "/nowhere"}, ["/nowhere: no such file", "check --pickscore-model"]),
-        ({"judges": "clipscore,taste"}, ["unknown judge 'taste'"]),
+        ({"judges": "clipscore,taste"}, ["unknown judge 'taste'", "pickscore, hpsv2, clipscore"]),
         ({"judges": " , "}, ["--judges is empty, expected some of: pickscore"]),
         ({"prompt_file": None}, ["tiny-sdxl has no", "--prompt-file"]),
         ({"output": "/proc/nowhere"}, ["/proc/nowhere: cannot be written"]),

@@ -24,13 +24,10 @@ class FakeEncoder:
 
     widths = (6, 5)
 
-    def __init__(self, fail_at: int = -1):
+    def __init__(self) -> None:
         self.prompts: list[str] = []
-        self.fail_at = fail_at
 
     def __call__(self, pairs: list[Pair], chunk: int = 0) -> Features:
-        if chunk == self.fail_at:
-            raise KeyboardInterrupt
         self.prompts += [p.prompt for p in pairs]
         length = 4 + chunk % 2  # chunks pad to their own longest
         return Features(
@@ -113,17 +110,6 @@ def test_shards_of_a_cache_are_one_sequence(tmp_path, source):
     assert torch.equal(a.loser, b.loser) and torch.equal(a.winner, b.winner)
     assert b.guidance.shape[1] == 5 and torch.equal(a.guidance, b.guidance[:, :4])
     assert b.mask.sum(1).tolist() == [4, 4, 5, 5, 4, 5], "shorter shards are padded, and masked"
-
-
-def test_a_cache_that_was_stopped_continues_with_the_next_chunk_to_the_same_bytes(tmp_path, source):
-    with pytest.raises(KeyboardInterrupt):
-        cached(tmp_path / "a" / "cache", source, size=5, encoder=FakeEncoder(fail_at=2))
-    for prompts in (12, 0):  # the rest, and nothing
-        encoder = FakeEncoder()
-        cached(tmp_path / "a" / "cache", source, size=5, encoder=encoder)
-        assert len(encoder.prompts) == prompts
-    cached(tmp_path / "b" / "cache", source, size=5)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_three_jobs_fill_the_cache_that_one_fills(tmp_path, source):

@@ -9,7 +9,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from feature_sets import interrupt
-from mllm_folders import write_llava_hf, write_original_llava, write_qwen
 from PIL import Image
 from refusals import assert_refused
 
@@ -34,18 +33,7 @@ def source(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, str]:
-    """Write tiny random MLLMs as the public ones are stored."""
-    folder = tmp_path_factory.mktemp("mllms")
-    state = write_original_llava(folder / "original")
-    write_llava_hf(folder / "hf", state, folder / "original")
-    write_qwen(folder / "qwen")
-    kinds = {kind: str(folder / kind) for kind in ("original", "hf", "qwen")}
-    return kinds | {"twin": TWIN.models.stock_mllm}
-
-
-def new_detector(folder: str = TWIN.models.stock_mllm, lora_rank: int = 0) -> Detector:
+def new_detector(folder: str | Path = TWIN.models.stock_mllm, lora_rank: int = 0) -> Detector:
     return Detector(MLLM.from_pretrained(folder), lora_rank)
 
 
@@ -75,8 +63,8 @@ def train(
 
 
 @pytest.mark.parametrize("kind", ["original", "hf", "qwen", "twin"])
-def test_rows_are_what_the_mllm_is_asked_followed_by_the_answer_and_an_end(kind, folders):
-    detector, triplets = new_detector(folders[kind]), pictures()
+def test_rows_are_what_the_mllm_is_asked_followed_by_the_answer_and_an_end(kind, mllms):
+    detector, triplets = new_detector(mllms[kind]), pictures()
     tokenizer, rng = detector.mllm.processor.tokenizer, random.Random(3)
     rows = detector.rows(detector.encode(triplets, batch_size=2), random.Random(3))
     for k, triplet in enumerate(triplets):
@@ -91,10 +79,8 @@ def test_rows_are_what_the_mllm_is_asked_followed_by_the_answer_and_an_end(kind,
 
 
 @pytest.mark.parametrize("kind", ["hf", "qwen", "twin"])
-def test_features_seen_once_give_the_loss_that_transformers_has_of_images_and_answers(
-    kind, folders
-):
-    detector, triplets = new_detector(folders[kind]), pictures()
+def test_features_seen_once_give_the_loss_that_transformers_has_of_images_and_answers(kind, mllms):
+    detector, triplets = new_detector(mllms[kind]), pictures()
     examples, mllm = detector.encode(triplets, batch_size=3), detector.mllm
     rows = detector.rows(examples, random.Random(3))
     inputs = mllm.inputs([t.image for t in triplets], [t.prompt for t in triplets])
@@ -176,11 +162,9 @@ def test_accuracy_counts_exact_instructions_and_decisions(source, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["hf", "original", "qwen"])
-def test_lora_trains_adapters_only_and_merges_into_an_ordinary_model(
-    kind, folders, source, tmp_path
-):
+def test_lora_trains_adapters_only_and_merges_into_an_ordinary_model(kind, mllms, source, tmp_path):
     torch.manual_seed(0)
-    detector, triplets = new_detector(folders[kind], lora_rank=4), pictures()
+    detector, triplets = new_detector(mllms[kind], lora_rank=4), pictures()
     frozen = {}
     for name, p in detector.model.named_parameters():
         if name in detector.trained:

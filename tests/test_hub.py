@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 from refusals import refused
-from release_folder import PROMPT, locations
+from release_folder import PROMPT, flags, locations
 
 from img_minimal.hub.where import chosen, fetch, fetch_file, fetch_folder, split_hub_id
 from img_minimal.presets import find_preset
@@ -116,10 +116,9 @@ for location in sys.argv[1:]:
 def test_sample_draws_from_the_hub_and_again_from_its_cache_without_the_hub(hub, tmp_path):
     given = {"model": "sdxl", "prompt": PROMPT, "steps": 2, "unet": "org/release/dpo/unet"}
     given |= locations(Path("org/release"))
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     images = []
     for name, endpoint in (("online", hub["HF_ENDPOINT"]), ("offline", "http://127.0.0.1:1")):
-        line = ["sample.py", *flags, "--no-explain", f"--output={tmp_path / name}"]
+        line = ["sample.py", *flags(given), "--no-explain", f"--output={tmp_path / name}"]
         result = python(hub | {"HF_ENDPOINT": endpoint}, *line)
         assert result.returncode == 0, result.stderr
         images.append((tmp_path / name / "seed0-1-round1.png").read_bytes())

@@ -1,25 +1,24 @@
 """LLaVA in its authors' layout is the same model as in transformers', asked as the release asks."""
 
-import json
 import random
 import re
 import shutil
 
-import numpy as np
 import pytest
 import sentencepiece
 import torch
 from mllm_folders import (
     CLIP,
+    IMAGES,
     LLAMA,
     LLAVA,
     TOWER,
+    edit,
     llava_shapes,
+    random_weights,
     square,
-    write_llava_hf,
     write_original_llava,
 )
-from PIL import Image
 from refusals import refused
 from torch.nn.functional import gelu, linear
 from transformers import (
@@ -34,35 +33,17 @@ from img_minimal.hub.mllms import RENAMES, transformers_config
 from img_minimal.mllm import MLLM, ask
 
 PROMPTS = ["a red circle", "two blue squares and a red circle"]
+IMAGES = IMAGES[:2]
 
 
 @pytest.fixture(scope="module")
-def images() -> list[Image.Image]:
-    generator = np.random.default_rng(0)
-    shapes = [(60, 90, 3), (200, 100, 3)]
-    return [Image.fromarray(generator.integers(0, 255, s, dtype=np.uint8)) for s in shapes]
+def mllm(mllms) -> MLLM:
+    return MLLM.from_pretrained(mllms["original"])
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("llava")
-
-
-@pytest.fixture(scope="module")
-def weights(folder) -> dict[str, torch.Tensor]:
-    state = write_original_llava(folder / "original")
-    write_llava_hf(folder / "hf", state, folder / "original")
-    return state
-
-
-@pytest.fixture(scope="module")
-def mllm(folder, weights) -> MLLM:
-    return MLLM.from_pretrained(folder / "original")
-
-
-@pytest.fixture(scope="module")
-def pieces(folder, weights) -> sentencepiece.SentencePieceProcessor:
-    model = folder / "original" / "tokenizer.model"
+def pieces(mllms) -> sentencepiece.SentencePieceProcessor:
+    model = mllms["original"] / "tokenizer.model"
     return sentencepiece.SentencePieceProcessor(model_file=str(model))
 
 
@@ -76,18 +57,17 @@ def question_of_the_release(prompt: str, seed: int) -> list[str]:
     return text.split("<image>")
 
 
-def test_hidden_states_equal_those_of_the_transformers_layout(mllm, folder, images):
-    reference = LlavaForConditionalGeneration.from_pretrained(folder / "hf", dtype=torch.float32)
-    inputs = mllm.inputs(images, PROMPTS)
+def test_hidden_states_equal_those_of_the_transformers_layout(mllm, mllms):
+    reference = LlavaForConditionalGeneration.from_pretrained(mllms["hf"], dtype=torch.float32)
+    inputs = mllm.inputs(IMAGES, PROMPTS)
     expected = reference(**inputs, output_hidden_states=True).hidden_states[-1]
     assert (mllm.model.model(**inputs).last_hidden_state - expected).abs().max() <= 1e-6
 
 
-def test_guidance_equals_llava_put_together_from_sentencepiece_clip_and_llama(
-    mllm, weights, pieces, images
-):
+def test_guidance_equals_llava_put_together_from_sentencepiece_clip_and_llama(mllm, pieces):
     clip = CLIPVisionModel(CLIPVisionConfig(**CLIP)).eval()
     llama = LlamaModel(LlamaConfig(**LLAMA, rms_norm_eps=1e-5)).eval()
+    weights = random_weights(llava_shapes(LLAMA, CLIP))
     vision, text = {}, {}
     for key, value in weights.items():
         if key.startswith(TOWER):
@@ -100,7 +80,7 @@ def test_guidance_equals_llava_put_together_from_sentencepiece_clip_and_llama(
     for layer in (0, 2):
         name = f"model.mm_projector.{layer}"
         projector[layer] = weights[f"{name}.weight"], weights[f"{name}.bias"]
-    for k, (image, prompt) in enumerate(zip(images, PROMPTS)):
+    for k, (image, prompt) in enumerate(zip(IMAGES, PROMPTS)):
         before, after = question_of_the_release(prompt, k)
         patches = clip(square(image), output_hidden_states=True).hidden_states[-2][:, 1:]
         patches = linear(gelu(linear(patches, *projector[0])), *projector[2])
@@ -119,7 +99,7 @@ PROMPTS_TO_SPLIT = (
 
 
 @pytest.mark.parametrize("prompt", PROMPTS_TO_SPLIT)
-def test_spaces_and_special_tokens_are_tokenised_as_the_release_does(mllm, pieces, images, prompt):
+def test_spaces_and_special_tokens_are_tokenised_as_the_release_does(mllm, pieces, prompt):
     specials = {"<s>": 1, "</s>": 2, "<unk>": 0}
 
     def encode(text: str) -> list[int]:
@@ -130,7 +110,7 @@ def test_spaces_and_special_tokens_are_tokenised_as_the_release_does(mllm, piece
         return ids
 
     before, after = question_of_the_release(prompt, 0)
-    ids = mllm.inputs(images[:1], [ask(prompt, random.Random(0))])["input_ids"][0].tolist()
+    ids = mllm.inputs(IMAGES[:1], [ask(prompt, random.Random(0))])["input_ids"][0].tolist()
     marker = mllm.processor.image_token_id
     assert [i for i in ids if i != marker] == [1, *encode(before), *encode(after)]
     assert ids.index(marker) == 1 + len(encode(before))
@@ -138,13 +118,11 @@ def test_spaces_and_special_tokens_are_tokenised_as_the_release_does(mllm, piece
 
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
 @pytest.mark.parametrize("change", [{"prefix": "module."}, {"tower": False}])
-def test_other_ways_to_store_the_same_weights_give_the_same_features(
-    mllm, tmp_path, images, kind, change
-):
+def test_other_ways_to_store_the_same_weights_give_the_same_features(mllm, tmp_path, kind, change):
     write_original_llava(tmp_path / "other", kind=kind, **change)
     other = MLLM.from_pretrained(tmp_path / "other")
-    expected, _ = mllm.guidance(images, PROMPTS, [0, 1])
-    assert torch.equal(other.guidance(images, PROMPTS, [0, 1])[0], expected)
+    expected, _ = mllm.guidance(IMAGES, PROMPTS, [0, 1])
+    assert torch.equal(other.guidance(IMAGES, PROMPTS, [0, 1])[0], expected)
 
 
 @pytest.mark.parametrize(
@@ -174,21 +152,17 @@ def test_every_weight_of_the_true_sizes_finds_its_place(width, inner, depth, cou
     assert (vision.hidden_act, config.vision_feature_layer) == ("quick_gelu", -2)
 
 
-def set_config(**values):
-    def change(folder):
-        path = folder / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-    return change
+def edited(**values):
+    return lambda folder: edit(folder / "config.json", **values)
 
 
-def edit_weights(edit):
-    """Apply `edit` to the state dict of each shard."""
+def edit_weights(change_state):
+    """Change the state dict of each shard."""
 
     def change(folder):
         for path in folder.glob("*.bin"):
             state = torch.load(path)
-            edit(state)
+            change_state(state)
             torch.save(state, path)
 
     return change
@@ -205,7 +179,7 @@ WRONG = {
         edit_weights(lambda state: state.update({EXTRA: torch.ones(2)})),
         ["has an unknown key 'model.language_model.layers.7.extra.weight', so it is not"],
     ),
-    "another width": (set_config(hidden_size=64), ["of shape", "not", "64", "download both"]),
+    "another width": (edited(hidden_size=64), ["of shape", "not", "64", "download both"]),
     "a shard is missing": (
         lambda folder: (folder / SECOND_SHARD).unlink(),
         ["has 1 of 2 files pytorch_model-*-of-00002.bin; download the others"],
@@ -214,19 +188,19 @@ WRONG = {
         lambda folder: (folder / "tokenizer.model").unlink(),
         ["has no tokenizer.model; download it again"],
     ),
-    "tiles": (set_config(image_aspect_ratio="anyres"), ["'anyres', expected 'pad'"]),
-    "another model": (set_config(model_type="llava_mpt"), ["'llava_mpt' is no MLLM known here"]),
+    "tiles": (edited(image_aspect_ratio="anyres"), ["'anyres', expected 'pad'"]),
+    "another model": (edited(model_type="llava_mpt"), ["'llava_mpt' is no MLLM known here"]),
     "no network": (
-        set_config(mm_vision_tower="openai/clip-vit-base-patch32"),
+        edited(mm_vision_tower="openai/clip-vit-base-patch32"),
         ["openai/clip-vit-base-patch32: not a local path", "mm_vision_tower in LLaVA's config"],
     ),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_damaged_or_foreign_folder_is_refused(case, folder, weights, tmp_path):
+def test_a_damaged_or_foreign_folder_is_refused(case, mllms, tmp_path):
     change, words = WRONG[case]
-    shutil.copytree(folder / "original", tmp_path / "llava")
+    shutil.copytree(mllms["original"], tmp_path / "llava")
     change(tmp_path / "llava")
     with refused(*words):
         MLLM.from_pretrained(tmp_path / "llava")

@@ -12,7 +12,7 @@ from img_minimal.tiny.diagnose import agreement, readings
 from img_minimal.tiny.edits import NOTHING
 from img_minimal.tiny.grammar import benchmark, parse, sample_prompt
 from img_minimal.tiny.oracle import BLOB, detect, judge
-from img_minimal.tiny.world import BACKGROUND, CELLS, PALETTE, Shape, place, render
+from img_minimal.tiny.world import BACKGROUND, PALETTE, Shape, place, render
 
 
 def paint(colour):
@@ -129,30 +129,11 @@ def test_a_clearer_image_has_the_higher_grade():
         assert verdict.soft == 1 and verdict.graded < best.graded
 
 
-@pytest.mark.parametrize("prompt", ["a red circle", "two red circles left of a blue square"])
-def test_images_that_hold_more_than_words_were_made_for_are_judged_all_the_same(prompt):
-    image = render([()])
-    image[0, :, 40:52, 40:52] = image[0, :, 8:20, 8:20] = GREY
-    assert not judge(image, [parse(prompt)])[0].strict
-    crowd = render([[circle(x, y) for x, y in CELLS]])
-    assert not judge(crowd, [parse(prompt)])[0].strict
-    assert judge(crowd, [parse("a red circle")])[0].words == "remove 8 red circles"
-
-
 @pytest.mark.parametrize("random_images", [torch.rand, torch.zeros, torch.ones])
 def test_images_of_nothing_in_particular_are_wrong_and_no_accident(random_images):
     torch.manual_seed(0)
     for verdict in judge(random_images(3, 3, 64, 64), [parse("a red circle")] * 3):
         assert not verdict.strict and 0 <= verdict.soft < 1
-
-
-def test_specks_and_noise_are_forgiven():
-    prompts, scenes = right_scenes()
-    images = render(scenes[:200])
-    noise = 0.04 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    images = (images + noise).clamp(0, 1)
-    images[:, :, 0:3, 0:3] = GREY
-    assert share_right(images, prompts[:200]) >= 0.995
 
 
 def test_only_right_images_score_1_and_need_nothing():
@@ -187,8 +168,6 @@ def test_soft_scores_count_what_is_right(caption, soft):
         ([(4, 12, 4, 12), (12, 20, 12, 20)], 1),  # meet at a corner
         ([(40, 60, 40, 43), (40, 60, 57, 60), (40, 43, 40, 60), (57, 60, 40, 60)], 1),  # a frame
         ([(40, 48, 4, 12), (49, 57, 4, 12)], 2),  # a row of ground between
-        ([(4, 14, 55, 64), (15, 25, 0, 9)], 2),  # the end of a row and the start of the next
-        ([(30, 34, 10, 50)], 1),  # a bar
     ],
 )
 def test_a_connected_area_is_one_shape_of_any_form(areas, found):

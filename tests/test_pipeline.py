@@ -43,12 +43,6 @@ def test_a_seeds_picture_is_asked_about_and_aligned_alone_as_in_a_batch(twin, im
     assert (together - untouched).abs().max() > 0.1, "the shipped aligner should do something"
 
 
-def test_image_tokens_at_scale_zero_change_nothing_and_leave_no_trace(twin, images):
-    tokens = twin.backbone.tokens(to_pil(images))
-    assert not torch.equal(twin.backbone.draw(PROMPTS, SEEDS, tokens, scale=1.0), images)
-    assert torch.equal(twin.backbone.draw(PROMPTS, SEEDS, tokens, scale=0.0), images)
-
-
 def test_the_scale_of_the_image_tokens_falls_linearly_over_the_steps_of_each_batch(twin, images):
     tokens, scales = twin.backbone.tokens(to_pil(images)), []
     unet = twin.backbone.pipe.unet

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 import sample
-from img_minimal.aligner import ImplicitAligner
 from img_minimal.backbone import open_backbone
 from img_minimal.hub.adapters import read_ip_adapter
 from img_minimal.pipeline import IMG
@@ -116,13 +115,6 @@ def test_the_released_layouts_give_the_same_tensors_as_safetensors(release, tmp_
         assert all(same(part, other) for part, other in zip(parts, flat)), name
     with refused("half.bin: has no 'image_proj'"):
         adapter("ip-adapter-half.bin")
-
-
-def test_an_aligner_saved_as_pth_is_a_plain_state_dict_as_the_authors_load_it(release, tmp_path):
-    ImplicitAligner.from_file(release / "aligner_sdxl.pth").save(tmp_path / "a.pth")
-    plain = torch.load(tmp_path / "a.pth", weights_only=True)
-    released = torch.load(release / "aligner_sdxl.pth", weights_only=True)
-    assert same(plain, {key.removeprefix("module."): value for key, value in released.items()})
 
 
 def test_half_precision_takes_fp16_files_and_decodes_in_fp32(release, tmp_path):

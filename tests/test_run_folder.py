@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import signal
 from pathlib import Path
 
@@ -58,7 +57,9 @@ def test_a_resumed_run_goes_on_bitwise_and_drops_rows_after_its_checkpoint(tmp_p
     torch.manual_seed(0)
     whole = go(opened(tmp_path / "whole"), 5).sum
     torch.manual_seed(0)
-    go(opened(tmp_path / "parts"), 2)
+    run, before = opened(tmp_path / "parts"), signal.getsignal(signal.SIGTERM)
+    go(run, 5, save_every=5, stopped=1)
+    assert run.stopped and signal.getsignal(signal.SIGTERM) == before
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as log:
         log.write('{"step": 3, "loss": 7}\n{"ste')  # of a process that was killed
     torch.manual_seed(99)
@@ -116,13 +117,6 @@ def test_half_written_files_of_killed_runs_are_cleared_away(tmp_path):
     assert not list(tmp_path.glob(".*.partial"))
 
 
-def test_a_stop_signal_saves_a_checkpoint_and_ends_the_loop(tmp_path):
-    run, before = opened(tmp_path), signal.getsignal(signal.SIGTERM)
-    go(run, 12, save_every=12, stopped=4)
-    assert run.stopped and load_checkpoint(run.checkpoint)["step"] == 5
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
 def test_a_loss_that_is_not_finite_names_step_and_samples_and_keeps_the_last_checkpoint(tmp_path):
     with refused("the loss of step 3 is nan (samples of step 3)", "--lr"):
         go(opened(tmp_path), 6, broken=3)
@@ -144,9 +138,7 @@ class Intruder:
     ("damage", "words"),
     [
         ("flipped bit", "damaged at "),
-        ("cut", "cut short or no checkpoint"),
         ("code", "a pickle that could run code"),
-        ("plain pickle", "unreadable checkpoint"),
         ("no settings", "holds no run of this version"),  # as before settings were in it
     ],
 )
@@ -157,12 +149,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, monkeypatch, damag
     content = bytearray(path.read_bytes())
     if damage == "flipped bit":
         content[content.index(load_checkpoint(path)["total"]["sum"].numpy().tobytes()) + 1000] ^= 1
-    elif damage == "cut":
-        del content[len(content) // 2 :]
-    elif damage == "plain pickle":
-        content = pickle.dumps(Intruder())
-    path.write_bytes(content)
-    if damage in ("code", "no settings"):
+        path.write_bytes(content)
+    else:
         torch.save(Intruder() if damage == "code" else {"step": 1}, path)
     with refused(words, "start without --resume"):
         opened(tmp_path)

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from pair_files import FORMATS, jpeg, number, pairs_of, read_pairs, rows, tie, write, write_as
+from pair_files import FORMATS, jpeg, number, pairs_of, rows, tie, write, write_as
 from PIL import Image
 from refusals import refused
 
@@ -31,17 +31,6 @@ def test_every_pair_comes_once_winner_first_in_an_order_of_the_seed_and_ties_are
     assert sorted(orders[2]) == [k for k in range(30) if k not in (2, 5)]
     second = [k for k in orders[2] if 10 <= k < 20]
     assert second == sorted(second), "rows of a file keep their order"
-
-
-def test_rows_with_damaged_images_are_skipped_counted_and_reported(tmp_path, capsys):
-    table = rows(5)
-    table[0]["jpg_0"] = table[0]["jpg_0"][:40]  # cut short
-    table[1]["jpg_1"] = b"<html>503</html>"
-    table[2]["jpg_0"] = None
-    table[3]["caption"] = ""
-    [pair], skipped = read_pairs(write(tmp_path, table))
-    assert pair.prompt == "prompt 4" and skipped == 4
-    assert "skipped 3 rows with damaged images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,6 @@ def test_training_lowers_the_error_which_is_logged_as_a_mean_over_elements(tmp_p
     [
         (["--steps", 0], "--steps is 0"),
         (["--lr", 0, "--stage", "mllm"], "--lr is 0"),
-        (["--cache-gb", 0], "--cache-gb is 0"),
-        (["--norm", "l1"], "--norm"),
         (["--stage", "mllm", "--dtype", "fp16"], "choose bf16"),
         (["--pairs", "no.parquet"], "no.parquet: no such file or folder"),
         (["--mllm", "/no/such/mllm"], "/no/such/mllm"),

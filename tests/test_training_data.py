@@ -9,7 +9,7 @@ import torch
 from mllm_folders import write_original_llava
 from pair_files import read_pairs, rows, tie, write
 from refusals import refused
-from release_folder import locations
+from release_folder import flags, locations
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from img_minimal.aligner import ImplicitAligner
@@ -18,7 +18,7 @@ from img_minimal.data.features import distinct
 from img_minimal.data.load import load_encoder
 from img_minimal.mllm import MLLM
 from img_minimal.plots import read_rows
-from img_minimal.presets import PRESETS, find_preset
+from img_minimal.presets import find_preset
 from train import Config
 
 TWIN, SDXL = find_preset("tiny-sdxl"), find_preset("sdxl")
@@ -44,9 +44,9 @@ def test_streamed_and_cached_training_print_a_plan_load_nothing_that_draws_and_a
 
     monkeypatch.setattr(MLLM, "from_pretrained", watched)
     pq.write_table(pq.read_table(TWIN.data.pairs).slice(0, 60), tmp_path / "pairs.parquet")
-    flags = ["--pairs", tmp_path / "pairs.parquet", "--steps", 3, "--eval-prompts", 0]
+    words = ["--pairs", tmp_path / "pairs.parquet", "--steps", 3, "--eval-prompts", 0]
     for run, cache in (("a", "none"), ("b", tmp_path / "cache"), ("c", tmp_path / "cache")):
-        result = call("train.py", *flags, "--cache-dir", cache, "--output-dir", tmp_path / run)
+        result = call("train.py", *words, "--cache-dir", cache, "--output-dir", tmp_path / run)
         assert result.returncode == 0, result.stderr
         assert metrics(tmp_path / run) == metrics(tmp_path / "a")
     assert len(plans) == 2, "a complete cache needs no MLLM"
@@ -68,8 +68,7 @@ def test_sdxl_trains_from_a_stream_with_flags_that_point_at_the_released_files(
     names = ("image_encoder", "ip_adapter", "resampler")
     files = {name: locations(release)[name] for name in names} | {"mllm": tmp_path / "llava"}
     files |= {"pairs": write(tmp_path / "pairs", *tables), "output_dir": tmp_path / "run"}
-    flags = [f"--{name.replace('_', '-')}={path}" for name, path in files.items()]
-    result = call("train.py", *flags, "--model=sdxl", "--batch-size=4", "--steps=4")
+    result = call("train.py", *flags(files), "--model=sdxl", "--batch-size=4", "--steps=4")
     assert result.returncode == 0 and "skipped 1 rows" in result.stderr
     for words in ("streamed", "nothing that draws", "1 ties", "1 with damaged images"):
         assert words in result.stdout
@@ -87,6 +86,7 @@ def test_the_plan_of_the_real_models_shows_their_costs(tmp_path):
     mllm, encoder = str(tmp_path / "mllm"), str(tmp_path / "encoder")
     preset = SDXL.changed(mllm=mllm, image_encoder=encoder, dtype="bf16")
     plan = aligner_plan(preset, "mllm", tmp_path, 70.0)
+    assert Config().refresh_after == 10
     for words in (
         *("13.4 B parameters   26.7 GB", "632 M parameters", "195 M parameters   3.9 GB"),
         *("100,000 steps of 8", "6.55 MB guidance (about 640 x 5120, bf16) + 262 KB tokens"),
@@ -103,13 +103,6 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_loaded(tmp_path,
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
     with refused("1 KB are free there, the run writes"):
         aligner_plan(TWIN, "mllm", tmp_path, 70.0)
-
-
-def test_sdxl_streams_all_pairs_of_a_public_data_set_by_default():
-    data = SDXL.data
-    assert (data.max_pairs, data.identity_share, data.cache_dir) == (0, 0.0, "none")
-    assert not any("pickapic" in preset.data.pairs for preset in PRESETS.values()), "removed"
-    assert Config().refresh_after == 10
 
 
 def test_equal_images_are_encoded_once_and_some_winners_become_identity_samples():

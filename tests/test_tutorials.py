@@ -59,13 +59,11 @@ def test_a_tutorial_is_read_from_top_to_bottom_in_cells_and_opens_with_a_questio
     assert "def main" not in text
 
 
-def test_a_tutorial_is_a_script_that_runs_from_anywhere_and_explains_itself(tmp_path):
+def test_a_tutorial_is_a_script_that_runs_from_anywhere(tmp_path):
     script = ROOT / "tutorials" / "05_preference_objective.py"
-    for flags, words in ((["--help"], "What do the two preference terms"), (["--quick"], "saved")):
-        command = [sys.executable, str(script), "--output", str(tmp_path), *flags]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert words in done.stdout
+    command = [sys.executable, str(script), "--output", str(tmp_path), "--quick"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "saved" in done.stdout, done.stderr
     assert (tmp_path / "05_preference_objective.png").exists()
 
 

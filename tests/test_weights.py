@@ -19,31 +19,6 @@ def test_tensors_and_notes_that_are_written_are_read_back(tmp_path, name):
     assert [p.name for p in path.parent.iterdir()] == [name]
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
-    path, shared = tmp_path / "w.safetensors", torch.ones(2)
-    write_weights(path, {"a": shared})
-    with pytest.raises(RuntimeError):  # safetensors refuses memory that two names share
-        write_weights(path, {"a": shared, "b": shared})
-    assert torch.equal(read_weights(path)["a"], shared)
-    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
-
-
-def test_torch_files_lose_the_prefix_of_distributed_training(tmp_path):
-    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "w.pth")
-    assert read_weights(tmp_path / "w.pth").keys() == {"a", "b"}
-
-
-@pytest.mark.parametrize("name", ["w.safetensors", "w.bin"])
-@pytest.mark.parametrize("share", [0, 0.5, 0.99])
-def test_a_truncated_file_is_refused(tmp_path, name, share):
-    path = tmp_path / name
-    write_weights(path, {"a": torch.randn(64, 64)})
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(share * len(whole))])
-    with refused(str(path), "download it again"):
-        read_weights(path)
-
-
 class Trap:
     """Runs code where a pickle is loaded without care."""
 

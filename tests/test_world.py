@@ -17,7 +17,6 @@ from img_minimal.tiny.world import (
     related,
     render,
     satisfied,
-    signed_distance,
 )
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -71,12 +70,6 @@ def test_images_are_rgb_of_64_pixels_between_0_and_1_and_independent_of_their_ba
     assert torch.equal(images, torch.cat([render([scene]) for scene in some]))
 
 
-def test_an_empty_scene_is_ground_and_no_scenes_are_no_images():
-    ground = torch.tensor(BACKGROUND).view(1, 3, 1, 1).expand(1, 3, 64, 64)
-    assert torch.equal(render([()]), ground)
-    assert render([]).shape == (0, 3, 64, 64)
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("colour", COLOURS)
 def test_a_shape_is_painted_in_its_colour_inside_its_box_alone(colour, form):
@@ -87,11 +80,6 @@ def test_a_shape_is_painted_in_its_colour_inside_its_box_alone(colour, form):
     rows, columns = difference.gt(0.02).nonzero().T.tolist()
     painted = min(columns), min(rows), max(columns) + 1, max(rows) + 1
     assert painted == pytest.approx(box(shape), abs=1.5)
-
-
-def test_an_unknown_form_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown form 'star'; known: circle, square"):
-        signed_distance("star", torch.zeros(1), torch.zeros(1), 8.0)
 
 
 @pytest.mark.parametrize(
