@@ -22,7 +22,7 @@ from img_minimal.pipeline import IMG
 from img_minimal.presets import find_preset
 from img_minimal.sdxl import SDXL
 
-PRESET = find_preset("tiny-sdxl").changed(steps=2, draw_batch=2)
+PRESET = find_preset("tiny-sdxl").changed(steps=2, draw_batch=2, mllm_batch=2)
 ROWS = [
     {"tag": "single_object", "prompt": "a red circle"},
     {"tag": "two_object", "prompt": "a purple cross and a blue square"},

@@ -135,18 +135,15 @@ def test_all_caches_of_a_folder_stay_within_one_limit(tmp_path, source):
     assert len(cached(folder / "a", source, size=5).data) == 22, "with more room it is completed"
 
 
-@pytest.mark.parametrize("damage", ["cut short", "features", "mask", "position of the next chunk"])
-def test_a_damaged_shard_is_found_and_named(tmp_path, source, damage):
+@pytest.mark.parametrize("damage", ["features", "mask", "position of the next chunk"])
+def test_a_flipped_bit_in_a_shard_is_found_and_named(tmp_path, source, damage):
     cached(tmp_path / "cache", source)
     [file] = (tmp_path / "cache").glob("*.safetensors")
     data = bytearray(file.read_bytes())
-    if damage == "cut short":
-        del data[200:]
-    else:  # flip a bit
-        header = 8 + int.from_bytes(data[:8], "little")
-        position = data.index(b"chunk") + 9
-        places = {"features": header + 40, "mask": len(data) - 1}
-        data[places.get(damage, position)] ^= 1
+    header = 8 + int.from_bytes(data[:8], "little")
+    position = data.index(b"chunk") + 9
+    places = {"features": header + 40, "mask": len(data) - 1}
+    data[places.get(damage, position)] ^= 1
     file.write_bytes(data)
     with refused(f"{file.name}: damaged", "delete it and run again"):
         cached(tmp_path / "cache", source)

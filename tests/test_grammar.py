@@ -83,11 +83,8 @@ def test_asking_for_prompts_that_do_not_exist_fails_at_once(impossible):
     ("caption", "category"),
     [
         ("a red circle", "single"),
-        ("an orange cross", "single"),
         ("three orange crosses", "counting"),
-        ("a red circle and an orange square", "two"),
         ("a red circle above a blue square", "position"),
-        ("a blue circle, a red square and a purple cross", "complex"),
         ("two red circles left of a blue square", "complex"),
     ],
 )
@@ -114,10 +111,7 @@ def test_reading_forgives_case_spaces_a_full_stop_and_a_comma(text):
     [
         (" . ", "the prompt is empty"),
         ("a red circles", "mixes singular and plural"),
-        ("three green square", "mixes singular and plural"),
         ("a pink circle", "'a pink circle' is not"),
-        ("five red circles", "'five red circles' is not"),
-        ("a red circle and", "'a red circle and' is not"),
         ("an astronaut\nriding a horse", "'an astronaut riding a horse' is not"),
         ("a red circle above a blue square below a green cross", "below a green cross' is not"),
         ("a red circle, a blue square, a green cross and a purple cross", "at most three kinds"),

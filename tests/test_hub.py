@@ -14,7 +14,7 @@ import pytest
 from refusals import refused
 from release_folder import PROMPT, flags, locations
 
-from img_minimal.hub.where import chosen, fetch, fetch_file, fetch_folder, split_hub_id
+from img_minimal.hub.where import chosen, fetch, fetch_file, split_hub_id
 from img_minimal.presets import find_preset
 
 ROOT = Path(__file__).parent.parent
@@ -211,10 +211,3 @@ def test_of_a_pipeline_only_the_listed_parts_are_chosen(tmp_path):
             names.append(f"{part}/diffusion_pytorch_model{kind}.safetensors")
     expected = ["vae/diffusion_pytorch_model.fp16.safetensors"]
     assert chosen(tmp_path, names, True, ("unet",)) == expected
-
-
-def test_a_missing_shard_is_named(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model-00001-of-00003.safetensors").write_bytes(b"")
-    with refused("has 1 of 3 files model-*-of-00003"):
-        fetch_folder(str(tmp_path), "--mllm")

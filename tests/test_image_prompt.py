@@ -66,9 +66,3 @@ def test_features_are_the_input_of_the_last_encoder_layer(prompt):
     last.register_forward_pre_hook(watch, with_kwargs=True)
     features = prompt.features(prompt.pixels(pictures()))
     assert features.shape == (2, 1 + 4, W) and torch.equal(features, inputs[0])
-
-
-def test_tokens_do_not_depend_on_the_batch_and_keep_no_graph(prompt):
-    tokens = prompt.tokens(pictures())
-    assert tokens.shape == (2, *prompt.token_shape) and not tokens.requires_grad
-    assert torch.allclose(tokens[1:], prompt.tokens(pictures()[1:]), atol=1e-5)

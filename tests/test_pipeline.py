@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import HeunDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from refusals import refused
 
@@ -43,15 +43,27 @@ def test_a_seeds_picture_is_asked_about_and_aligned_alone_as_in_a_batch(twin, im
     assert (together - untouched).abs().max() > 0.1, "the shipped aligner should do something"
 
 
-def test_the_scale_of_the_image_tokens_falls_linearly_over_the_steps_of_each_batch(twin, images):
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        (None, [1.0, 0.8, 0.6, 0.4, 0.2]),
+        # Calls the UNet twice in every step but the last.
+        (HeunDiscreteScheduler, [1.0, 1.0, 0.8, 0.6, 0.6, 0.6, 0.4, 0.2, 0.2]),
+    ],
+)
+def test_the_scale_of_the_image_tokens_falls_linearly_over_the_calls_of_each_batch(
+    twin, images, monkeypatch, scheduler, expected
+):
     tokens, scales = twin.backbone.tokens(to_pil(images)), []
-    unet = twin.backbone.pipe.unet
+    pipe, unet = twin.backbone.pipe, twin.backbone.pipe.unet
+    if scheduler:
+        monkeypatch.setattr(pipe, "scheduler", scheduler.from_config(pipe.scheduler.config))
     layer = next(iter(cross_attentions(unet).values()))
     hook = unet.register_forward_pre_hook(lambda *_: scales.append(float(layer.processor.scale)))
     with twin.drawing(steps=5, draw_batch=3):
         twin.backbone.draw(PROMPTS, SEEDS, tokens, scale=1.0, scale_end=0.2)
     hook.remove()
-    assert scales == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2] * 2)
+    assert scales == pytest.approx(expected * 2)
 
 
 def test_img_opens_in_its_three_ways_and_gives_the_same_images_every_time(twin):
@@ -65,6 +77,20 @@ def test_img_opens_in_its_three_ways_and_gives_the_same_images_every_time(twin):
     pipe = StableDiffusionXLPipeline.from_pretrained(PRESET.models.base, add_watermarker=False)
     around = IMG(pipe, PRESET.models.mllm, PRESET.sampling.aligner, preset="tiny-sdxl")
     assert drawn(around) == expected
+
+
+def test_settings_that_could_have_no_effect_are_refused(twin):
+    for words, settings in (
+        ("StableDiffusionXLPipeline or FluxPipeline, and this is a str", {"pipe": "sdxl"}),
+        ("'scale' is a setting of this backbone", {"pipe": twin.backbone, "scale": 0.3}),
+        ("guidance by text needs no mllm", {"preset": PRESET, "guidance": "text", "mllm": "x"}),
+        ("unknown setting 'colour'", {"preset": PRESET, "colour": 1}),
+    ):
+        with refused(words):
+            IMG(**settings)
+    tokens = twin.backbone.negative_tokens()
+    with pytest.raises(ValueError, match=r"shape \(1, 16, 128\), expected \(2, 16, 128\)"):
+        twin.backbone.draw(PROMPTS[:2], SEEDS[:2], tokens)
 
 
 def test_each_round_looks_at_the_latest_images(twin):

@@ -68,9 +68,9 @@ def test_an_empty_resampler_keeps_the_one_in_the_adapter_file_and_a_scale_of_zer
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        *(("--steps", "0"), ("--steps", "99999"), ("--passes", "1000000000"), ("--width", "-8")),
+        *(("--steps", "0"), ("--passes", "1000000000"), ("--width", "-8")),
         *(("--scale", "-1"), ("--scale", "inf"), ("--scale-end", "nan"), ("--height", "9" * 400)),
-        *(("--dtype", "int8"), ("--model", "sd3"), ("--colour", "red"), ("--step", "3")),
+        *(("--dtype", "int8"), ("--model", "sd3"), ("--step", "3")),
     ],
 )
 def test_values_out_of_a_fields_bounds_and_unknown_flags_end_with_one_line_and_code_2(

@@ -159,16 +159,3 @@ def test_killed_ranks_end_soon_with_a_reason_and_resume_to_the_bits_of_a_run_tha
     files = ["aligner.safetensors"] + ["metrics.jsonl"] * ("KILL" in kill)
     whole, killed = (content(tmp_path / name, *files) for name in ("whole", "killed"))
     assert whole == killed
-
-
-@pytest.mark.slow
-def test_a_mistake_that_one_rank_meets_ends_all_of_them_with_it(pairs, tmp_path):
-    (tmp_path / "pairs").mkdir()
-    for k, file in enumerate(sorted(pairs.iterdir())):
-        data = bytearray(file.read_bytes())
-        if k == 1:
-            data[300:9000] = bytes(8700)  # only its reader sees it
-        (tmp_path / "pairs" / file.name).write_bytes(data)
-    for command in start(tmp_path / "pairs", tmp_path / "run"):
-        code, output = command.end(90)
-        assert code == 2 and "Traceback" not in output and "error: " in output, output

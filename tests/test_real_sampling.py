@@ -31,19 +31,6 @@ def same(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_sample_saves_the_pictures_that_img_draws(release, img, tmp_path, monkeypatch, capsys):
-    command(monkeypatch, release, "--output", tmp_path, "--num-images", 2)
-    assert sample.main() == 0
-    printed = capsys.readouterr()
-    assert "seed 1, round 1" in printed.out and "oracle" not in printed.out
-    assert "warning" not in printed.err and (tmp_path / "side-by-side.png").exists()
-    out = img([PROMPT, PROMPT], seed=0)
-    for name, images in (("0-initial", out.initial), ("1-round1", out.images)):
-        for k, image in enumerate(images):
-            saved = Image.open(tmp_path / f"seed{k}-{name}.png")
-            assert saved.tobytes() == image.tobytes()
-
-
 @torch.no_grad()
 def test_both_images_equal_those_of_diffusers_own_pipeline_and_ip_adapter(release, img):
     before, after = img.stages([PROMPT], [3])

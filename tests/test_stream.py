@@ -1,6 +1,9 @@
 """Streams of pairs: what is skipped, what is decoded, and where a stopped stream continues."""
 
 import io
+import time
+from collections.abc import Iterator
+from threading import Event
 
 import numpy as np
 import pytest
@@ -134,3 +137,18 @@ def test_a_damaged_file_stops_the_stream_and_names_what_to_repair(tmp_path):
     file.write_bytes(data)
     with refused(str(file), "file 0 of 1", "--resume"):
         list(prefetch(pair_stream(folder).chunks()))
+
+
+def test_a_closed_stream_does_not_wait_for_the_chunk_that_is_being_read():
+    finished = Event()
+
+    def chunks() -> Iterator[int]:
+        yield 0
+        finished.wait(60)
+
+    stream = prefetch(chunks())
+    assert next(stream) == 0
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 10
+    finished.set()

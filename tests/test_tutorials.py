@@ -50,15 +50,6 @@ def test_a_tutorial_runs_quickly_and_says_that_it_did(tutorial, name, tmp_path):
         assert picture.width >= 900
 
 
-@pytest.mark.parametrize("name", TUTORIALS)
-def test_a_tutorial_is_read_from_top_to_bottom_in_cells_and_opens_with_a_question(name):
-    text = (ROOT / "tutorials" / f"{name}.py").read_text()
-    assert text.startswith('# %% [markdown]\n"""')
-    assert text.split('"""')[1].split("\n\n")[0].endswith("?")
-    assert len(re.findall(r"^# %% \d\. ", text, re.M)) >= 3
-    assert "def main" not in text
-
-
 def test_a_tutorial_is_a_script_that_runs_from_anywhere(tmp_path):
     script = ROOT / "tutorials" / "05_preference_objective.py"
     command = [sys.executable, str(script), "--output", str(tmp_path), "--quick"]
