@@ -62,8 +62,14 @@ def sheet(rows: list[list[Cell]], path: str | Path, title: str = "", caption: st
     for row in rows:
         words = [_wrap(text, 36) for _, text in row]
         texts.append(words)
-        lines = max(text.count("\n") + 1 for text in words)
-        heights.append(max(3.5, 2.7 + 0.16 * lines))  # inches
+        height = 2.8  # inches, of an image without a caption
+        for (image, _), text in zip(row, words):
+            lines = 0.16 * (text.count("\n") + 1)
+            if image is None:
+                height = max(height, lines + 0.3)
+            elif text:
+                height = max(height, 3.5, lines + 2.7)
+        heights.append(height)
     figure, axes = plt.subplots(
         len(rows),
         columns,
