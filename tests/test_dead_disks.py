@@ -18,7 +18,7 @@ RESULTS = {
     "cache": ("aligner.safetensors", "metrics.jsonl", "features/*/*.safetensors"),
     "rounds": ("aligner.safetensors", "rounds/metrics.jsonl", "rounds/1/pairs.parquet"),
     "mllm": ("mllm/*.safetensors", "metrics.jsonl"),
-    "evaluate": ("*.png", "scores-*.jsonl", "results.json"),
+    "evaluate": ("*.png", "scores-*.json", "results.json"),
 }
 
 
