@@ -10,12 +10,9 @@ a time: files come in random order, and samples are shuffled within a chunk.
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count, takewhile
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Event, Thread
 from typing import Any, Self
 
 import torch
@@ -26,7 +23,16 @@ from tqdm import tqdm
 
 from img_minimal.backbone import Backbone, ImagePrompt
 from img_minimal.cli import UserError, check
-from img_minimal.data.pairs import EVERYTHING, START, Chunk, Pair, Share, Stream, StreamPosition
+from img_minimal.data.pairs import (
+    EVERYTHING,
+    START,
+    Chunk,
+    Pair,
+    Share,
+    Stream,
+    StreamPosition,
+    prefetch,
+)
 from img_minimal.files import read_json, write_whole
 from img_minimal.hub.weights import read_metadata, read_weights, write_weights
 from img_minimal.mllm import GuidanceEncoder, cat_padded, guidance_features
@@ -399,34 +405,6 @@ def _validation_samples(data: Any) -> Any:
     """Select the samples for validation, as many as fit into a gigabyte."""
     most = int(MAX_VALIDATION_BYTES / data.sample_bytes)
     return data[data.validation.nonzero().flatten()[:most]]
-
-
-def prefetch(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-    """Yield the same chunks, while a thread prepares the next one."""
-    queue: Queue = Queue(maxsize=1)
-    closed = Event()
-
-    def fill() -> None:
-        try:
-            for chunk in chunks:
-                queue.put(chunk)
-                if closed.is_set():
-                    return
-            queue.put(None)
-        except BaseException as error:  # raised again where the chunk is wanted
-            queue.put(error)
-
-    # A daemon, so that a stopped run does not wait for a chunk that is still downloading.
-    Thread(target=fill, daemon=True).start()
-    try:
-        while (chunk := queue.get()) is not None:
-            if isinstance(chunk, BaseException):
-                raise chunk
-            yield chunk
-    finally:
-        closed.set()
-        with suppress(Empty):
-            queue.get_nowait()  # lets a waiting thread end
 
 
 @dataclass

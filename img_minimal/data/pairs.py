@@ -14,10 +14,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from math import inf
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Event, Thread
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -290,6 +293,34 @@ class Stream(Generic[Item]):
         """Describe the rows skipped so far: "rows skipped: 120 ties, 1 with damaged images"."""
         counts = [f"{count} {reason}" for reason, count in sorted(self.skipped.items())]
         return "rows skipped: " + ", ".join(counts) if counts else ""
+
+
+def prefetch(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Yield the same chunks, while a thread prepares the next one."""
+    queue: Queue = Queue(maxsize=1)
+    closed = Event()
+
+    def fill() -> None:
+        try:
+            for chunk in chunks:
+                queue.put(chunk)
+                if closed.is_set():
+                    return
+            queue.put(None)
+        except BaseException as error:  # raised again where the chunk is wanted
+            queue.put(error)
+
+    # A daemon, so that a stopped run does not wait for a chunk that is still downloading.
+    Thread(target=fill, daemon=True).start()
+    try:
+        while (chunk := queue.get()) is not None:
+            if isinstance(chunk, BaseException):
+                raise chunk
+            yield chunk
+    finally:
+        closed.set()
+        with suppress(Empty):
+            queue.get_nowait()  # lets a waiting thread end
 
 
 def prompts_of(stream: Stream[Pair]) -> Iterator[str]:
