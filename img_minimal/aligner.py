@@ -49,7 +49,7 @@ class PerceiverAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Compute the update of tokens (B, N, D) from the context (B, L, D), without the residual.
 
-        mask (B, L) is True where the context is valid. Returns the update (B, N, D) and the
+        mask (B, L), bool, is True where the context is valid. Returns the update (B, N, D) and the
         attention weights (B, heads, N, L + N) in fp32, of which each row sums to 1.
         """
         context, tokens = self.norm1(context), self.norm2(tokens)
@@ -61,7 +61,7 @@ class PerceiverAttention(nn.Module):
         q = q * self.head_dim**-0.5  # scaled before the product, which could overflow in fp16
         scores = torch.cat([q @ k.mT, q @ k_self.mT], dim=-1)  # (B, heads, N, L + N)
         if mask is not None:
-            visible = F.pad(mask.bool(), (0, tokens.shape[1]), value=True)
+            visible = F.pad(mask, (0, tokens.shape[1]), value=True)
             scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
         # In half precision the softmax would lose the tail of a long context.
         weights = scores.softmax(dim=-1, dtype=torch.float32)
@@ -143,8 +143,9 @@ class ImplicitAligner(nn.Module):
         guidance (B, L, H), tokens (B, N, D), mask (B, L) with True = valid -> (B, N, D) in the
         aligner's dtype. Each further pass aligns the result again with the same guidance; sampling
         on SDXL uses 3. `maps` receives each layer's attention weights (B, heads, N, L + N). Raises
-        UserError if H or D is not what the aligner was trained for.
+        UserError if H or D is not what the aligner was trained for, ValueError as `check_inputs`.
         """
+        check_inputs(guidance, tokens, mask, passes)
         self.check_widths(guidance.shape[-1], tokens.shape[-1])
         dtype = self.proj_in.weight.dtype
         context, tokens = self.proj_in(guidance.to(dtype)), tokens.to(dtype)
@@ -191,6 +192,26 @@ class ImplicitAligner(nn.Module):
         write_weights(path, self.state_dict(), {"head_dim": str(self.head_dim)})
 
 
+def check_inputs(guidance: Tensor, tokens: Tensor, mask: Tensor | None, passes: int) -> None:
+    """Raise ValueError, naming both shapes, for inputs that do not belong together.
+
+    Expects floating-point guidance (B, L, H) and tokens (B, N, D), and a bool mask (B, L).
+    """
+    fits = guidance.ndim == tokens.ndim == 3 and len(guidance) == len(tokens)
+    if not (fits and guidance.is_floating_point() and tokens.is_floating_point()):
+        raise ValueError(
+            f"guidance is {guidance.dtype} {tuple(guidance.shape)} and tokens are {tokens.dtype} "
+            f"{tuple(tokens.shape)}; expected floating-point (B, L, H) and (B, N, D)"
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != guidance.shape[:2]):
+        raise ValueError(
+            f"mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool "
+            f"{tuple(guidance.shape[:2])}, True where guidance {tuple(guidance.shape)} is valid"
+        )
+    if not (isinstance(passes, int) and passes >= 1):
+        raise ValueError(f"passes is {passes!r:.60}, expected a whole number of at least 1")
+
+
 def layer_sizes(state: dict[str, Tensor], head_dim: int = 64) -> dict[str, int]:
     """Deduce depth and heads of the `PerceiverLayers` under `layers.` in a state dict.
 
@@ -216,8 +237,9 @@ def align(
     """Apply f `passes` times in fp32, in batches.
 
     tokens (B, N, D), guidance (B, L, H), mask (B, L) -> (B, N, D) on the CPU. Raises UserError if
-    the guidance is another MLLM's, or if a result is not finite.
+    the guidance is another MLLM's, or if a result is not finite; ValueError as `check_inputs`.
     """
+    check_inputs(guidance, tokens, mask, passes)
     device = next(aligner.parameters()).device
     aligned = []
     batches = zip(guidance.split(batch_size), tokens.split(batch_size), mask.split(batch_size))

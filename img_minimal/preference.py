@@ -18,9 +18,27 @@ points along 2 c_w - c_l - f_ref wherever f is: away from the loser and from the
 far to go is left to l.
 """
 
+import math
+from numbers import Integral, Real
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def check_alike(**tensors: Tensor) -> None:
+    """Raise ValueError unless all are floating-point tensors of one shape (B, ...).
+
+    A batch of 1, or a missing axis, would broadcast, and the answer would look like any other.
+    """
+    name, first = next(iter(tensors.items()))
+    for other, tensor in tensors.items():
+        fits = tensor.shape == first.shape and tensor.ndim > 1 and tensor.numel() > 0
+        if not (fits and tensor.is_floating_point()):
+            raise ValueError(
+                f"{name} is {first.dtype} {tuple(first.shape)} and {other} is {tensor.dtype} "
+                f"{tuple(tensor.shape)}; expected floating-point tensors of one shape (B, N, D)"
+            )
 
 
 def squared_distance(a: Tensor, b: Tensor, norm: str = "mean") -> Tensor:
@@ -28,8 +46,9 @@ def squared_distance(a: Tensor, b: Tensor, norm: str = "mean") -> Tensor:
 
     `norm` averages or sums over elements. The paper leaves this open, and it sets how fast l
     saturates: summed over 16 x 2048 elements, any difference is a large one. Raises ValueError for
-    another `norm`.
+    another `norm`, or tensors of two shapes.
     """
+    check_alike(a=a, b=b)
     if norm not in ("mean", "sum"):
         raise ValueError(f"norm is {norm!r}, expected 'mean' or 'sum'")
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
@@ -56,8 +75,12 @@ def preference_loss(
     Metrics are detached scalars. `error` ||c_w - f||^2 and `reference_error` ||c_w - f_ref||^2 are
     means over elements whatever `norm` is, as every error in a log. `margin` is the mean argument
     of l, `implicit_accuracy` the share of samples where it is positive; both take the full
-    argument, so that runs with and without a part compare. Raises ValueError for an unknown `norm`.
+    argument, so that runs with and without a part compare. Raises ValueError for an unknown `norm`,
+    tensors of several shapes, or a `weight` that is no finite number.
     """
+    check_alike(f=f, f_ref=f if f_ref is None else f_ref, c_w=c_w, c_l=c_l)
+    if not (isinstance(weight, Real) and 0 <= weight < math.inf):
+        raise ValueError(f"weight is {weight!r:.60}, expected a finite number of at least 0")
     elements = 1 if norm == "mean" else f[0].numel()
     error_w = squared_distance(c_w, f, norm)  # (B,)
     if f_ref is None:
@@ -92,9 +115,9 @@ class ReferenceRefresh:
     """
 
     def __init__(self, k: int = 10):
-        """Raises ValueError if k < 1."""
-        if k < 1:
-            raise ValueError(f"k is {k}, expected at least 1")
+        """Raises ValueError if k is no whole number, or less than 1."""
+        if not (isinstance(k, Integral) and k >= 1):
+            raise ValueError(f"k is {k!r:.60}, expected a whole number of at least 1")
         self.k, self.streak, self.refreshes = k, 0, 0
 
     def update(self, error: float, reference_error: float) -> bool:

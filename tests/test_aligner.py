@@ -1,5 +1,7 @@
 """The Implicit Aligner computes Figs. 9 and 10, starts at the identity, and survives its file."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,6 +127,42 @@ def test_guidance_or_tokens_of_another_width_are_refused_with_what_to_use():
             aligner(torch.empty(1, 2, 4096), torch.empty(1, 3, 48))
         with refused("image tokens of width 48", "width 47", "IP-Adapter"):
             aligner(torch.empty(1, 2, 5120), torch.empty(1, 3, 47))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": (1, N, WIDTH)},  # would broadcast
+        {"tokens": (N, WIDTH)},
+        {"tokens": (B, 1, N, WIDTH)},
+        {"guidance": (B + 1, L, GUIDANCE)},
+        {"guidance": (L, GUIDANCE)},
+        {"mask": (1, L)},
+        {"mask": (B, L - 1)},
+        {"mask": (B, L, 1)},
+        {"mask": torch.zeros(B, L)},  # additive
+        {"mask": torch.full((B, L), torch.nan)},
+        {"mask": torch.ones(B, L, dtype=torch.long)},
+        {"tokens": torch.ones(B, N, WIDTH, dtype=torch.long)},
+        {"guidance": torch.ones(B, L, GUIDANCE, dtype=torch.bool)},
+        {"passes": 0},
+        {"passes": 1.5},
+    ],
+)
+@torch.no_grad()
+def test_inputs_that_do_not_belong_together_are_refused_with_both_shapes(change):
+    aligner, values = new_aligner(), dict(zip(("guidance", "tokens", "mask"), inputs()))
+    [(name, value)] = change.items()
+    if isinstance(value, tuple):
+        value = torch.ones(value, dtype=values[name].dtype)
+    values |= {"passes": 1, name: value}
+    said = [str(tuple(value.shape)), "expected"] if isinstance(value, torch.Tensor) else ["passes"]
+    if name != "passes":
+        said.append(str(tuple(values["guidance"].shape)[:2])[:-1])
+    for door in (aligner, partial(align, aligner)):
+        with pytest.raises(ValueError) as caught:
+            door(**values)
+        assert all(word in str(caught.value) for word in said), caught.value
 
 
 @pytest.mark.parametrize("head_dim", [64, 16])

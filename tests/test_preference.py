@@ -1,6 +1,7 @@
 """The preference objective is that of its Gaussian densities; a rule refreshes its reference."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -92,13 +93,47 @@ def test_the_norm_is_a_mean_or_a_sum_in_at_least_fp32_and_nothing_else():
         squared_distance(a, b, "max")
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        torch.zeros(1, 3, 4),  # would broadcast
+        torch.zeros(3, 4),
+        torch.zeros(5, 1, 4),
+        torch.zeros(5, 3, 4, 1),
+        torch.zeros(5, 3, 4, dtype=torch.long),
+        torch.ones(5, 3, 4, dtype=torch.bool),
+    ],
+)
+def test_tensors_that_would_broadcast_or_hold_no_floats_are_refused_with_both_shapes(other):
+    points = dict(zip(("f", "f_ref", "c_w", "c_l"), features()))
+    both = re.escape(f"{tuple(other.shape)}")
+    for name in points:
+        with pytest.raises(ValueError, match=both) as caught:
+            preference_loss(**points | {name: other})
+        assert "(5, 3, 4)" in str(caught.value)
+    with pytest.raises(ValueError, match=both):
+        preference_loss(points["f"], None, points["c_w"], other)
+    with pytest.raises(ValueError, match=both):
+        squared_distance(other, points["f"])
+    for empty in (torch.zeros(0, 3, 4), torch.zeros(5), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="expected floating-point"):
+            squared_distance(empty, empty)
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -1.0, torch.ones(5), "1", None])
+def test_a_weight_is_one_finite_number(weight):
+    with pytest.raises(ValueError, match="weight is .*, expected a finite number"):
+        preference_loss(*features(), weight=weight)
+
+
 def test_the_reference_is_refreshed_at_the_kth_success_in_a_row_and_not_before():
     rule = ReferenceRefresh(k=10)
     for _ in range(2):
         assert [rule.update(1.0, 2.0) for _ in range(10)] == [False] * 9 + [True]
     assert rule.refreshes == 2
-    with pytest.raises(ValueError, match="at least 1"):
-        ReferenceRefresh(k=0)
+    for k in (0, 2.5, math.nan, "3", torch.tensor(2.0)):
+        with pytest.raises(ValueError, match="a whole number of at least 1"):
+            ReferenceRefresh(k)
 
 
 @pytest.mark.parametrize("error", [2.0, 3.0, float("nan")])  # a tie is no success
