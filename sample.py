@@ -4,8 +4,13 @@
     python sample.py --prompt "two yellow triangles left of a red square" --seed 7 --rounds 2
     python sample.py --prompt-file prompts.txt --negative-prompt "a green cross"
     python sample.py --image mine.png --prompt "a red circle"     start from your own picture
+    python sample.py --num-images 8 --one-look --draft-steps 3    correct eight at the price of 8.3
     python sample.py --sweep scale=0,0.8,1.6                      vary the last pass
     python sample.py --model sdxl --prompt "a robot penguin wearing a top hat" --offload
+
+--draft-steps, --only-wrong and --one-look spare drawings and combine: drafts are looked at, what is
+right is not corrected, and the last round draws every image whole; --keep-better draws the first
+images whole, too, and --rounds looks again at drafts of the corrected images.
 
 Saves every image with its prompt, seed and settings inside, results.json, and a sheet of them all.
 """
@@ -38,6 +43,7 @@ class Config:
     seed: int = option(0, "seed of the first image; the same seed gives the same images")
     num_images: int = option(4, "images per prompt, from consecutive seeds", least=1, most=1000)
     rounds: int = option(1, "times to look and draw again", least=1, most=100)
+    one_look: bool = option(False, "let one look at one draft serve all images of the prompt")
     keep_better: bool = option(False, "keep the first image where the MLLM prefers it")
     sweep: str | None = option(None, "values for the last pass: scale=0,0.2,0.5 or passes=1,3")
     explain: bool = option(True, "decode what the MLLM says; guidance needs no decoding")
@@ -54,10 +60,9 @@ import json
 from pathlib import Path
 
 from PIL.Image import Image
-from torch import Tensor
 
 from img_minimal.evaluate.prompts import read_prompts
-from img_minimal.files import Clock, open_image, png, to_pil, write_whole
+from img_minimal.files import open_image, png, to_pil, write_whole
 from img_minimal.pipeline import IMG
 from img_minimal.plots import sheet
 from img_minimal.tiny.grammar import parse as parse_prompt
@@ -72,6 +77,8 @@ def main() -> int:
     preset = find_preset(config.model).changed(**changes)
     prompts = read_request(config, preset.world)
     folder = writable_folder(config.output)
+    several = config.one_look and len(prompts) > 1
+    check(not several, "--one-look is for the images of one prompt, and the file has several")
     picture = open_image(config.image) if config.image else None
     swept, values = parse_sweep(config.sweep) if config.sweep else ("", [])
     quiet_libraries()
@@ -87,40 +94,38 @@ def main() -> int:
 
     captions = [prompt for prompt in prompts for _ in range(config.num_images)]
     seeds = [config.seed + k for k in range(config.num_images)] * len(prompts)
-    draw, clock = img.backbone.draw, Clock()
-    with clock("draw"):
-        first = [picture] * len(captions)
-        if picture is None:
-            first = to_pil(draw(captions, seeds, progress="initial"))
-    stages = [first]
-    for k in range(config.rounds):
-        question_seeds = [seed + k for seed in seeds]
-        with clock("look"):
-            guidance, mask = img.guidance(stages[-1], captions, question_seeds)
-        with clock("align"):
-            tokens = img.backbone.tokens(stages[-1])
-            aligned = img.correct(tokens, guidance, mask)
-        with clock("draw again"):
-            again = draw(captions, seeds, aligned, progress=f"round {k + 1}")
-            stages.append(to_pil(again))
+    start = [picture] * len(captions) if picture else None
+    drawn = img.stages(
+        captions,
+        seeds,
+        rounds=config.rounds,
+        one_look=config.one_look,
+        whole=config.keep_better,
+        start=start,
+        progress=True,
+    )
+    stages, clock = list(map(to_pil, drawn)), img.clock
 
     better = [True] * len(captions)
     if config.keep_better:
         with clock("compare"):
-            better = img.better(first, stages[-1], captions, seeds)
+            better = img.better(stages[0], stages[-1], captions, seeds)
         for i, improved in enumerate(better):
             if not improved:
-                stages[-1][i] = first[i]
-    said = [[""] * len(captions) for _ in stages]
+                stages[-1][i] = stages[0][i]
+    said = [[""] * len(images) for images in stages]
     if config.explain:
         with clock("put in words"):
             for k, images in enumerate(stages):
-                said[k] = img.explain(images, captions, [seed + k for seed in seeds])
+                asked = [seed + k for seed in seeds[: len(images)]]
+                said[k] = img.explain(images, captions[: len(images)], asked)
     save(config, img.backbone.sampling, folder, captions, seeds, stages, said, better)
     if swept:
         with clock("sweep"):
             path = folder / "sweep.png"
-            sweep(img, swept, values, captions, seeds, tokens, guidance, mask, path)
+            seen = stages[-2]
+            asked = [seed + config.rounds - 1 for seed in seeds[: len(seen)]]
+            sweep(img, swept, values, captions, seeds, seen, asked, path)
         print(f"saved to {path}")
     print(f"saved to {folder}/side-by-side.png, in {clock}")
     return 0
@@ -150,16 +155,22 @@ def save(
 ) -> None:
     """Save every image with its settings, results.json, and the sheet; print what was said."""
     settings = {"model": config.model}
-    for name in ("steps", "guidance_scale", "negative_prompt", "scale", "scale_end", "passes"):
+    names = "steps guidance_scale negative_prompt scale scale_end passes draft_steps only_wrong"
+    for name in names.split():
         settings[name] = getattr(sampling, name)
     several = len(captions) > config.num_images
+    whole = config.keep_better or sampling.draft_steps is None
+    first = "initial" if whole else "draft"
+    if config.image:
+        first = "given"
     rows, results = [], []
     for i, (caption, seed) in enumerate(zip(captions, seeds)):
         words, entries = [f'"{caption}", seed {seed}'], []
+        row = [(images[i] if i < len(images) else None, "") for images in stages]
         for k, images in enumerate(stages):
-            stage = f"round {k}" if k else "initial"
-            if config.image and k == 0:
-                stage = "given"
+            if i >= len(images):
+                continue  # one look served all seeds
+            stage = f"round {k}" if k else first
             notes = {}
             if said[k][i]:
                 notes["MLLM"] = said[k][i]
@@ -179,7 +190,6 @@ def save(
             lines = [f"{who}: {what}" for who, what in notes.items()]
             print(f"seed {seed}, {stage}: " + "; ".join(lines))
             words += [f"{stage}:", *lines]
-        row = [(images[i], "") for images in stages]
         rows.append([*row, (None, "\n".join(words))])
         results.append({"prompt": caption, "seed": seed, "images": entries})
     report = json.dumps({"settings": settings, "results": results}, indent=1)
@@ -205,16 +215,20 @@ def sweep(
     values: list,
     captions: list[str],
     seeds: list[int],
-    tokens: Tensor,
-    guidance: Tensor,
-    mask: Tensor,
+    seen: list[Image],
+    asked: list[int],
     path: Path,
 ) -> None:
-    """Save a row for each image: its last pass, drawn at every value."""
+    """Save a row for each image: its last pass, drawn at every value.
+
+    `seen` are the images of the last look, one or all, and `asked` the seeds of its questions.
+    """
+    guidance, mask = img.guidance(seen, captions[: len(seen)], asked)
+    tokens = img.backbone.tokens(seen)
     rows = [[] for _ in captions]
     for value in values:
-        with img.drawing(**{name: value}):
-            aligned = img.correct(tokens, guidance, mask)
+        with img.drawing(draft_steps=None), img.drawing(**{name: value}):
+            aligned = img.correct(tokens, guidance, mask).expand(len(captions), -1, -1)
             images = to_pil(img.backbone.draw(captions, seeds, aligned))
         for row, image, caption, seed in zip(rows, images, captions, seeds):
             note = "" if row else f'\n"{caption}", seed {seed}'

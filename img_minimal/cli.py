@@ -64,7 +64,11 @@ def parse(
 
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
-        _check_bounds(flags[name], value)
+        try:
+            if value is not None:
+                check_value(flags[name], value)
+        except UserError as error:
+            end_with(str(error))
         if isinstance(value, str) and value.startswith("~/"):
             values[name] = os.path.expanduser(value)
     changes = {name: v for name, v in values.items() if name not in own and v is not None}
@@ -92,11 +96,18 @@ def _add_flag(parser: argparse.ArgumentParser, flag: Field, kind: Any, from_pres
     parser.add_argument(_flag_name(flag.name), **settings)
 
 
-def _check_bounds(flag: Field, value: object) -> None:
-    """End the program if a number is out of bounds; the negated comparison also catches NaN."""
-    least, most = flag.metadata.get("least", 0), flag.metadata.get("most", LARGEST)
-    if isinstance(value, int | float) and not least <= value <= most:
-        end_with(f"{_flag_name(flag.name)} is {value}, expected {least:g} to {most:,}")
+def check_value(field: Field, value: object) -> None:
+    """Raise UserError for a value of another type, out of bounds, or NaN."""
+    name, kind = _flag_name(field.name), field.type
+    fits = isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind))
+    fits |= isinstance(value, os.PathLike) and isinstance("", kind)
+    kinds = typing.get_args(kind) or (kind,)
+    expected = " or ".join(k.__name__ for k in kinds if k is not NoneType)
+    check(fits, f"{name} is {value!r}, expected {expected}")
+    least, most = field.metadata.get("least", 0), field.metadata.get("most", LARGEST)
+    # The negated comparison also catches NaN.
+    bounded = not isinstance(value, int | float) or least <= value <= most
+    check(bounded, f"{name} is {value}, expected {least:g} to {most:,}")
 
 
 def _flag_name(field_name: str) -> str:

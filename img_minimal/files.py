@@ -161,10 +161,13 @@ def check_finite(images: Tensor, first: int) -> None:
         )
 
 
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Convert (B, 3, H, W) in [0, 1] to B images."""
-    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(p) for p in pixels]
+def to_pil(images: Tensor | list[Tensor]) -> list[Image.Image]:
+    """Convert (B, 3, H, W) in [0, 1], or a list of (3, H, W), to B images."""
+    pictures = []
+    for image in images:
+        pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+        pictures.append(Image.fromarray(pixels.cpu().numpy()))
+    return pictures
 
 
 def from_pil(images: list[Image.Image]) -> Tensor:

@@ -152,6 +152,16 @@ class MLLM:
         return states, inputs["attention_mask"].bool()
 
     @torch.no_grad()
+    def first_words(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Compute log-probabilities (B, V) of an answer's first token from guidance features."""
+        last = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+        return self.model.lm_head(last.to(self.model.lm_head.weight)).float().log_softmax(-1)
+
+    def finds_wrong(self, states: Tensor, mask: Tensor) -> list[bool]:
+        """For guidance features (B, L, H), return True where the answer would name a mistake."""
+        return (self.first_words(states, mask).argmax(-1) != self.nothing).tolist()
+
+    @torch.no_grad()
     def satisfaction(
         self,
         images: list[Image],
@@ -164,9 +174,7 @@ class MLLM:
         for k in range(0, len(images), batch_size):
             batch = slice(k, k + batch_size)
             states, mask = self.guidance(images[batch], prompts[batch], seeds[batch])
-            last = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
-            log_probabilities = self.model.lm_head(last).float().log_softmax(-1)
-            scores += log_probabilities[:, self.nothing].tolist()
+            scores += self.first_words(states, mask)[:, self.nothing].tolist()
         return scores
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from img_minimal.aligner import ImplicitAligner, align
 from img_minimal.backbone import PIPELINES, Backbone, announced_token_width, open_backbone
 from img_minimal.cli import check
 from img_minimal.devices import Precision, Turns, best_device, known_device
-from img_minimal.files import to_pil
+from img_minimal.files import Clock, from_pil, to_pil
 from img_minimal.hub.mllms import announced_width
 from img_minimal.hub.weights import opening
 from img_minimal.hub.where import fetch
@@ -38,7 +38,10 @@ ADAPTER = ("ip_adapter", "resampler", "image_encoder")  # what turns images into
 
 @dataclass(frozen=True)
 class IMGOutput:
-    """One entry per prompt: first images, what the MLLM said about them, and last images."""
+    """One entry per prompt: first images, what the MLLM said about them, and last images.
+
+    First images are drafts with `draft_steps`, and there is one with `one_look`.
+    """
 
     initial: list[Image]
     said: list[str]
@@ -109,6 +112,7 @@ class IMG:
         if self.guide_takes_turns:
             mllm.model.to(self.turns.home)
         self.passes, self.mllm_batch = preset.sampling.passes, preset.models.mllm_batch
+        self.clock = Clock()  # seconds of each step so far
 
     def __call__(
         self,
@@ -121,10 +125,15 @@ class IMG:
         negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
+        draft_steps: int | None = None,
+        only_wrong: bool | None = None,
+        one_look: bool = False,
     ) -> IMGOutput:
         """Draw, look, align, draw again. Names are diffusers'; defaults are the preset's.
 
         Several prompts get consecutive seeds from `seed`, or from the seed of a `generator`, on.
+        Three ways to draw less, which combine: `draft_steps`, `only_wrong` and `one_look` as in
+        `stages`. With `one_look`, pass one prompt several times; there is one initial image.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         first = seed if generator is None else generator.initial_seed()
@@ -135,25 +144,94 @@ class IMG:
             "negative_prompt": negative_prompt,
             "height": height,
             "width": width,
+            "draft_steps": draft_steps,
+            "only_wrong": only_wrong,
         }
         given = {name: value for name, value in settings.items() if value is not None}
         with self.drawing(**given):
-            initial, last = map(to_pil, self.stages(prompts, seeds))
-        said = [""] * len(prompts)
+            initial, last = map(to_pil, self.stages(prompts, seeds, one_look=one_look))
+        said = [""] * len(initial)
         if hasattr(self.guide, "explain"):
-            said = self.explain(initial, prompts, seeds)
+            said = self.explain(initial, prompts[: len(initial)], seeds[: len(initial)])
         return IMGOutput(initial, said, last)
 
-    def stages(self, prompts: list[str], seeds: list[int], *, rounds: int = 1) -> list[Tensor]:
-        """Draw the first images and those of each round: `rounds + 1` tensors (B, 3, H, W).
+    def stages(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        *,
+        rounds: int = 1,
+        one_look: bool = False,
+        whole: bool = False,
+        start: list[Image] | None = None,
+        progress: bool = False,
+    ) -> list[list[Tensor]]:
+        """Draw the first images and those of each round: `rounds + 1` lists of (3, H, W).
 
-        Every round looks at the latest images and draws again from the same seeds.
+        Every round looks at the latest images and draws again from the same seeds. Images that only
+        the MLLM sees take `draft_steps`; `whole` first images take all steps, and those of `start`
+        are not drawn. With `only_wrong`, what the MLLM finds right is not corrected. With
+        `one_look`, the first image alone is looked at until the last round, which draws all seeds.
         """
-        images = [self.backbone.draw(prompts, seeds)]
+        if one_look and len(set(prompts)) > 1:
+            raise ValueError("one look serves the seeds of one prompt, and these are several")
+        sampling, count = self.backbone.sampling, len(prompts)
+        looked = 1 if one_look else count
+        draft = sampling.draft_steps or sampling.steps
+        tokens: list[Tensor | None] = [None] * looked  # what the latest images were drawn with
+        if start is None:
+            steps, drawn = (sampling.steps, count) if whole else (draft, looked)
+            first = self._draw(prompts[:drawn], seeds, [None] * drawn, steps, "initial" * progress)
+        else:
+            steps, first = sampling.steps, [from_pil([image])[0] for image in start]
+        stages = [first]
         for k in range(rounds):
-            tokens = self.align(images[-1], prompts, [seed + k for seed in seeds])
-            images.append(self.backbone.draw(prompts, seeds, tokens))
-        return images
+            pictures = to_pil(stages[-1][:looked])
+            asked = [seed + k for seed in seeds[:looked]]
+            with self.clock("look"):
+                guidance, mask = self.guidance(pictures, prompts[:looked], asked)
+                wrong = [True] * looked
+                if sampling.only_wrong:
+                    wrong = self.finds_wrong(guidance, mask)
+            with self.clock("align"):
+                aligned = self.correct(self.backbone.tokens(pictures), guidance, mask)
+            tokens = [new if bad else old for new, old, bad in zip(aligned, tokens, wrong)]
+
+            # A right image that has all its steps stays; a right draft is drawn whole.
+            before, (steps, drawn) = steps, (draft, looked)
+            if k == rounds - 1:
+                steps, drawn = sampling.steps, count
+            kept = {}
+            if steps == before:
+                kept = {i: stages[-1][i] for i, bad in enumerate(wrong) if not bad}
+            each = tokens * drawn if one_look else tokens
+            label = f"round {k + 1}" * progress
+            stages.append(self._draw(prompts[:drawn], seeds, each, steps, label, kept))
+        return stages
+
+    def _draw(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        tokens: list[Tensor | None],
+        steps: int,
+        progress: str,
+        kept: dict[int, Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Draw those images that are not `kept`, each with its tokens or without any."""
+        images = dict(kept or {})
+        with self.clock("draw"), self.drawing(steps=steps, draft_steps=None):
+            for guided in (False, True):
+                chosen = []
+                for i in range(len(prompts)):
+                    if i not in images and (tokens[i] is not None) == guided:
+                        chosen.append(i)
+                if chosen:
+                    given = torch.stack([tokens[i] for i in chosen]) if guided else None
+                    texts, noise = [prompts[i] for i in chosen], [seeds[i] for i in chosen]
+                    drawn = self.backbone.draw(texts, noise, given, progress=progress or None)
+                    images |= zip(chosen, drawn)
+        return [images[i] for i in range(len(prompts))]
 
     def align(
         self,
@@ -181,6 +259,12 @@ class IMG:
         """Look (step 2): guidance features h (B, L, H) and mask (B, L). A seed draws a question."""
         guide = self._bring_guide()
         return guidance_features(guide, images, prompts, seeds, self.mllm_batch, progress)
+
+    def finds_wrong(self, guidance: Tensor, mask: Tensor) -> list[bool]:
+        """Return True for each image, by its guidance features, that the MLLM finds wrong."""
+        asks = hasattr(self.guide, "finds_wrong")
+        check(asks, "only_wrong asks an MLLM what is wrong, and guidance by text has none")
+        return self._bring_guide().finds_wrong(guidance, mask)
 
     def correct(
         self, tokens: Tensor, guidance: Tensor, mask: Tensor, passes: int | None = None

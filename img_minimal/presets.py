@@ -8,13 +8,21 @@ from dataclasses import MISSING as REQUIRED
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from img_minimal.cli import check, option
+from img_minimal.cli import check, check_value, option
 
 TWINS = Path(__file__).parent / "tiny" / "twins"
 
 
+class Settings:
+    """Values that are checked alike, whether they come from a command line or from Python."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_value(field, getattr(self, field.name))
+
+
 @dataclass(frozen=True, kw_only=True)
-class Models:
+class Models(Settings):
     """Frozen models: local folders or files, or places on the Hugging Face hub (hub/where.py)."""
 
     base: str = option(REQUIRED, "base model: diffusers pipeline, folder or hub id")
@@ -40,7 +48,7 @@ class Models:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Settings):
     """Settings of drawing and aligning."""
 
     aligner: str = option(REQUIRED, "aligner file, e.g. outputs/train/aligner.safetensors")
@@ -57,6 +65,10 @@ class Sampling:
     passes: int = option(REQUIRED, "times the aligner is applied", least=1, most=100)
     scale: float = option(REQUIRED, "weight of the image tokens at the first step", most=1000)
     scale_end: float = option(1.0, "fraction of --scale left at the last step, linear", most=1000)
+    draft_steps: int | None = option(
+        None, "denoising steps of pictures that only the MLLM sees (default: all)", least=1
+    )
+    only_wrong: bool = option(False, "correct only the pictures that the MLLM finds wrong")
     height: int | None = option(
         None, "image height in pixels (default: the model's)", least=1, most=8192
     )
@@ -65,9 +77,14 @@ class Sampling:
     )
     draw_batch: int  # images drawn at once
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = (self.draft_steps or 1) <= self.steps
+        check(fits, f"--draft-steps is {self.draft_steps}, above the {self.steps} of --steps")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class Data(Settings):
     """Training data, and where its features are kept."""
 
     pairs: str = option(REQUIRED, "preference pairs: hub id, folder or table file")
@@ -78,7 +95,7 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Training(Settings):
     """Settings of training an aligner or, with `--stage mllm`, of finetuning the MLLM."""
 
     steps: int = option(REQUIRED, "training steps", least=1, most=10**9)

@@ -118,7 +118,7 @@ def test_the_schedule_is_shifted_as_the_authors_shift_it(img, width, height, mu)
 
 @torch.no_grad()
 def test_the_whole_method_draws_with_flux_and_no_image_is_a_black_one(img):
-    before, after = img.stages([PROMPT], [1])
+    before, after = map(torch.stack, img.stages([PROMPT], [1]))
     assert before.shape == after.shape == (1, 3, 64, 64) and not torch.equal(before, after)
     prompt = img.backbone.image_prompt
     black = Image.new("RGB", (300, 200))

@@ -46,8 +46,8 @@ def test_offload_has_one_model_on_the_device_at_a_time_and_changes_no_image(rele
     expected = IMG(preset=preset(release)).stages(prompts, seeds, rounds=2)
     img = IMG(preset=preset(release, offload=True))
     order = watch(img)
-    for image, same in zip(img.stages(prompts, seeds, rounds=2), expected, strict=True):
-        assert torch.equal(image, same)
+    for images, same in zip(img.stages(prompts, seeds, rounds=2), expected, strict=True):
+        assert torch.equal(torch.stack(images), torch.stack(same))
     one_round = ["mllm", "image prompt", "aligner", "image prompt", "diffusion"]
     assert order == ["diffusion", *one_round, *one_round]
     img.explain([Image.new("RGB", (64, 64))], prompts[:1], [0])

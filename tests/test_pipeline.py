@@ -95,10 +95,60 @@ def test_settings_that_could_have_no_effect_are_refused(twin):
 
 def test_each_round_looks_at_the_latest_images(twin):
     with twin.drawing(steps=3):
-        first, second, third = twin.stages(PROMPTS[:2], [1, 2], rounds=2)
+        stages = twin.stages(PROMPTS[:2], [1, 2], rounds=2)
+        first, second, third = map(torch.stack, stages)
         tokens = twin.align(second, PROMPTS[:2], [2, 3])
         assert torch.equal(twin.backbone.draw(PROMPTS[:2], [1, 2], tokens), third)
     assert not torch.equal(first, second)
+
+
+def test_pictures_that_only_the_mllm_sees_are_drafts_and_the_last_ones_are_whole(twin):
+    prompts, seeds = PROMPTS[:2], [1, 2]
+    with twin.drawing(steps=3, draft_steps=2):
+        draft, again, last = map(torch.stack, twin.stages(prompts, seeds, rounds=2))
+        whole, _ = twin.stages(prompts, seeds, whole=True)
+        tokens = twin.align(again, prompts, [2, 3])
+        assert torch.equal(twin.backbone.draw(prompts, seeds, tokens), last)
+        assert torch.equal(twin.backbone.draw(prompts, seeds), torch.stack(whole))
+    with twin.drawing(steps=2):
+        assert torch.equal(twin.backbone.draw(prompts, seeds), draft)
+    for steps in (0, 11, -1):
+        with refused("--draft-steps"):
+            twin(PROMPTS[0], draft_steps=steps)
+
+
+def test_one_look_at_one_draft_serves_all_seeds_of_a_prompt(twin):
+    with twin.drawing(steps=3, draft_steps=2):
+        out = twin([PROMPTS[0]] * 3, seed=5, one_look=True)
+        [draft], images = twin.stages([PROMPTS[0]] * 3, [5, 6, 7], one_look=True)
+        tokens = twin.align(draft[None], PROMPTS[0], [5]).expand(3, -1, -1)
+        expected = twin.backbone.draw([PROMPTS[0]] * 3, [5, 6, 7], tokens)
+    assert torch.equal(torch.stack(images), expected)
+    assert len(out.initial) == len(out.said) == 1 and len(out.images) == 3
+    with pytest.raises(ValueError, match="one look serves the seeds of one prompt"):
+        twin(PROMPTS[:2], one_look=True)
+
+
+def test_what_the_mllm_finds_right_is_not_corrected(twin, monkeypatch):
+    prompts, seeds, verdicts = PROMPTS[:2], [1, 2], [True, False]
+    monkeypatch.setattr(twin.guide, "finds_wrong", lambda *_: verdicts)
+    with twin.drawing(steps=3, only_wrong=True):
+        first, last = twin.stages(prompts, seeds)
+        assert last[1] is first[1] and not torch.equal(first[0], last[0])
+        with twin.drawing(draft_steps=2):
+            _, drawn = twin.stages(prompts, seeds)
+        assert torch.equal(drawn[1], twin.backbone.draw(prompts[1:], seeds[1:])[0])
+    text = IMG(twin.backbone, guidance="text")
+    with refused("guidance by text has none"):
+        text(PROMPTS[0], only_wrong=True)
+
+
+def test_the_mllm_finds_wrong_what_it_would_not_call_nothing(twin):
+    images = to_pil(twin.backbone.draw(PROMPTS, SEEDS))
+    words = twin.explain(images, PROMPTS, SEEDS)
+    found = twin.finds_wrong(*twin.guidance(images, PROMPTS, SEEDS))
+    assert found == [answer != "nothing" for answer in words]
+    assert set(found) == {True, False}
 
 
 def test_released_weights_are_asked_in_a_hundred_ways_of_the_form_that_the_release_asks_in():

@@ -49,11 +49,11 @@ def test_sdxl_dpo_shares_everything_with_sdxl_but_its_unet():
 
 def test_every_field_with_a_help_line_is_a_flag_that_changes_it_alone():
     assert changed() == {}
-    values = {"int": "64", "float": "0.5", "bool": None}
+    values = {"int": "48", "float": "0.5", "bool": None}
     for field in (*fields(Models), *fields(Sampling)):
         if not field.metadata.get("help"):
             continue
-        value = values.get(str(getattr(field.type, "__name__", "")), "64")
+        value = values.get(str(getattr(field.type, "__name__", "")), "48")
         if choices := field.metadata.get("choices"):
             value = choices[0]
         flag = f"--{field.name.replace('_', '-')}"

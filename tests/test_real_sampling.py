@@ -33,7 +33,7 @@ def same(first: dict, second: dict) -> bool:
 
 @torch.no_grad()
 def test_both_images_equal_those_of_diffusers_own_pipeline_and_ip_adapter(release, img):
-    before, after = img.stages([PROMPT], [3])
+    before, after = map(torch.stack, img.stages([PROMPT], [3]))
     tokens, negative = img.align(before, [PROMPT], [3]), img.backbone.image_prompt.negative()
 
     pipe = StableDiffusionXLPipeline.from_pretrained(release / "base", add_watermarker=False)
