@@ -219,8 +219,8 @@ class IMG:
         kept: dict[int, Tensor] | None = None,
     ) -> list[Tensor]:
         """Draw those images that are not `kept`, each with its tokens or without any."""
-        images = dict(kept or {})
-        with self.clock("draw"), self.drawing(steps=steps, draft_steps=None):
+        images, step = dict(kept or {}), "draw" if kept is None else "draw again"
+        with self.clock(step), self.drawing(steps=steps, draft_steps=None):
             for guided in (False, True):
                 chosen = []
                 for i in range(len(prompts)):
