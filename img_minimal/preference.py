@@ -15,7 +15,12 @@ All are (B, N, D). With D(a) = ||a - f||^2 - ||a - f_ref||^2 and l(x) = log(1 + 
 
 The terms quadratic in f cancel (2 - 1 - 1 = 0), so the argument of l is *affine* in f. Its gradient
 points along 2 c_w - c_l - f_ref wherever f is: away from the loser and from the earlier answer. How
-far to go is left to l.
+far to go is left to l. With f_ref = f the argument is 0 and l' = 1/2, so that f comes to rest where
+2 (f - c_w) = lambda (2 c_w - c_l - f), *beyond* the winner:
+
+    f = c_w + lambda / (2 + lambda) (c_w - c_l)           DPO alone: c_w + lambda / 2 (c_w - c_l)
+
+Whether a step that long pays is not up to the loss. `best_length` measures it.
 """
 
 import math
@@ -106,6 +111,21 @@ def preference_loss(
         "implicit_accuracy": (argument > 0).float().mean(),
     }
     return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+def best_length(
+    f: Tensor, c_l: Tensor, ideal: Tensor, reached: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute <c* - c_l, f - c_l> and |f - c_l|^2 per sample: (B, N, D) each -> (B,) twice.
+
+    The ratio of their sums is b*: the multiple of f's own step f - c_l that ends nearest to the
+    `ideal` tokens c*. A step of s times the length pays if b* > (1 + s) / 2, because the error is
+    a parabola in the length. `reached` replaces f in the second number by what arrived of the step,
+    such as the tokens of the image drawn with f: a weak injection takes up a share, and b* grows.
+    """
+    step = (f - c_l).flatten(1)
+    taken = step if reached is None else (reached - c_l).flatten(1)
+    return ((ideal - c_l).flatten(1) * step).sum(1), (taken * step).sum(1)
 
 
 class ReferenceRefresh:

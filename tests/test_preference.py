@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Normal
 
-from img_minimal.preference import ReferenceRefresh, preference_loss, squared_distance
+from img_minimal.preference import (
+    ReferenceRefresh,
+    best_length,
+    preference_loss,
+    squared_distance,
+)
 
 
 def features() -> list[torch.Tensor]:
@@ -82,6 +87,37 @@ def test_the_gradient_points_along_twice_the_winner_minus_the_loser_minus_the_re
     assert torch.allclose(gradient, factor * along, atol=1e-6 + 1e-4 * along.abs().max().item())
     assert of_reference is None, "the opponent does not learn"
     assert not any(metric.requires_grad for metric in metrics.values())
+
+
+@pytest.mark.parametrize(
+    ("dpo", "spin", "weight", "beyond"),
+    [(True, True, 1, 1 / 3), (True, True, 2, 1 / 2), (True, False, 1, 1 / 2), (False, True, 1, 0)],
+)
+def test_with_a_reference_that_follows_f_comes_to_rest_beyond_the_winner(dpo, spin, weight, beyond):
+    f, _, c_w, c_l = (x[:1].double() for x in features())
+    for _ in range(100):
+        f.requires_grad_()
+        terms = {"weight": weight, "dpo": dpo, "spin": spin, "norm": "sum"}
+        loss, _ = preference_loss(f, f, c_w, c_l, **terms)
+        f = (f - 0.1 * torch.autograd.grad(loss, f)[0]).detach()
+    assert torch.allclose(f, c_w + beyond * (c_w - c_l), atol=1e-3)
+    if dpo and spin and weight == 1:
+        assert torch.allclose(f, (2 * c_w - c_l / 2) / 1.5, atol=1e-3)
+
+
+def test_the_best_length_of_a_step_makes_its_error_least_and_grows_where_less_of_it_arrives():
+    f, _, ideal, c_l = features()
+    top, bottom = best_length(f, c_l, ideal)
+    best = top.sum() / bottom.sum()
+    errors = []
+    for s in (best - 0.01, best, best + 0.01):
+        errors.append(squared_distance(ideal, c_l + s * (f - c_l)).mean().item())
+    assert errors[1] < min(errors[0], errors[2])
+    # A step of twice the best length is as good as none, and so (1 + s) / 2 is the border.
+    none = squared_distance(ideal, c_l).mean()
+    assert torch.allclose(squared_distance(ideal, c_l + 2 * best * (f - c_l)).mean(), none)
+    top, bottom = best_length(f, c_l, ideal, reached=c_l + 0.6 * (f - c_l))
+    assert (top.sum() / bottom.sum()).item() == pytest.approx(best.item() / 0.6)
 
 
 def test_the_norm_is_a_mean_or_a_sum_in_at_least_fp32_and_nothing_else():

@@ -14,6 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from img_minimal.evaluate.intervals import (
+    Interval,
+    bootstrap_ratio,
     differences,
     mean_interval,
     said,
@@ -25,6 +27,7 @@ from img_minimal.files import to_pil
 from img_minimal.mllm import MLLM, NOTHING
 from img_minimal.pipeline import IMG
 from img_minimal.plots import Cell, sheet
+from img_minimal.preference import best_length
 from img_minimal.tiny.edits import correct
 from img_minimal.tiny.grammar import CATEGORIES, Prompt, benchmark
 from img_minimal.tiny.oracle import Verdict, judge
@@ -83,12 +86,32 @@ class Arms:
         # An image is right exactly if its soft score is 1, so this prefers right ones, too.
         soft = self.marks("soft")
         self.choose("best_of_two_oracle", "new_seed", soft["new_seed"] > soft["base"])
+        self.draw("perfect_tokens", self.ideal())
+        self.draw("no_guidance", self.own)
+
+    def ideal(self) -> Tensor:
+        """Encode correct pictures of the base's images: tokens c* (n, N, D)."""
         # The correct scene that is nearest to each image, as the pairs of training have it.
         scenes = []
         for verdict, prompt in zip(self.verdicts["base"], self.prompts):
             scenes.append(correct(verdict.found, prompt)[1])
-        self.draw("perfect_tokens", self.img.backbone.tokens(to_pil(render(scenes))))
-        self.draw("no_guidance", self.own)
+        return self.img.backbone.tokens(to_pil(render(scenes)))
+
+    def best_lengths(self, f: Tensor, redrawn: Tensor | None = None) -> dict[str, Interval]:
+        """Measure b* of `preference.best_length` over the base's wrong images, if there are any.
+
+        f (n, N, D) are aligned tokens; with `redrawn`, images (n, 3, H, W) drawn with them, b* is
+        that of the injection, too. Returns intervals for "all" and for each category.
+        """
+        reached = f if redrawn is None else self.img.backbone.tokens(to_pil(redrawn))
+        top, bottom = best_length(f, self.own, self.ideal(), reached)
+        wrong, captions = self.marks("strict")["base"] == 0, np.array(self.captions)
+        lengths = {}
+        for name, group in ({"all": wrong} | self.categories()).items():
+            if (chosen := wrong & group).any():
+                parts = top.numpy()[chosen], bottom.numpy()[chosen]
+                lengths[name] = bootstrap_ratio(*parts, captions[chosen])
+        return lengths
 
     def choices(self, images: Tensor) -> None:
         """Judge the MLLM's choices between the base's and IMG's images, which cost no drawing."""
@@ -223,14 +246,24 @@ def print_words(words: dict) -> None:
 def print_comparison(img: IMG, name: str, count: int, picture: Path) -> None:
     """Compare IMG with the base on validation prompts, and save samples: the end of a training."""
     arms = Arms(img, benchmark(count, "validation"), seed=0)
-    images = arms.aligned("img", img)
+    tokens = img.align(arms.base, arms.captions, arms.seeds)
+    images = arms.draw("img", tokens)
     strict, soft = arms.marks("strict"), arms.marks("soft")
     print(
         f"strict alignment on {count} validation prompts: base {strict['base'].mean():.3f}, IMG "
         f"{strict['img'].mean():.3f}; win rate without ties "
         f"{said_wins(win_rate(soft['img'], soft['base'], arms.captions), '.2f')}"
     )
+    print("b*, the best multiple of the aligner's steps for the base's wrong images:")
+    print_lengths("in tokens", arms.best_lengths(tokens))
+    print_lengths("as drawn", arms.best_lengths(tokens, images))
     before_and_after(arms, name, images, picture)
+
+
+def print_lengths(title: str, lengths: dict[str, Interval]) -> None:
+    """Print a line of `Arms.best_lengths`."""
+    parts = [f"{name} {said(interval, '.2f')}" for name, interval in lengths.items()]
+    print(f"{title:12}{', '.join(parts) or 'no image is wrong'}")
 
 
 def before_and_after(arms: Arms, name: str, images: Tensor, path: Path | str) -> None:
