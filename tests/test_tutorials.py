@@ -119,18 +119,23 @@ def test_ablations_go_on_share_features_and_do_not_mix_pairs_in_a_folder(
 
     monkeypatch.setattr(data_load, "load_training_data", load_training_data)
     small = "--prompts", 5, "--seeds", 2, "--steps", 2, "--max-pairs", 400
-    flags = "--fresh", *small, "--only", "refresh", "--output", tmp_path
+    flags = "--fresh", *small, "--only", "passes", "--output", tmp_path
     first = tutorial("08_ablations", *flags)
     assert first.returncode == 0, first.stderr
     assert opened == [("mllm", 0)], "training seeds share the features of one data seed"
-    [file] = tmp_path.glob("*/results.json")
-    aligners = json.loads(file.read_text())["training"]
-    assert {name[-6:] for name in aligners} == {"-seed0", "-seed1"}
-    written = file.stat().st_mtime_ns
+    [prediction] = tmp_path.glob("*/prediction.json")
+    rows = list(tmp_path.glob("*/*-seed*.json"))
+    assert {row.stem[-5:] for row in rows} == {"seed0", "seed1"} and len(rows) == 6
+    written = {file: file.stat().st_mtime_ns for file in [prediction, *rows]}
+    assert written[prediction] < min(written[row] for row in rows)
+    rows[0].unlink()  # as if the first call had been stopped before this row
     again = tutorial("08_ablations", *flags)
-    assert file.stat().st_mtime_ns == written and len(opened) == 1
-    rows = [text.stdout.split("test prompts")[1].split(" s: ")[0] for text in (first, again)]
-    assert rows[0].splitlines()[:-1] == rows[1].splitlines()[:-1]
+    assert len(opened) == 2, "the row that is lacking, and no other"
+    assert {file: file.stat().st_mtime_ns for file in written if file != rows[0]} == {
+        file: time for file, time in written.items() if file != rows[0]
+    }
+    printed = [text.stdout.split("test prompts")[1].split(" s: ")[0] for text in (first, again)]
+    assert printed[0].splitlines()[:-1] == printed[1].splitlines()[:-1]
     pairs = pq.read_table(find_preset("tiny-sdxl").data.pairs)
     pq.write_table(pairs.slice(0, 500), tmp_path / "pairs.parquet")
     done = tutorial("08_ablations", *flags, "--pairs", tmp_path / "pairs.parquet")

@@ -1,15 +1,10 @@
 # %% [markdown]
 """Which part of IMG earns its place: the guidance, the two preference terms, lambda, the refresh, the passes?
 
-In one line: the guidance does, in the paper's order; the preference terms do not here, because they
-carry f beyond the winner, and a longer correction draws nothing better (tutorials/results.md says
-more).
-
 The paper's Table 5 on the twin. Every row changes one thing of the same training and is trained
 from several seeds; every aligner draws the same prompts again from the same seeds, and the exact
-oracle judges. Results of the shipped recipe (110 K pairs, 6,000 steps, lambda 0) come with the
-repository (tutorials/08_ablations.json), so the chart takes seconds; `--fresh` makes a shorter
-table anew, and goes on where it was stopped.
+oracle judges. Results come with the repository, so that the chart takes seconds; `--fresh` makes
+the table anew, all of it, and goes on where it was stopped.
 
 With L_base = ||c_w - f||^2 and the preference term l(-[a DPO + b SPIN]) of preference.py the rows
 are
@@ -21,10 +16,20 @@ are
     refresh         f becomes f_ref after k = 10 wins in a row, or never
     passes          f applied once, twice, three times at sampling
 
+each drawn in two ways: with the twin's scale, which falls over the steps and was chosen on
+validation prompts, and with a weak and constant one as in the paper. (The paper's is .2; ours, .3,
+was not chosen by a score.)
+
+The preference terms lengthen the correction (tutorial 05), and whether that pays is one number that
+is known before any of their rows is trained: b*, the best multiple of the correction of L_base
+alone. `--fresh` measures it on validation prompts, after its first training, and writes down what
+follows for the other rows before it draws them. b* beside a row is that row's own, as drawn, for the
+test images that the base model gets wrong.
+
 A row's value is the share of images that are right in everything, the mean over seeds; its interval
 is a bootstrap over captions, with all seeds of a caption together; a dot is one training seed.
-Differences to the row "finetuned MLLM" are paired. Look at the dots first: rows whose dots overlap
-have no order.
+Differences to the row "finetuned MLLM" (lambda 0) are paired. Look at the dots first: rows whose
+dots overlap have no order.
 """  # noqa: E501
 
 # %% Options
@@ -40,15 +45,16 @@ options, preset = begin(
     prompts=option(512, "with --fresh: prompts of the test split", least=5, quick=5),
     seeds=option(3, "with --fresh: training seeds", least=1, quick=1),
     steps=option(1000, "with --fresh: training steps of every aligner", least=1, quick=2),
+    batch_size=option(64, "with --fresh: samples per step", least=1),
     pairs=option(None, "with --fresh: preference pairs; default: the preset's"),
     max_pairs=option(0, "with --fresh: use only so many pairs, 0 for all", quick=400),
-    preference_weight=option(0.0, "with --fresh: lambda unless a title says it", most=1000),
     only=option("all", "a group of rows", choices=["all", *COLOURS]),
-    results=option(str(ROOT / "tutorials" / "08_ablations.json"), "without --fresh: results"),
+    results=option(None, "without --fresh: a results.json; default: the repository's"),
 )
 
 import json
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from functools import cache, lru_cache
 from itertools import pairwise, product
 from pathlib import Path
@@ -67,36 +73,11 @@ from img_minimal.tiny.grammar import benchmark
 from train import train
 
 # %% 1. The rows: what each changes, and the paper's PickScore on SDXL where it has one
-SETTINGS = ("seed", "prompts", "seeds", "steps", "pairs", "max_pairs", "preference_weight")
+SETTINGS = ("seed", "prompts", "seeds", "steps", "batch_size", "pairs", "max_pairs")
 MEASURED = ("gradient_norm", "margin", "correction", "refreshes", "validation_error")
-
-
-def read_results(path: str | Path) -> dict:
-    """Read a results.json of this tutorial. Raises UserError for another file."""
-
-    def inspect(file: dict) -> None:
-        for name in SETTINGS:
-            file["settings"][name]
-        file["right"].keys()
-        file["training"].keys()
-
-    advice = "expected a results.json of this tutorial's --fresh"
-    return read_json(path, dict, advice, inspect=inspect)
-
-
-fresh = options.fresh or options.quick
-pairs = options.pairs or preset.data.pairs
-if fresh:
-    settings = {name: getattr(options, name) for name in SETTINGS}
-    settings["pairs"] = Path(pairs).name
-    results = {"settings": settings, "right": {}, "training": {}}
-else:
-    print(f"results from {options.results}; --fresh makes them anew")
-    results = read_results(options.results)
-    settings = results["settings"]
-weight = settings["preference_weight"]
-seeds = range(settings["seeds"])
-prompts = benchmark(settings["prompts"], "test", settings["seed"])
+INJECTIONS = {"falling scale": {}, "weak, constant scale": {"scale": 0.3, "scale_end": 1.0}}
+# How long these rows' corrections are, relative to L_base's: measured with the shipped recipe.
+LENGTHS = {"L_base + DPO + SPIN": 1.16, "L_base + DPO": 1.33}
 
 
 @dataclass(frozen=True)
@@ -131,9 +112,9 @@ FULL = "finetuned MLLM"
 ROWS = {
     "none": Row("guidance", 22.22, guidance="none"),
     "base model": Row("guidance", 22.34, guidance="base"),
-    "text embedding": Row("guidance", 22.38, weight, guidance="text"),
-    "stock MLLM": Row("guidance", 22.59, weight, guidance="stock"),
-    FULL: Row("guidance", 22.74, weight),
+    "text embedding": Row("guidance", 22.38, weight=0.0, guidance="text"),
+    "stock MLLM": Row("guidance", 22.59, weight=0.0, guidance="stock"),
+    FULL: Row("guidance", 22.74, weight=0.0),
     "L_base": Row("loss", 22.56, weight=0.0),
     "L_base + DPO": Row("loss", 22.65, spin=False),
     "L_base + DPO + SPIN": Row("loss", 22.74),
@@ -143,14 +124,30 @@ ROWS = {
     "λ 2": Row("lambda", 22.5, weight=2.0),
     "λ 1, k 10": Row("refresh"),
     "λ 1, never": Row("refresh", refresh_after=1_000_000),
-    "one pass": Row("passes", weight=weight),
-    "two passes": Row("passes", weight=weight, passes=2),
-    "three passes": Row("passes", weight=weight, passes=3),
+    "one pass": Row("passes", weight=0.0),
+    "two passes": Row("passes", weight=0.0, passes=2),
+    "three passes": Row("passes", weight=0.0, passes=3),
 }
 if options.only != "all":
     ROWS = {t: row for t, row in ROWS.items() if row.group == options.only or t == FULL}
 
-# %% 2. Train, draw and judge what the folder lacks
+
+# %% 2. Results: of the repository, or of a folder that --fresh fills, one file for each aligner
+def read_results(path: Path) -> dict:
+    """Read a results.json of this tutorial. Raises UserError for another file."""
+
+    def inspect(file: dict) -> None:
+        for name in SETTINGS:
+            file["settings"][name]
+        for part in ("right", "training", "best_length"):
+            file[part].keys()
+
+    advice = "expected a results.json of this tutorial's --fresh"
+    return read_json(path, dict, advice, inspect=inspect)
+
+
+pairs = options.pairs or preset.data.pairs
+settings = {name: getattr(options, name) for name in SETTINGS} | {"pairs": Path(pairs).name}
 folder = Path(options.output) / f"08_ablations-{'-'.join(map(str, settings.values()))}"
 precision = Precision.named(preset.models.dtype, best_device())
 preset = preset.changed(
@@ -158,13 +155,16 @@ preset = preset.changed(
     pairs=pairs,
     max_pairs=settings["max_pairs"],
     steps=settings["steps"],
+    batch_size=settings["batch_size"],
     save_every=settings["steps"],
 )
 
 
+# %% 3. --fresh: train, draw and judge what the folder lacks
 @cache
-def draw_base() -> Arms:
-    """Draw and judge the base's images of all prompts."""
+def draw_base(split: str) -> Arms:
+    """Draw and judge the base's images of all prompts of a split."""
+    prompts = benchmark(settings["prompts"], split, settings["seed"])
     return Arms(IMG(preset=preset), prompts, settings["seed"])
 
 
@@ -172,19 +172,25 @@ def draw_base() -> Arms:
 def prepare(guidance: str) -> tuple:
     """Open the training pairs' features, the same for all training seeds, and a guided IMG."""
     data = load_training_data(preset, guidance, settings["seed"], 70.0, Ranks())
-    return data, IMG(draw_base().img.backbone, preset=preset, guidance=guidance)
+    return data, IMG(draw_base("test").img.backbone, preset=preset, guidance=guidance)
 
 
-def train_row(row: Row, seed: int, path: Path) -> None:
-    """Train a row's aligner with train.py's own loop, and save it."""
-    data, _ = prepare(row.guidance)
-    recipe = replace(preset.training, preference_weight=row.weight)
-    run = Run(path, asdict(row), resume=(path / "checkpoint.pt").exists())
-    terms = {"spin": row.spin, "refresh_after": row.refresh_after}
-    aligner = train(run, data, recipe, precision, seed=seed, **terms)
-    if run.stopped:
-        raise KeyboardInterrupt
-    aligner.save(path / "aligner.safetensors")
+def trained(row: Row, seed: int) -> IMG:
+    """Train a row's aligner with train.py's own loop, unless an earlier call has, and open it."""
+    path = folder / row.aligner(seed)
+    file = path / "aligner.safetensors"
+    data, img = prepare(row.guidance)
+    if not file.exists():
+        recipe = replace(preset.training, preference_weight=row.weight)
+        run = Run(path, asdict(row), resume=(path / "checkpoint.pt").exists())
+        terms = {"spin": row.spin, "refresh_after": row.refresh_after}
+        aligner = train(run, data, recipe, precision, seed=seed, **terms)
+        if run.stopped:
+            raise KeyboardInterrupt
+        aligner.save(file)
+    img.aligner = ImplicitAligner.from_file(file).eval()
+    img.passes = row.passes
+    return img
 
 
 def measure(metrics: Path) -> dict[str, float]:
@@ -198,98 +204,187 @@ def measure(metrics: Path) -> dict[str, float]:
     return means
 
 
-def judge_row(row: Row, seed: int) -> np.ndarray:
-    """Train a row's aligner unless an earlier call has; return which of its images are right."""
-    arms = draw_base()
-    arm = row.guidance
-    if arm == "none":
-        arms.draw(arm, arms.own)
-    elif arm != "base":
-        path = folder / row.aligner(seed)
-        file = path / "aligner.safetensors"
-        if not file.exists():
-            train_row(row, seed, path)
-        results["training"][path.name] = measure(path / "metrics.jsonl")
-        _, img = prepare(arm)
-        img.aligner = ImplicitAligner.from_file(file).eval()
-        img.passes = row.passes
-        arms.aligned(arm, img)
-    return arms.marks("strict")[arm]
+def draw_both_ways(arms: Arms, img: IMG | None) -> dict[str, dict]:
+    """Draw again in both ways: which images are right, and b* as drawn.
+
+    Without `img` the tokens are the images' own.
+    """
+    drawn = {"right": {}, "best_length": {}}
+    tokens = img.align(arms.base, arms.captions, arms.seeds) if img else arms.own
+    for name, scales in INJECTIONS.items():
+        with arms.img.drawing(**scales):
+            images = arms.draw(name, tokens)
+        drawn["right"][name] = "".join(str(int(mark)) for mark in arms.marks("strict")[name])
+        if img:
+            drawn["best_length"][name] = arms.best_lengths(tokens, images).get("all")
+    return drawn
 
 
-if fresh:
+def predict() -> None:
+    """Write down what b* of L_base's aligner, on validation prompts, says about the other rows."""
+    drawn = draw_both_ways(draw_base("validation"), trained(ROWS[FULL], 0))
+    note = {"written": f"{datetime.now():%Y-%m-%d %H:%M}", "best_length": drawn["best_length"]}
+    for name, best in drawn["best_length"].items():
+        for title, length in LENGTHS.items() if best else ():
+            border = (1 + length) / 2
+            sign = "pays" if best["low"] > border else "does not pay"
+            if best["low"] <= border <= best["high"]:
+                sign = "may pay or not"
+            note[f"{title}, {name}"] = f"{sign}: b* {said(best, '.2f')}, border {border:.3f}"
+    write_whole(folder / "prediction.json", json.dumps(note, indent=1) + "\n")
+
+
+def judge_row(row: Row, seed: int) -> dict:
+    """Train a row's aligner unless an earlier call has; judge what it draws."""
+    arms = draw_base("test")
+    if row.guidance == "base":
+        marks = "".join(str(int(mark)) for mark in arms.marks("strict")["base"])
+        return {"right": dict.fromkeys(INJECTIONS, marks), "best_length": {}}
+    if row.guidance == "none":
+        return draw_both_ways(arms, None)
+    drawn = draw_both_ways(arms, trained(row, seed))
+    return drawn | {"training": measure(folder / row.aligner(seed) / "metrics.jsonl")}
+
+
+def make_results() -> Path:
+    """Fill the folder, and gather its results in one file, the path of which is returned."""
     folder.mkdir(parents=True, exist_ok=True)
     made = asdict(preset.models) | {"name": preset.name, "pairs": pairs}
     for name, value in made.items():
         made[name] = identity(value)
     check_provenance(folder / "made_with.json", made, "choose another --output")
-    file = folder / "results.json"
-    if file.exists():
-        results = read_results(file)
+    prediction = folder / "prediction.json"
+    if not prediction.exists():
+        predict()
+    results = {"settings": settings, "prediction": read_json(prediction, dict, "delete it")}
+    for part in ("right", "best_length", "training"):
+        results[part] = {}
+    for seed, row in product(range(settings["seeds"]), ROWS.values()):
+        file = folder / f"{row.result(seed)}.json"
+        if not file.exists():
+            write_whole(file, json.dumps(judge_row(row, seed), indent=1) + "\n")
+    for file in sorted(folder.glob("*-seed*.json")) + [folder / "none.json", folder / "base.json"]:
+        if file.exists():
+            for part, values in read_json(file, dict, "delete it").items():
+                results[part][file.stem] = values
+    whole = folder / "results.json"
+    write_whole(whole, json.dumps(results, indent=1) + "\n")
+    return whole
+
+
+if options.fresh:
     with step("train and draw"):
-        for row, seed in product(ROWS.values(), seeds):
-            if row.result(seed) not in results["right"]:
-                right = judge_row(row, seed)
-                results["right"][row.result(seed)] = "".join(map(str, right.astype(int)))
-                write_whole(file, json.dumps(results, indent=1) + "\n")
-
-# %% 3. The table: shares with intervals, each seed, and the paired difference to the full method
-clusters = [str(prompt) for prompt in prompts] * len(seeds)
-right = {}
-for title, row in ROWS.items():
-    strings = [results["right"].get(row.result(seed)) for seed in seeds]
-    if None not in strings:
-        right[title] = np.array([list(string) for string in strings]).astype(float)  # (seeds, n)
-check(FULL in right, f"the results lack the row {FULL!r}, which others are compared with")
+        files = [make_results()]
+elif options.results:
+    files = [Path(options.results)]
+else:
+    files = sorted((ROOT / "tutorials").glob("08_ablations*.json"))
 
 
-def minus(better: str, worse: str) -> str:
-    """Compute the paired difference of two rows."""
-    return said(mean_interval((right[better] - right[worse]).ravel(), clusters), "+.3f")
+# %% 4. The tables: shares with intervals, each seed, the paired difference to the full method, b*
+def gather(results: dict, injection: str) -> dict[str, dict[int, np.ndarray]]:
+    """Collect which images (n,) each seed of each row got right."""
+    right = {}
+    for title, row in ROWS.items():
+        seeds = {}
+        for seed in range(results["settings"]["seeds"]):
+            marks = results["right"].get(row.result(seed), {}).get(injection)
+            if marks:
+                seeds[seed] = np.array(list(marks)).astype(float)
+        if seeds:
+            right[title] = seeds
+    return right
 
 
-described = (
-    "{prompts} test prompts, seed {seed}, {seeds} training seeds of {steps} steps on {pairs}, "
-    "max_pairs {max_pairs}, λ {preference_weight:g} unless said"
-).format(**settings)
-print(described)
-heads = f"by seed             minus '{FULL}', paired      paper (PickScore)"
-print(f"{'':22} strict [95 %]          {heads}")
-shares = {}
-for title, values in right.items():
-    with step("intervals"):
-        shares[title] = mean_interval(values.ravel(), clusters)
-    each = " ".join(f"{share:.3f}" for share in values.mean(1))
-    paper = ROWS[title].paper or ""
-    print(f"{title:22} {said(shares[title])}   {each:18}  {minus(title, FULL):31} {paper}")
-order = [title for title in right if ROWS[title].group == "guidance"]
-for worse, better in pairwise(order):
-    print(f"{better} minus {worse}: {minus(better, worse)}")
-lacking = [title for title in ROWS if title not in right]
-if lacking:
-    print(f"not among these results: {', '.join(lacking)}")
+def minus(better: dict, worse: dict, captions: list[str]) -> str:
+    """Compute the paired difference of two rows, over the seeds that both have."""
+    gains = [better[seed] - worse[seed] for seed in better if seed in worse]
+    return said(mean_interval(np.concatenate(gains), captions * len(gains)), "+.3f")
 
-# %% 4. What the preference terms did: ranges over the seeds, of the last thousand steps
-shown = [title for title in right if ROWS[title].group in ("loss", "refresh")]
-if shown:
-    print(f"\n{'':22}", *[f"{name:17}" for name in MEASURED])
-for title in shown:
-    runs = [results["training"].get(ROWS[title].aligner(seed), {}) for seed in seeds]
-    line = f"{title:22}"
-    for name in MEASURED:
-        values = sorted(run[name] for run in runs if name in run)
-        ends = [f"{value:.4g}" for value in values[:1] + values[-1:]]
-        line += f" {' to '.join(dict.fromkeys(ends)):17}"
-    print(line)
+
+def print_table(right: dict, results: dict, injection: str) -> tuple[dict, dict]:
+    """Print a table; return each row's share with interval, and the share of each seed."""
+    settings = results["settings"]
+    captions = list(map(str, benchmark(settings["prompts"], "test", settings["seed"])))
+    print(f"\n{injection}; {described(settings)}")
+    heads = f"by seed             minus '{FULL}', paired   b*                  paper (PickScore)"
+    print(f"{'':22} strict [95 %]          {heads}")
+    shares, dots = {}, {}
+    for title, seeds in right.items():
+        with step("intervals"):
+            values = np.concatenate(list(seeds.values()))
+            shares[title] = mean_interval(values, captions * len(seeds))
+        dots[title] = [marks.mean() for marks in seeds.values()]
+        each = " ".join(f"{share:.3f}" for share in dots[title])
+        best = results["best_length"].get(ROWS[title].result(0), {}).get(injection)
+        cells = f"{each:18}  {minus(seeds, right[FULL], captions):29}"
+        best_said = said(best, ".2f") if best else ""
+        paper = ROWS[title].paper or ""
+        print(f"{title:22} {said(shares[title])}   {cells} {best_said:18}  {paper}")
+    order = [title for title in right if ROWS[title].group == "guidance"]
+    for worse, better in pairwise(order):
+        print(f"{better} minus {worse}: {minus(right[better], right[worse], captions)}")
+    lacking = [title for title in ROWS if title not in right]
+    if lacking:
+        print(f"not among these results: {', '.join(lacking)}")
+    return shares, dots
+
+
+def described(settings: dict) -> str:
+    """Word the settings of a table."""
+    words = (
+        "{prompts} test prompts, seed {seed}, up to {seeds} training seeds of {steps} steps of "
+        "{batch_size} on {pairs}, max_pairs {max_pairs}, λ 0 unless said"
+    )
+    return words.format(**settings)
+
+
+def print_trainings(results: dict) -> None:
+    """Print what the preference terms did: ranges over the seeds, of the last thousand steps."""
+    shown = [title for title in ROWS if ROWS[title].group in ("loss", "lambda", "refresh")]
+    if shown:
+        print(f"\n{'':22}", *[f"{name:17}" for name in MEASURED])
+    for title in shown:
+        line = f"{title:22}"
+        for name in MEASURED:
+            values = []
+            for seed in range(results["settings"]["seeds"]):
+                run = results["training"].get(ROWS[title].result(seed), {})
+                values += [run[name]] if name in run else []
+            ends = [f"{value:.4g}" for value in sorted(values)[:1] + sorted(values)[-1:]]
+            line += f" {' to '.join(dict.fromkeys(ends)):17}"
+        if line.strip() != title:
+            print(line)
+    if "prediction" in results:
+        print("\nwritten before the rows were drawn:")
+        for name, value in results["prediction"].items():
+            if name != "best_length":
+                print(f"  {name}: {value}")
+
+
+tables = {}
+for file in files:
+    results = read_results(file)
+    print(f"\nresults from {file}" + "; --fresh makes them anew" * (not options.fresh))
+    settings = results["settings"]
+    for injection in INJECTIONS:
+        right = gather(results, injection)
+        if FULL in right:
+            name = f"{injection}, {settings['steps']} steps of {settings['batch_size']}"
+            tables[name] = print_table(right, results, injection)
+    print_trainings(results)
+check(tables, f"the results lack the row {FULL!r}, which others are compared with")
 
 # %% 5. The picture
-figure, [[axis]] = sheet(10, (7.6, [1]))
-bars(axis, shares, lying=True, color=[COLOURS[ROWS[title].group] for title in shares])
-for k, (title, values) in enumerate(right.items()):
-    axis.plot(values.mean(1), [k] * len(seeds), "ko", mfc="white")
-    axis.text(0.01, k, ROWS[title].paper or "", va="center", color="white")
-axis.set(
-    title="the twin; in the bars the paper's PickScore on SDXL",
-    xlabel="share right in everything (bar: mean, 95 % interval; dots: training seeds)",
+figure, [axes] = sheet(6 + 4 * len(tables), (7.6, [1] * len(tables)))
+for axis, (name, (shares, dots)) in zip(axes, tables.items()):
+    bars(axis, shares, lying=True, color=[COLOURS[ROWS[title].group] for title in shares])
+    for k, (title, values) in enumerate(dots.items()):
+        axis.plot(values, [k] * len(values), "ko", mfc="white")
+        axis.text(0.01, k, ROWS[title].paper or "", va="center", color="white")
+    axis.set(title=name, xlabel="share right in everything", xlim=(0, 1))
+caption = (
+    "bars: means and 95 % intervals; dots: training seeds; in the bars the paper's PickScore on "
+    f"SDXL; {settings['prompts']} test prompts; one change at a time"
 )
-save(figure, options, "08_ablations", f"{described}; one change at a time")
+save(figure, options, "08_ablations", caption)

@@ -7,6 +7,7 @@ stock MLLM, or the finetuned MLLM (IMG).
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -86,9 +87,10 @@ class Arms:
         # An image is right exactly if its soft score is 1, so this prefers right ones, too.
         soft = self.marks("soft")
         self.choose("best_of_two_oracle", "new_seed", soft["new_seed"] > soft["base"])
-        self.draw("perfect_tokens", self.ideal())
+        self.draw("perfect_tokens", self.ideal)
         self.draw("no_guidance", self.own)
 
+    @cached_property
     def ideal(self) -> Tensor:
         """Encode correct pictures of the base's images: tokens c* (n, N, D)."""
         # The correct scene that is nearest to each image, as the pairs of training have it.
@@ -104,7 +106,7 @@ class Arms:
         that of the injection, too. Returns intervals for "all" and for each category.
         """
         reached = f if redrawn is None else self.img.backbone.tokens(to_pil(redrawn))
-        top, bottom = best_length(f, self.own, self.ideal(), reached)
+        top, bottom = best_length(f, self.own, self.ideal, reached)
         wrong, captions = self.marks("strict")["base"] == 0, np.array(self.captions)
         lengths = {}
         for name, group in ({"all": wrong} | self.categories()).items():
