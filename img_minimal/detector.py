@@ -1,9 +1,8 @@
 """`python train.py --stage mllm`: finetune an MLLM to say how to make an image match a prompt.
 
 The training data are triplets of an image, a prompt, and the instruction that would make the image
-match it (Fig. 11). The vision encoder stays frozen, so its features of an image are computed once.
-LLaVA's projector, language model and output layer are trained or, with a LoRA rank, low-rank
-additions to the language model's linear layers.
+match it (Fig. 11). The vision encoder stays frozen. Projector, language model and output layer are
+trained or, with a LoRA rank, low-rank additions to the language model's linear layers.
 """
 
 import random
@@ -11,20 +10,21 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import BatchFeature, LlavaProcessor, PreTrainedModel
 
+from img_minimal.cli import check
 from img_minimal.data.features import StreamedData
 from img_minimal.data.pairs import Stream, Triplet, triplet_stream
 from img_minimal.devices import Precision, best_device
-from img_minimal.hub.mllms import FAMILIES
+from img_minimal.hub.mllms import CHAT
 from img_minimal.hub.weights import writing
-from img_minimal.hub.where import fetch_folder
+from img_minimal.hub.where import SETTINGS, fetch_folder
 from img_minimal.mllm import MLLM, ask, find_questions, strip_placeholders
 from img_minimal.optimizer import optimizer_and_schedule
 from img_minimal.plots import DETECTOR, curves, read_rows
@@ -32,7 +32,6 @@ from img_minimal.presets import Models, Training
 from img_minimal.run import Run
 
 IGNORE = -100  # label of tokens without a loss, as in transformers
-LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 MAX_HELD_OUT = 1000  # triplets that accuracy is measured on; at most a tenth of the first chunk
 
 
@@ -45,9 +44,11 @@ def finetune(run: Run, settings: Training, models: Models, triplets: str, seed: 
     dtype = precision.mllm if settings.lora_rank else torch.float32
     location = fetch_folder(models.stock_mllm, "--mllm", half=dtype != torch.float32)
     mllm = MLLM.from_pretrained(location, dtype, device, find_questions(models.questions))
+    advice = "is quantized, and --stage mllm trains whole weights; use the same model in bf16"
+    check(not getattr(mllm.model, "is_quantized", False), f"{models.stock_mllm}: {advice}")
     torch.manual_seed(seed)  # of LoRA's initial values
     detector = Detector(mllm, settings.lora_rank, precision)
-    data = detector_data(stream, detector, settings.micro_batch)
+    data = detector_data(stream)
     held_out = data.unseen
     print(f"{data.description}, {len(held_out)} of the first held out {stream.skips()}")
     if not run.saved:
@@ -94,8 +95,8 @@ def train_detector(
         detector.model.train()
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64)
-        for batch, row in zip(micro_batches, rows):
-            share = detector.loss(batch, row) / answer_tokens
+        for row in rows:
+            share = detector.loss(row) / answer_tokens
             share.backward()
             loss += share.item()
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -105,22 +106,11 @@ def train_detector(
         schedule.step()
 
 
-@dataclass(frozen=True)
-class Example:
-    """A triplet whose image has been through the vision encoder."""
-
-    features: Tensor  # (P, W) in bf16
-    extras: dict[str, Tensor]  # further inputs about the image: Qwen's image_grid_thw
-    prompt: str
-    instruction: str
-
-
 @dataclass
 class Rows:
-    """Tokens of questions and answers, padded on the right; labels are IGNORE outside answers."""
+    """Inputs of questions and answers, padded on the right; labels are IGNORE outside answers."""
 
-    ids: Tensor  # (B, L)
-    mask: Tensor  # (B, L)
+    inputs: BatchFeature  # `input_ids`, `attention_mask` (B, L), and pixels
     labels: Tensor  # (B, L)
 
     @property
@@ -129,37 +119,35 @@ class Rows:
         return int((self.labels != IGNORE).sum())
 
 
-class Examples(list[Example]):
+class Examples(list[Triplet]):
     """A list that, like a tensor, can be indexed by a tensor; `validation` (N,) are held out."""
 
-    def __init__(self, examples: list[Example], validation: Tensor):
-        super().__init__(examples)
+    def __init__(self, triplets: list[Triplet], validation: Tensor):
+        super().__init__(triplets)
         self.validation = validation
 
-    def __getitem__(self, index: Tensor) -> list[Example]:
+    def __getitem__(self, index: Tensor) -> list[Triplet]:
         return [list.__getitem__(self, i) for i in index.tolist()]
 
     @property
     def sample_bytes(self) -> int:
-        """Memory of one example's features."""
-        return max(1, list.__getitem__(self, 0).features.nbytes)
+        """Memory of one example's image."""
+        width, height = list.__getitem__(self, 0).image.size
+        return 3 * width * height
 
 
-def detector_data(stream: Stream[Triplet], detector: "Detector", batch_size: int) -> StreamedData:
-    """Stream triplets whose images are encoded; the end of the first chunk is held out.
+def detector_data(stream: Stream[Triplet]) -> StreamedData:
+    """Stream triplets; the end of the first chunk is held out.
 
     Raises UserError if there is no triplet.
     """
 
-    def encode(triplets: list[Triplet], chunk: int) -> Examples:
+    def split(triplets: list[Triplet], chunk: int) -> Examples:
         count = len(triplets)
         held_out = min(MAX_HELD_OUT, max(1, count // 10)) if chunk == 0 else 0
-        validation = torch.arange(count) >= count - held_out
-        return Examples(detector.encode(triplets, batch_size), validation)
+        return Examples(triplets, torch.arange(count) >= count - held_out)
 
-    return StreamedData(
-        stream, encode, "triplet with an image, an edited_prompt and an edit_prompt"
-    )
+    return StreamedData(stream, split, "triplet with an image, an edited_prompt and an edit_prompt")
 
 
 class Detector:
@@ -169,9 +157,9 @@ class Detector:
         self.mllm, self.model = mllm, mllm.model
         self.precision = precision or Precision.named("mixed", self.model.device)
         # An original LLaVA is saved in llava-hf's layout, and so will be asked in its way.
-        self.converted = mllm.family is FAMILIES["llava, original layout"]
+        self.converted = bool(mllm.stop)
         if self.converted:
-            mllm.family = FAMILIES["llava"]
+            mllm.processor.chat_template, mllm.stop = CHAT, None
         # On a CPU the backward pass of fused attention would take half of a step.
         if self.model.device.type == "cpu":
             self.model.set_attn_implementation("eager")
@@ -190,86 +178,58 @@ class Detector:
         for name, parameter in self.trained.items():
             parameter.copy_(state[name])
 
-    @torch.no_grad()
-    def encode(self, triplets: list[Triplet], batch_size: int) -> list[Example]:
-        """Encode images in fixed batches, so that a resumed run gets the same features."""
-        examples, inner = [], self.model.model
-        for k in range(0, len(triplets), batch_size):
-            batch = triplets[k : k + batch_size]
-            inputs = self.mllm.inputs([t.image for t in batch], [t.prompt for t in batch])
-            with self.precision.training(self.model.device):
-                if hasattr(inner, "vision_tower"):  # LLaVA, whose projector is trained
-                    features = tower_features(inner, inputs["pixel_values"])
-                else:
-                    grid = inputs["image_grid_thw"]
-                    output = inner.get_image_features(inputs["pixel_values"], grid)
-                    features = output.pooler_output
-            for i, (triplet, feature) in enumerate(zip(batch, features, strict=True)):
-                extras = {}
-                if "image_grid_thw" in inputs:
-                    extras["image_grid_thw"] = inputs["image_grid_thw"][i].cpu()
-                feature = feature.to("cpu", torch.bfloat16, copy=True)
-                examples.append(Example(feature, extras, triplet.prompt, triplet.instruction))
-        return examples
-
-    def rows(self, examples: list[Example], rng: random.Random) -> Rows:
+    def rows(self, examples: list[Triplet], rng: random.Random) -> Rows:
         """Tokenize question and answer of each example; `rng` draws the phrasings."""
-        processor, tokenizer = self.mllm.processor, self.mllm.processor.tokenizer
-        patch, ids, labels = processor.image_token, [], []
+        tokenizer = self.mllm.processor.tokenizer
+        questions = [ask(example.prompt, rng, self.mllm.questions) for example in examples]
+        inputs = self.mllm.inputs([example.image for example in examples], questions)
+        asked = inputs["attention_mask"].sum(1).tolist()
+        answers = []
         for example in examples:
-            question = strip_placeholders(ask(example.prompt, rng, self.mllm.questions))
-            text = self.mllm.family.conversation.replace("{question}", question)
-            asked = tokenizer(text.replace(patch, patch * len(example.features))).input_ids
-            instruction = strip_placeholders(example.instruction)
-            answer = tokenizer(instruction, add_special_tokens=False).input_ids
-            answer = answer + [tokenizer.eos_token_id]
-            ids.append(torch.tensor(asked + answer))
-            labels.append(torch.tensor([IGNORE] * len(asked) + answer))
-        mask = [torch.ones(len(row), dtype=torch.long) for row in ids]
+            instruction = strip_placeholders(example.instruction, self.mllm.marks)
+            ids = tokenizer(instruction, add_special_tokens=False).input_ids
+            answers.append(torch.tensor([*ids, tokenizer.eos_token_id]).to(self.model.device))
 
-        def padded(rows: list[Tensor], value: int) -> Tensor:
-            return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+        padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORE}
+        shape = inputs["input_ids"].shape
+        per_token = {name: value for name, value in inputs.items() if value.shape == shape}
+        per_token["labels"] = torch.full_like(inputs["input_ids"], IGNORE)
+        for name, prompts in per_token.items():
+            rows = []
+            for prompt, length, answer in zip(prompts, asked, answers):
+                if name == "attention_mask":
+                    answer = torch.ones_like(answer)
+                elif name not in padding:  # types of tokens: text
+                    answer = torch.zeros_like(answer)
+                rows.append(torch.cat([prompt[:length], answer]))
+            fill = padding.get(name, 0)
+            per_token[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+        labels = per_token.pop("labels")
+        inputs.update(per_token)
+        return Rows(inputs, labels)
 
-        return Rows(padded(ids, tokenizer.pad_token_id), padded(mask, 0), padded(labels, IGNORE))
-
-    def scores(self, examples: list[Example], rows: Rows) -> tuple[Tensor, Tensor]:
+    def scores(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Compute the logits (T, V) of all answer tokens, row by row, and the tokens (T,).
 
         The rest of the sequence never reaches the output layer.
         """
-        device, inner = self.model.device, self.model.model
-        with self.precision.training(device):
-            features = [e.features.to(device, self.model.dtype) for e in examples]
-            if hasattr(inner, "multi_modal_projector"):
-                features = list(inner.multi_modal_projector(torch.stack(features)))
-            extras = {}
-            for name in examples[0].extras:
-                extras[name] = torch.stack([e.extras[name] for e in examples]).to(device)
-            if extras:
-                is_patch = rows.ids == inner.config.image_token_id
-                extras["mm_token_type_ids"] = is_patch.int().to(device)
-            states = inner(
-                input_ids=rows.ids.to(device),
-                attention_mask=rows.mask.to(device),
-                use_cache=False,
-                mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=features)},
-                **extras,
-            ).last_hidden_state[:, :-1]
-            answers = (rows.labels[:, 1:] != IGNORE).to(device)
-            tokens = rows.labels[:, 1:].to(device)[answers]
-            return self.model.lm_head(states[answers]).float(), tokens
+        labels = F.pad(rows.labels[:, 1:], (0, 1), value=IGNORE)
+        answers = labels != IGNORE
+        with self.precision.training(self.model.device):
+            _, logits = self.mllm.run(rows.inputs, answers)
+        return logits.float(), labels[answers]
 
-    def loss(self, examples: list[Example], rows: Rows) -> Tensor:
+    def loss(self, rows: Rows) -> Tensor:
         """Compute the cross-entropy, summed over answer tokens; the question does not count."""
-        return F.cross_entropy(*self.scores(examples, rows), reduction="sum")
+        return F.cross_entropy(*self.scores(rows), reduction="sum")
 
-    def accuracy(self, examples: list[Example], seed: int, batch_size: int) -> dict[str, float]:
+    def accuracy(self, examples: list[Triplet], seed: int, batch_size: int) -> dict[str, float]:
         """Average `grades`: shares of exactly worded instructions and of right decisions."""
         grades = self.grades(examples, seed, batch_size)
         return {name: sum(marks) / len(examples) for name, marks in grades.items()}
 
     @torch.no_grad()
-    def grades(self, examples: list[Example], seed: int, batch_size: int) -> dict[str, list[bool]]:
+    def grades(self, examples: list[Triplet], seed: int, batch_size: int) -> dict[str, list[bool]]:
         """Grade each example; `seed` draws the phrasings.
 
         `exact`: the instruction is worded exactly; `decided`: rightly an edit or "nothing";
@@ -281,7 +241,7 @@ class Detector:
         for k in range(0, len(examples), batch_size):
             batch = examples[k : k + batch_size]
             rows = self.rows(batch, rng)
-            scores, tokens = self.scores(batch, rows)
+            scores, tokens = self.scores(rows)
             guesses = scores.argmax(-1)
             lengths = (rows.labels != IGNORE).sum(1).tolist()
             # Right tokens after right tokens: the same as decoding greedily and comparing.
@@ -305,7 +265,15 @@ class Detector:
         with writing(folder):
             # Saving would undo the renaming of a converted model, but only half of it.
             model.save_pretrained(partial, save_original_format=not self.converted)
-        self.mllm.processor.save_pretrained(partial)
+        processor, source = self.mllm.processor, Path(model.name_or_path)
+        if isinstance(processor, LlavaProcessor):
+            processor.save_pretrained(partial)
+        else:
+            # As they are, with the half for videos, which is not opened here.
+            for file in chain(*(source.glob(pattern) for pattern in SETTINGS)):
+                if not (partial / file.name).exists() and ".index." not in file.name:
+                    shutil.copy(file, partial)
+            (partial / "chat_template.jinja").write_text(processor.chat_template)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
@@ -318,24 +286,19 @@ def mark_trainable(model: PreTrainedModel, lora_rank: int) -> Callable[[], objec
     if lora_rank:
         import peft  # takes seconds to import
 
-        settings = peft.LoraConfig(
-            r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS
-        )
+        decoder, head, targets = {*model.get_decoder().modules()}, model.get_output_embeddings(), []
+        for name, module in model.named_modules():
+            if module in decoder and isinstance(module, nn.Linear) and module is not head:
+                targets.append(name)
+        settings = peft.LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=targets)
         # peft uses a deprecated name of transformers.
         with warnings.catch_warnings(action="ignore", category=FutureWarning):
             return peft.get_peft_model(model, settings).merge_and_unload
     model.requires_grad_(True)
-    tower = "vision_tower" if hasattr(model.model, "vision_tower") else "visual"
-    getattr(model.model, tower).requires_grad_(False)
+    tower = model.get_encoder(modality="image")
+    if tower is not model:  # a model without a vision encoder reads pixels in its language model
+        tower.requires_grad_(False)
     return lambda: model
-
-
-def tower_features(inner: nn.Module, pixels: Tensor) -> Tensor:
-    """Compute LLaVA's image features before the projector: (B, P, W)."""
-    states = inner.vision_tower(pixels, output_hidden_states=True).hidden_states
-    features = states[inner.config.vision_feature_layer]
-    drop_class_token = inner.config.vision_feature_select_strategy == "default"
-    return features[:, 1:] if drop_class_token else features
 
 
 def describe_accuracy(accuracy: dict[str, float]) -> str:

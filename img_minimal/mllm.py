@@ -10,19 +10,20 @@ question and not a string.
 import random
 import re
 from collections.abc import Callable, Sequence
+from inspect import signature
 from itertools import product
 from pathlib import Path
 from typing import Self
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from tqdm import tqdm
-from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, LlavaProcessor, PreTrainedModel, ProcessorMixin
 
 from img_minimal.cli import printable
-from img_minimal.hub.mllms import FAMILIES, Family, open_mllm, read_questions
+from img_minimal.hub.mllms import bounded, chat, open_mllm, read_questions, tokenize
 
 # The twin's phrasings: 5 openings x 5 requests x 4 names of the prompt. `{}` is the prompt.
 _OPENINGS = ("How to", "How would you", "What edit would", "Say how to", "Find a way to")
@@ -89,13 +90,14 @@ class MLLM:
         self,
         model: PreTrainedModel,
         processor: ProcessorMixin,
-        family: Family = FAMILIES["llava"],
         questions: tuple[str, ...] = QUESTIONS,
+        stop: str | None = None,
     ):
+        """`stop` ends an answer, in addition to the end-of-text tokens."""
         self.model = model.eval().requires_grad_(False)
-        self.processor, self.family, self.questions = processor, family, questions
-        # Padding on the right, so that the features of a prompt do not depend on its batch.
-        self.processor.tokenizer.padding_side = "right"
+        self.processor, self.questions, self.stop = processor, questions, stop
+        # The release's tokenizer reads special tokens in a prompt, so they stay there.
+        self.marks = () if stop else special_marks(processor)
 
     @classmethod
     def from_pretrained(
@@ -105,17 +107,17 @@ class MLLM:
         device: torch.device | str = "cpu",
         questions: tuple[str, ...] = QUESTIONS,
     ) -> Self:
-        """Open LLaVA (llava-hf or original layout) or Qwen2.5-VL from a folder or the hub.
+        """Open a folder or hub id of any kind that `hub.mllms` knows how to ask.
 
         Raises UserError if the model cannot be had, is of another kind, or a file is damaged.
         """
-        model, processor, family = open_mllm(str(location), dtype, device)
-        return cls(model, processor, family, questions)
+        model, processor, stop = open_mllm(str(location), dtype, device)
+        return cls(model, processor, questions, stop)
 
     @property
     def width(self) -> int:
         """H, the width of the guidance features."""
-        return self.model.config.text_config.hidden_size
+        return self.model.config.get_text_config().hidden_size
 
     @property
     def nothing(self) -> int:
@@ -127,17 +129,52 @@ class MLLM:
         return ask(prompt, random.Random(seed), self.questions)
 
     def inputs(self, images: list[Image], questions: list[str]) -> BatchFeature:
-        """Build the model's inputs: `input_ids`, `attention_mask` (B, L), and pixels."""
-        text = []
-        for question in questions:
-            question = strip_placeholders(question)
-            text.append(self.family.conversation.replace("{question}", question))
-        images = [image.convert("RGB") for image in images]
-        inputs = self.processor(images=images, text=text, padding=True, return_tensors="pt")
-        inputs.pop("token_type_ids", None)
+        """Build the model's inputs: `input_ids`, `attention_mask` (B, L), and pixels.
+
+        Images of more than a million pixels are shrunk, but for LLaVA-1.5, which always sees its
+        square; tokens that control the conversation are stripped from questions.
+        """
+        fit = Image.copy if isinstance(self.processor, LlavaProcessor) else bounded
+        chats = []
+        for image, question in zip(images, questions, strict=True):
+            question = strip_placeholders(question, self.marks)
+            chats.append(chat(fit(image.convert("RGB")), question))
+        inputs = tokenize(self.processor, chats)
+        if "token_type_ids" not in signature(self.model.forward).parameters:
+            inputs.pop("token_type_ids", None)
         return inputs.to(self.model.device, self.model.dtype)
 
+    def run(self, inputs: BatchFeature, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the model: its last states (B, L, H), and the logits (T, V) of T chosen positions.
+
+        `chosen` (B, L) is True there. States are caught where they enter the output layer, which is
+        after the final norm in every kind of model; other logits are never computed.
+        """
+        states = []
+
+        def catch(head: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+            states.append(arguments[0])
+            return (arguments[0][chosen][None],)
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(catch)
+        try:
+            logits = self.model(**inputs, use_cache=False).logits[0]
+        finally:
+            hook.remove()
+        return states[0], logits
+
     @torch.no_grad()
+    def look(
+        self, images: list[Image], prompts: list[str], seeds: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute `guidance`, and the logits (B, V) of what an answer would begin with."""
+        questions = [self.question(p, seed) for p, seed in zip(prompts, seeds, strict=True)]
+        inputs = self.inputs(images, questions)
+        mask = inputs["attention_mask"].bool()
+        last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+        states, logits = self.run(inputs, last)
+        return states, mask, logits
+
     def guidance(
         self, images: list[Image], prompts: list[str], seeds: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
@@ -145,23 +182,17 @@ class MLLM:
 
         The seed of an image draws its question.
         """
-        questions = [self.question(p, seed) for p, seed in zip(prompts, seeds, strict=True)]
-        inputs = self.inputs(images, questions)
-        # The inner model returns the last states after the norm, without a list of all layers'.
-        states = self.model.model(**inputs, use_cache=False).last_hidden_state
-        return states, inputs["attention_mask"].bool()
+        states, mask, _ = self.look(images, prompts, seeds)
+        return states, mask
 
     @torch.no_grad()
-    def first_words(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Compute log-probabilities (B, V) of an answer's first token from guidance features."""
-        last = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
-        return self.model.lm_head(last.to(self.model.lm_head.weight)).float().log_softmax(-1)
-
     def finds_wrong(self, states: Tensor, mask: Tensor) -> list[bool]:
         """For guidance features (B, L, H), return True where the answer would name a mistake."""
-        return (self.first_words(states, mask).argmax(-1) != self.nothing).tolist()
+        last = states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+        head = self.model.get_output_embeddings()
+        first = head(last.to(self.model.device, self.model.dtype)).argmax(-1)
+        return (first != self.nothing).tolist()
 
-    @torch.no_grad()
     def satisfaction(
         self,
         images: list[Image],
@@ -173,8 +204,8 @@ class MLLM:
         scores = []
         for k in range(0, len(images), batch_size):
             batch = slice(k, k + batch_size)
-            states, mask = self.guidance(images[batch], prompts[batch], seeds[batch])
-            scores += self.first_words(states, mask)[:, self.nothing].tolist()
+            _, _, logits = self.look(images[batch], prompts[batch], seeds[batch])
+            scores += logits.float().log_softmax(-1)[:, self.nothing].tolist()
         return scores
 
     @torch.no_grad()
@@ -191,7 +222,9 @@ class MLLM:
         # Padding would change an answer, so only inputs of equal length share a batch.
         groups: dict[tuple, list[int]] = {}
         for k, (image, question) in enumerate(zip(images, questions, strict=True)):
-            length = len(self.processor.tokenizer(strip_placeholders(question)).input_ids)
+            text = chat(image, strip_placeholders(question, self.marks))
+            text = self.processor.apply_chat_template(text, add_generation_prompt=True)
+            length = len(self.processor.tokenizer(text).input_ids)
             groups.setdefault((length, image.size), []).append(k)
         answers = [""] * len(images)
         for group in groups.values():
@@ -203,12 +236,14 @@ class MLLM:
         return answers
 
     def _decode(self, inputs: BatchFeature, max_new_tokens: int) -> list[str]:
-        tokenizer, stop = self.processor.tokenizer, self.family.stop
+        tokenizer, stop = self.processor.tokenizer, self.stop
+        ends = self.model.generation_config.eos_token_id
+        ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         out = self.model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=list(ends),
             pad_token_id=tokenizer.pad_token_id,
             stop_strings=stop,
             tokenizer=tokenizer,
@@ -224,7 +259,7 @@ class MLLM:
         """Name what each of the L guidance features stands for: a word, or None for a patch."""
         words = []
         for token in self.inputs([image], [question])["input_ids"][0].tolist():
-            is_patch = token == self.processor.image_token_id
+            is_patch = token == self.model.config.image_token_id
             words.append(None if is_patch else self.processor.tokenizer.decode([token]).strip())
         return words
 
@@ -264,10 +299,22 @@ def cat_padded(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(padded)
 
 
-def strip_placeholders(text: str) -> str:
-    """Strip image placeholders (`<image>`, `<|image|>`, ...) from user text until none is left."""
+def strip_placeholders(text: str, marks: Sequence[str] = ()) -> str:
+    """Strip image placeholders (`<image>`, `<|image|>`, ...) and `marks` until none is left."""
     shorter = PLACEHOLDER.sub("", text)
-    return printable(text) if shorter == text else strip_placeholders(shorter)
+    for mark in marks:
+        shorter = shorter.replace(mark, "")
+    return printable(text) if shorter == text else strip_placeholders(shorter, marks)
+
+
+def special_marks(processor: ProcessorMixin) -> tuple[str, ...]:
+    """List the tokens that control a conversation, or stand for an image or its frame."""
+    added = processor.tokenizer.added_tokens_decoder.values()
+    marks = {token.content for token in added if token.special}
+    for name, value in vars(processor).items():
+        if name.endswith("_token") and isinstance(value, str):
+            marks.add(value)
+    return tuple(sorted(marks))
 
 
 def drop_no_op_edits(answer: str) -> str:

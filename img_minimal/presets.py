@@ -34,7 +34,7 @@ class Models(Settings):
     resampler: str | None = option(
         None, "file that replaces the adapter's Resampler; '' keeps the adapter's own"
     )
-    mllm: str = option(REQUIRED, "LLaVA or Qwen2.5-VL that sees misalignment, folder or hub id")
+    mllm: str = option(REQUIRED, "MLLM that sees misalignment, folder or hub id")
     stock_mllm: str  # the same MLLM before finetuning
     questions: str = option("own", "phrasings of the question: own, released, or a JSON list")
     dtype: str | None = option(

@@ -70,6 +70,24 @@ def mllms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def mllm_of(
+    mllms: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Give the folder of one of `mllms`, or of today's `mllm_kinds`, written when first asked."""
+    from mllm_kinds import write_kind
+
+    folders, root = dict(mllms), tmp_path_factory.mktemp("kinds")
+
+    def folder_of(kind: str) -> Path:
+        if kind not in folders:
+            folders[kind] = root / kind
+            write_kind(folders[kind], kind)
+        return folders[kind]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
 def twin() -> object:
     """Open the shipped twin."""
     from img_minimal.pipeline import IMG

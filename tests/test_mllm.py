@@ -6,8 +6,9 @@ import shutil
 import pytest
 import torch
 from mllm_folders import IMAGES, square
+from mllm_kinds import KINDS as TODAY
 from refusals import refused
-from transformers import LlavaProcessor
+from transformers import AutoModelForImageTextToText, LlavaProcessor
 
 from img_minimal.mllm import MLLM, QUESTIONS, ask, drop_no_op_edits, strip_placeholders
 from img_minimal.presets import find_preset
@@ -15,38 +16,50 @@ from img_minimal.presets import find_preset
 PROMPTS = ["a red circle", "two blue squares and a red circle over {a} line", "a dog"]
 SEEDS = [5, 6, 7]
 TWIN = find_preset("tiny-sdxl")
-KINDS = ["original", "hf", "qwen", "twin"]
+SPECIAL = ["original", "hf", "qwen", "twin"]
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def mllm(request, mllms) -> MLLM:
-    return MLLM.from_pretrained(mllms[request.param])
+@pytest.fixture(scope="module", params=[*SPECIAL, *TODAY])
+def mllm(request, mllm_of) -> MLLM:
+    mllm = MLLM.from_pretrained(mllm_of(request.param))
+    mllm.plain = mllm.model
+    if request.param in TODAY:
+        folder = mllm_of(request.param)
+        mllm.plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return mllm
 
 
-def test_features_of_a_padded_batch_equal_those_of_each_prompt_alone(mllm):
+def asked_alone(mllm: MLLM, k: int) -> dict:
+    """Ask about one image as transformers' documentation does."""
+    question = mllm.question(PROMPTS[k], SEEDS[k])
+    content = [{"type": "image", "image": IMAGES[k]}, {"type": "text", "text": question}]
+    return mllm.processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+
+
+@torch.no_grad()
+def test_a_padded_batch_is_seen_as_transformers_sees_each_image_alone(mllm):
     together, mask = mllm.guidance(IMAGES, PROMPTS, SEEDS)
-    assert together.shape == (*mask.shape, mllm.width) and not mask.all()
-    for k, (image, prompt) in enumerate(zip(IMAGES, PROMPTS)):
-        alone, whole = mllm.guidance([image], [prompt], SEEDS[k : k + 1])
-        length = whole.sum()
-        assert mask[k, :length].all() and not mask[k, length:].any(), "padded on the right"
-        assert (alone[0] - together[k, :length]).abs().max() < 1e-4
-
-
-def test_features_are_the_last_hidden_states_after_the_norm(mllm):
-    states, mask = mllm.guidance(IMAGES, PROMPTS, SEEDS)
-    questions = [mllm.question(prompt, seed) for prompt, seed in zip(PROMPTS, SEEDS)]
-    full = mllm.model(**mllm.inputs(IMAGES, questions), output_hidden_states=True)
-    assert (states - full.hidden_states[-1])[mask].abs().max() < 1e-5
-    assert (mllm.model.lm_head(states) - full.logits)[mask].abs().max() < 1e-4
-
-
-def test_satisfaction_is_the_log_probability_of_nothing_as_the_next_word(mllm):
     scores = mllm.satisfaction(IMAGES, PROMPTS, SEEDS, batch_size=2)
     nothing = mllm.processor.tokenizer("nothing", add_special_tokens=False).input_ids[0]
-    for image, prompt, seed, score in zip(IMAGES, PROMPTS, SEEDS, scores, strict=True):
-        logits = mllm.model(**mllm.inputs([image], [mllm.question(prompt, seed)])).logits
-        assert abs(score - logits[0, -1].log_softmax(-1)[nothing].item()) < 1e-3
+    questions = [mllm.question(prompt, seed) for prompt, seed in zip(PROMPTS, SEEDS)]
+    ids = mllm.inputs(IMAGES, questions)["input_ids"]
+    assert together.shape == (*mask.shape, mllm.width) and not mask.all()
+    for k, score in enumerate(scores):
+        inputs = asked_alone(mllm, k)
+        if "gemma" not in mllm.model.config.model_type:
+            inputs.pop("token_type_ids", None)  # for which other kinds have no use
+        alone = mllm.plain(**inputs, output_hidden_states=True)
+        length = inputs["input_ids"].shape[1]
+        assert mask[k, :length].all() and not mask[k, length:].any(), "padded on the right"
+        assert torch.equal(ids[k, :length], inputs["input_ids"][0])
+        assert (alone.hidden_states[-1][0] - together[k, :length]).abs().max() < 1e-5
+        assert abs(score - alone.logits[0, -1].log_softmax(-1)[nothing].item()) < 1e-4
 
 
 def test_a_seed_draws_one_of_a_hundred_questions(mllm):
@@ -57,7 +70,8 @@ def test_a_seed_draws_one_of_a_hundred_questions(mllm):
 
 
 def test_image_tokens_and_half_characters_in_a_prompt_do_no_harm(mllm):
-    marked = f"a cat {mllm.processor.image_token} on a mat"
+    marks = "".join(mllm.marks) or mllm.processor.image_token
+    marked = f"a cat {marks} on a mat"
     states = [mllm.guidance(IMAGES[:1], [p], [0])[0] for p in (marked, "a cat  on a mat")]
     assert torch.equal(*states)
     assert mllm.guidance(IMAGES[:1], ["a cat \ud83d"], [0])[0].isfinite().all()
@@ -90,16 +104,16 @@ class Scripted(torch.nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "release"])
-def test_an_answer_ends_with_the_end_token_or_the_releases_separator(mllms, kind):
-    mllm = MLLM.from_pretrained(mllms["original" if kind == "release" else kind])
+@pytest.mark.parametrize("kind", [*SPECIAL, *TODAY, "release"])
+def test_an_answer_ends_with_the_end_token_or_the_releases_separator(mllm_of, kind):
+    mllm = MLLM.from_pretrained(mllm_of("original" if kind == "release" else kind))
     tokenizer = mllm.processor.tokenizer
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
     answer = "add a red circle"
     end = encode(f"{answer}###") if kind == "release" else [*encode(answer), tokenizer.eos_token_id]
-    vocabulary = mllm.model.config.text_config.vocab_size
+    vocabulary = mllm.model.config.get_text_config().vocab_size
     script = Scripted(end + encode(" two blue squares" * 4), vocabulary)
-    mllm.model.lm_head = script
+    mllm.model.set_output_embeddings(script)
     assert mllm.explain(IMAGES[:1], PROMPTS[:1], [0]) == [answer]
     assert script.count == len(end), "it should have stopped right there"
 

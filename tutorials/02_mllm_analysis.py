@@ -59,12 +59,9 @@ with step("exam"):
     if options.quick:
         held_out = held_out[:20]
     numbers = [str(k) for k in range(len(held_out))]
-    examples = None
     for name, path in MLLMS.items():
         detector = Detector(MLLM.from_pretrained(path))
-        if examples is None:
-            examples = detector.encode(held_out, 64)
-        grades = detector.grades(examples, 0, 64)
+        grades = detector.grades(held_out, 0, 64)
         exact[name] = mean_interval(np.array(grades["exact"]), numbers)
         decided = mean_interval(np.array(grades["decided"]), numbers)
         always = np.mean(grades["always_edit"])
@@ -181,7 +178,7 @@ with step("put in words"):
             below += f"{name.split()[0]}: {answer}\n"
         picture(axis, pictures[k], captions[k], f"{below}oracle: {verdicts[k].words}")
 caption = (
-    f"words: {len(examples)} held-out triplets; probes: {count} images of {len(names)} "
+    f"words: {len(held_out)} held-out triplets; probes: {count} images of {len(names)} "
     "prompts, half of the prompts teach, the others test; images: the first of either kind, not "
     "chosen"
 )

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -21,7 +20,7 @@ from img_minimal.backbone import backbone_class
 from img_minimal.cli import check
 from img_minimal.detector import mark_trainable
 from img_minimal.devices import Precision, best_device, count_parameters
-from img_minimal.hub.mllms import FAMILIES, find_family, read_settings, transformers_config
+from img_minimal.hub.mllms import mllm_config, read_settings
 from img_minimal.hub.weights import opening
 from img_minimal.presets import Models, Preset
 
@@ -29,7 +28,7 @@ TEXT_STATES = {"sdxl": 77, "flux": 512}  # of a prompt, as guidance by text
 # Parameters and the tokens' (N, D) of the public adapters' heads, until these are downloaded.
 PUBLIC_HEADS = {"sdxl": (82_961_664, (16, 2048)), "flux": (12_607_488, (4, 4096))}
 QUESTION = 64  # tokens that question and prompt take, about
-# Image tokens of an MLLM that sees images at their own size (Qwen2.5-VL), at 1024 x 1024.
+# Image tokens of an MLLM that sees images at their own size (as Qwen2.5-VL), at 1024 x 1024.
 NATIVE_PATCHES = 1369
 
 
@@ -56,9 +55,10 @@ def aligner_plan(preset: Preset, guidance: str, folder: Path, cache_gb: float) -
     else:
         location = preset.guide(guidance)
         mllm = build_mllm(location)
-        guidance_width, vision = mllm.config.text_config.hidden_size, mllm.config.vision_config
+        guidance_width = mllm.config.get_text_config().hidden_size
         length = QUESTION + NATIVE_PATCHES
-        if hasattr(vision, "image_size"):
+        if mllm.config.model_type == "llava":
+            vision = mllm.config.vision_config
             length = QUESTION + (vision.image_size // vision.patch_size) ** 2
         rest = "nothing that draws"
         count = count_parameters(mllm)
@@ -139,13 +139,8 @@ def build_mllm(location: str) -> PreTrainedModel:
 
     Raises UserError if that cannot be read or is another kind of model's.
     """
-    settings = read_settings(location, "--mllm")
-    family = find_family(settings, location)
+    config = mllm_config(read_settings(location, "--mllm"), location)
     with opening(location, "multimodal LLM"), torch.device("meta"):
-        if family is FAMILIES["llava, original layout"]:
-            config = transformers_config(settings, location)
-        else:
-            config = AutoConfig.for_model(**settings)
         return AutoModelForImageTextToText.from_config(config)
 
 

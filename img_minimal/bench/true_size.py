@@ -143,7 +143,7 @@ def measure(preset: Preset, mllm: str, steps: int = 20, pairs: int = 160) -> dic
     settings = replace(preset.finetuning, steps=3, save_every=3, batch_size=size)
     detector = Detector(img.guide, settings.lora_rank, precision)
     triplets = triplet_stream(TWINS / "triplets.parquet", 2 * size)
-    data = detector_data(triplets, detector, size)
+    data = detector_data(triplets)
     name = f"3 LoRA steps of the MLLM, batch {size}"
     with TemporaryDirectory() as folder, measuring(rows, name):
         train_detector(Run(folder, {}), detector, data, settings)

@@ -1,7 +1,8 @@
-"""Open multimodal LLMs: which ones, from which layouts of files, and how each is asked.
+"""Open multimodal LLMs: any that transformers opens as an image-text model, asked in its own way.
 
-LLaVA in transformers' layout (llava-hf) and in its authors' (as the release), and Qwen2.5-VL, which
-sees an image at its own size, so that images of one batch may differ in their number of tokens.
+Every kind is opened by its own processor and asked with its own chat template. Two are special:
+LLaVA-1.5, which was trained on images padded to a square, and LLaVA in its authors' layout (as the
+release), which is asked with its first conversation.
 
 The authors' layout is a Llama folder with a few more weights and settings (`mm_*`), which
 transformers opens once names are mapped. Its tokenizer has no token for the image: the text is cut
@@ -9,15 +10,20 @@ there. Here one is added, as in transformers, with an embedding that image featu
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
+from unittest.mock import patch
 
 import torch
+from PIL.Image import Image, Resampling, new
 from tokenizers.normalizers import Prepend, Replace, Sequence
 from transformers import (
-    AutoTokenizer,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoProcessor,
+    BatchFeature,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -28,15 +34,12 @@ from transformers import (
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     ProcessorMixin,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessorPil,
 )
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+from transformers.models.smolvlm import processing_smolvlm
 
-from img_minimal.cli import check
+from img_minimal.cli import check, warn
 from img_minimal.devices import count_parameters
 from img_minimal.files import read_json
 from img_minimal.hub.weights import WeightsError, opening
@@ -46,18 +49,33 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 Device = torch.device | str
 Opened = tuple[PreTrainedModel, ProcessorMixin]
 
-# How transformers asks LLaVA-1.5, and the twins.
-CONVERSATION = "USER: <image>\n{question} ASSISTANT:"
+MAX_PIXELS = 2**20  # of an image that the MLLM sees
+# How transformers asks LLaVA-1.5, and the twins: "USER: <image>\n{question} ASSISTANT:".
+CHAT = (
+    "{% for message in messages %}{{ message.role | upper + ': ' }}"
+    "{% for part in message.content if part.type == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+CHAT_QWEN = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Of folders without a chat template, as llava-hf's first ones and those saved here at first.
+DEFAULT_CHATS = {"llava": CHAT, "qwen2_5_vl": CHAT_QWEN}
 # The first conversation of LLaVA, with which the release asks its own.
-CONVERSATION_V0 = (
+CHAT_V0 = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the human's questions."
-    "###Human: <image>\n{question}###Assistant:"
+    "{% for message in messages %}###Human: <image>\n"
+    "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    "{% endfor %}###Assistant:"
 )
-CONVERSATION_QWEN = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    "<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
-)
+STOP_V0 = "###"  # ends an answer, in addition to the end-of-text token
 
 # The authors' names of LLaVA's weights -> transformers', one pattern after the other.
 RENAMES = {
@@ -96,50 +114,179 @@ CLIP_336_CONFIG = {
 PROMPT_PLACE = re.compile(r"\{(?:prompt|caption|)\}|<(?:prompt|caption)>|\[(?:prompt|caption)\]")
 
 
-# LLaVA in transformers' layout
+# Any kind
 
 
-def open_llava(folder: Path, settings: dict, dtype: torch.dtype, device: Device) -> Opened:
-    """Open a folder in llava-hf's layout. Raises UserError if a file is missing or damaged."""
-    with opening(folder, "LLaVA"):
-        config = LlavaConfig(**settings)
-        # LLaVA-1.5 was trained on images padded to a square; some folders' settings would crop them
-        # instead, or name another size than the vision tower's.
-        square = padded_square(config.vision_config)
-        images = LlavaImageProcessorPil.from_pretrained(folder, **square)
-        processor = llava_processor(config, images, AutoTokenizer.from_pretrained(folder))
-    model, _ = open_model(LlavaForConditionalGeneration, config, folder, dtype, device)
-    return model, processor
+def mllm_config(settings: dict, what: str | Path) -> PreTrainedConfig:
+    """Interpret an MLLM's config.json. Raises UserError for a kind that cannot serve.
+
+    That is known without weights: transformers must open it as an image-text model, and it must
+    read image and question in one sequence, whose states are the guidance.
+    """
+    if is_original(settings):
+        return transformers_config(settings, what)
+    kind = str(settings.get("model_type"))
+    advice = "use a LLaVA, Qwen-VL, InternVL, Gemma 3 or another image-text model of transformers"
+    try:
+        config = AutoConfig.for_model(**settings)
+        fits = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    except (TypeError, ValueError, KeyError):
+        fits = False
+    check(fits, f"{what}: model_type {kind!r} is no MLLM known here; {advice}")
+    apart = f"{kind!r} reads image and question in two networks, so it has no guidance features"
+    check(not config.is_encoder_decoder, f"{what}: {apart}; {advice}")
+    return config
 
 
-def llava_processor(
-    config: LlavaConfig, images: LlavaImageProcessorPil, tokenizer: PreTrainedTokenizerBase
-) -> LlavaProcessor:
-    """Combine an image processor and a tokenizer for the vision tower of `config`."""
-    vision = config.vision_config
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        # CLIP has a class token, SigLIP has none.
-        num_additional_image_tokens=int("siglip" not in vision.model_type),
+def open_mllm(
+    location: str, dtype: torch.dtype, device: Device
+) -> tuple[PreTrainedModel, ProcessorMixin, str | None]:
+    """Open an MLLM's folder or hub id: model, processor, and what ends an answer, if it is special.
+
+    Raises UserError if it cannot be had, is of a kind that cannot serve, or a file is missing or
+    damaged.
+    """
+    announced_width(location)  # reads nothing but config.json
+    folder = fetch_folder(location, "--mllm")
+    settings = read_config(folder)
+    config = mllm_config(settings, location)
+    if is_original(settings):
+        return *open_original_llava(folder, settings, config, dtype, device), STOP_V0
+    processor = open_processor(folder, config)
+    if isinstance(config, LlavaConfig):
+        fit_llava(processor, config)
+    check_processor(processor, config, location)
+    if getattr(config, "quantization_config", None):
+        warn(f"{location} is quantized: its features differ a little from those of the whole model")
+    cls = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    model, _ = open_model(cls, config, folder, dtype, device)
+    return model, processor, None
+
+
+def open_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
+    """Open a model's own processor, without the half for videos, which needs other packages.
+
+    Images are resized by Pillow, as in the release; torchvision, where it is installed, would give
+    slightly other pixels. Raises UserError if it is damaged, or made for text alone.
+    """
+    with opening(folder, "processor of images and text"), without_videos():
+        processor = AutoProcessor.from_pretrained(folder, config=config, backend="pil")
+        if not isinstance(processor, ProcessorMixin):
+            raise TypeError("it reads text alone")
+    tokenizer = processor.tokenizer
+    default = tokenizer.chat_template or DEFAULT_CHATS.get(config.model_type)
+    processor.chat_template = processor.chat_template or default
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return processor
+
+
+class NoVideos(dict):
+    """Take the place of a processor's half for videos; it has no settings, so all are None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def without_videos() -> Iterator[None]:
+    """Let processors open without their half for videos."""
+    check_part = ProcessorMixin.check_argument_for_proper_class
+
+    def check_unless_video(self: ProcessorMixin, name: str, part: object) -> object:
+        return None if isinstance(part, NoVideos) else check_part(self, name, part)
+
+    with (
+        patch.object(AutoVideoProcessor, "from_pretrained", lambda *_, **__: NoVideos()),
+        patch.object(ProcessorMixin, "check_argument_for_proper_class", check_unless_video),
+        # A package that spells out numbers, in what it says about videos.
+        patch.object(processing_smolvlm, "num2words", processing_smolvlm.num2words or str),
+    ):
+        yield
+
+
+def check_processor(processor: ProcessorMixin, config: PreTrainedConfig, what: str) -> None:
+    """Ask about a small image. Raises UserError if image or question get lost on the way."""
+    kind = f"{what} ({config.model_type})"
+    check(processor.chat_template, f"{kind}: has no chat template; use an MLLM tuned for chats")
+    token = getattr(config, "image_token_id", None)
+    # A tokenizer whose file is missing opens as an empty one.
+    known = token is None or processor.tokenizer.convert_ids_to_tokens(token)
+    advice = "its tokenizer lacks the model's image token; download the tokenizer again"
+    check(known, f"{what}: {advice}")
+    with opening(what, "multimodal LLM"):
+        chats = [chat(new("RGB", (64, 64)), question) for question in ("red", "blue")]
+        texts = processor.apply_chat_template(chats, add_generation_prompt=True)
+        inputs = tokenize(processor, chats)
+    sees = token is None or (inputs["input_ids"] == token).any(1).all()
+    lost = "its chat template leaves out the image or the question"
+    check(sees and texts[0] != texts[1], f"{kind}: {lost}; use an MLLM tuned for chats")
+
+
+def chat(image: Image, question: str) -> list[dict]:
+    """Put an image and a question into a conversation of transformers' form."""
+    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+
+def tokenize(processor: ProcessorMixin, chats: list[list[dict]]) -> BatchFeature:
+    """Build a model's inputs for conversations: `input_ids`, `attention_mask` (B, L), and pixels.
+
+    Padded on the right, so that the features of a prompt do not depend on its batch.
+    """
+    return processor.apply_chat_template(
+        chats,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "right"},
     )
 
 
-def padded_square(vision: CLIPVisionConfig) -> dict:
-    """Return settings of an image processor that pads images to the vision tower's squares."""
+def bounded(image: Image) -> Image:
+    """Shrink an image to at most MAX_PIXELS, as the number of its tokens may grow with its size."""
+    scale = (MAX_PIXELS / (image.width * image.height)) ** 0.5
+    if scale >= 1:
+        return image
+    size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
+    return image.resize(size, Resampling.BICUBIC)
+
+
+# LLaVA-1.5
+
+
+def fit_llava(processor: LlavaProcessor, config: LlavaConfig) -> None:
+    """Make a processor see whole images in the size of the vision tower of `config`.
+
+    LLaVA-1.5 was trained on images padded to a square; some folders' settings would crop them
+    instead, or name another size than the vision tower's, or lack its numbers.
+    """
+    vision = config.vision_config
     side = vision.image_size
     crop = {"height": side, "width": side}
-    return {"size": {"shortest_edge": side}, "crop_size": crop, "do_pad": True}
+    square = {"size": {"shortest_edge": side}, "crop_size": crop, "do_pad": True}
+    settings = processor.image_processor.to_dict() | square
+    processor.image_processor = LlavaImageProcessorPil.from_dict(settings)
+    processor.patch_size = vision.patch_size
+    processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+    # CLIP has a class token, SigLIP has none.
+    processor.num_additional_image_tokens = int("siglip" not in vision.model_type)
 
 
 # LLaVA in its authors' layout
 
 
-def open_original_llava(folder: Path, settings: dict, dtype: torch.dtype, device: Device) -> Opened:
+def is_original(settings: dict) -> bool:
+    """Recognise the authors' layout by its config.json."""
+    original = "mm_vision_tower" in settings and "text_config" not in settings
+    return original and settings.get("model_type") in ("llava", "llava_llama")
+
+
+def open_original_llava(
+    folder: Path, settings: dict, config: LlavaConfig, dtype: torch.dtype, device: Device
+) -> Opened:
     """Open a folder in the authors' layout. Raises UserError if a file is missing or damaged."""
-    config, tokenizer = transformers_config(settings, folder), read_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     model, missing = open_model(
         LlavaForConditionalGeneration,
         config,
@@ -164,8 +311,9 @@ def open_original_llava(folder: Path, settings: dict, dtype: torch.dtype, device
         for table in (model.get_input_embeddings(), model.lm_head):
             table.weight.data[words:] = 0
     model.config.image_token_id = image
-    images = LlavaImageProcessorPil(**padded_square(config.vision_config))
-    return model, llava_processor(config, images, tokenizer)
+    processor = LlavaProcessor(LlavaImageProcessorPil(), tokenizer, chat_template=CHAT_V0)
+    fit_llava(processor, config)
+    return model, processor
 
 
 def tower_of(settings: dict) -> str:
@@ -223,91 +371,23 @@ def read_tokenizer(folder: Path) -> LlamaTokenizer:
     return tokenizer
 
 
-# Qwen2.5-VL
-
-
-class ImageProcessor(Qwen2_5_VLProcessor):
-    """Qwen's processor without its video half, which would need torchvision."""
-
-    # A processor's parts are those that its signature names; the parent's also names a video one.
-    def __init__(
-        self, image_processor: Qwen2VLImageProcessorPil, tokenizer: PreTrainedTokenizerBase
-    ):
-        super().__init__(image_processor, tokenizer)
-
-
-def open_qwen(folder: Path, settings: dict, dtype: torch.dtype, device: Device) -> Opened:
-    """Open a folder of Qwen2.5-VL. Raises UserError if a file is missing or damaged."""
-    with opening(folder, "Qwen2.5-VL"):
-        config = Qwen2_5_VLConfig(**settings)
-        images = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        processor = ImageProcessor(images, AutoTokenizer.from_pretrained(folder))
-    model, _ = open_model(Qwen2_5_VLForConditionalGeneration, config, folder, dtype, device)
-    return model, processor
-
-
-# Families
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to open MLLMs of one kind, how to ask them, and where an answer ends."""
-
-    open: Callable[[Path, dict, torch.dtype, Device], Opened]
-    conversation: str
-    stop: str | None = None  # in addition to the end-of-text token
-
-
-FAMILIES = {
-    "llava": Family(open_llava, CONVERSATION),
-    "llava, original layout": Family(open_original_llava, CONVERSATION_V0, stop="###"),
-    "qwen2_5_vl": Family(open_qwen, CONVERSATION_QWEN),
-}
-
-
-def find_family(settings: dict, what: str | Path) -> Family:
-    """Find a model's family by its config.json. Raises UserError, naming `what`, for others."""
-    name = kind = str(settings.get("model_type"))
-    original = "mm_vision_tower" in settings and "text_config" not in settings
-    if original and kind in ("llava", "llava_llama"):
-        name = "llava, original layout"
-    expected = f"expected one of: {', '.join(FAMILIES)}"
-    check(name in FAMILIES, f"{what}: model_type {kind!r} is no MLLM known here; {expected}")
-    return FAMILIES[name]
-
-
-def open_mllm(
-    location: str, dtype: torch.dtype, device: Device
-) -> tuple[PreTrainedModel, ProcessorMixin, Family]:
-    """Open an MLLM's folder or hub id of any known family: model, processor, family.
-
-    Raises UserError if it cannot be had, is of another kind, or a file is missing or damaged.
-    """
-    folder = fetch_folder(location, "--mllm")
-    config = read_config(folder)
-    family = find_family(config, location)
-    model, processor = family.open(folder, config, dtype, device)
-    # A tokenizer whose file is missing opens as an empty one.
-    complete = processor.image_token_id == model.config.image_token_id
-    advice = "its tokenizer lacks the model's image token; download the tokenizer again"
-    check(complete, f"{location}: {advice}")
-    return model, processor, family
-
-
-def announced_width(folder: str | Path) -> int | None:
-    """Read H from an MLLM's local config.json; None if it leaves that to a default."""
-    settings = read_config(Path(folder))
-    with opening(folder, "multimodal LLM"):
-        width = settings.get("text_config", settings).get("hidden_size")
-        return None if width is None else int(width)
-
-
 # Folders of transformers models
 
 
 def read_config(folder: Path) -> dict:
     """Read a folder's config.json. Raises WeightsError if it is missing or damaged."""
     return read_json(folder / "config.json", dict, "download it again", WeightsError)
+
+
+def announced_width(location: str) -> int:
+    """Read H from the config.json of an MLLM, of a local folder or on the hub.
+
+    Raises UserError if that is missing, damaged, or of a kind that cannot serve.
+    """
+    settings = read_settings(location, "--mllm")
+    if is_original(settings):
+        return int(settings["hidden_size"])
+    return mllm_config(settings, location).get_text_config().hidden_size
 
 
 def read_settings(location: str, flag: str) -> dict:
@@ -334,15 +414,13 @@ def open_model(
     or the files, need not have. Raises WeightsError naming a weight that is missing, unknown or of
     another shape.
     """
-    if getattr(config, "quantization_config", None):
-        reason = "is quantized, which changes its features; use the same model in bf16 or fp16"
-        raise WeightsError(f"{folder}: {reason}")
     # Before memory is taken for weights that no file has.
     with opening(folder, cls.__name__), torch.device("meta"):
         expected = count_parameters(cls(config))
     files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")]
-    # Half precision takes two bytes.
-    if expected > 1.5 * sum(file.stat().st_size for file in files) / 2:
+    # Half precision takes two bytes, quantized weights take four bits.
+    smallest = 0.5 if getattr(config, "quantization_config", None) else 2
+    if expected > 1.5 * sum(file.stat().st_size for file in files) / smallest:
         reason = f"config.json asks for {expected:,} weights, the files hold fewer"
         raise WeightsError(f"{folder}: {reason}; download both")
     with opening(folder, cls.__name__):

@@ -33,6 +33,7 @@ from img_minimal.hub.weights import WeightsError
 from img_minimal.presets import Preset
 
 SINGLE_FILES = ("ip_adapter", "resampler", "aligner")  # the other locations are folders
+SETTINGS = ("*.json", "*.txt", "*.model", "*.jinja")  # of a model, beside its weights
 STEM, SHARD = r"(model|pytorch_model|diffusion_pytorch_model)", r"(-\d+-of-\d+)?"
 PLAIN, TORCH, FP16 = r"\.safetensors", r"\.bin", rf"\.fp16{SHARD}\.safetensors"
 
@@ -90,7 +91,7 @@ def fetch_folder(
     else:
         repo, inside = hub_id
         prefix = f"{inside}/" if inside else ""
-        settings = [f"{prefix}*.{kind}" for kind in ("json", "txt", "model", "jinja")]
+        settings = [prefix + pattern for pattern in SETTINGS]
         path = _download(location, repo, settings, flag) / inside
         names = []
         # Missing offline if the cache is older than this kind of listing.

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -21,10 +22,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from img_minimal.data.pairs import Triplet
 from img_minimal.detector import IGNORE, Detector, Rows
 from img_minimal.files import to_pil
-from img_minimal.hub.mllms import CONVERSATION
+from img_minimal.hub.mllms import CHAT
 from img_minimal.mllm import MLLM, QUESTIONS
 from img_minimal.tiny.build.encoders import PATCH, SIDE, SQUARE, WORDS, open_vision
 from img_minimal.tiny.build.fit import fit, run_train
@@ -42,6 +42,7 @@ from img_minimal.tiny.grammar import (
 from img_minimal.tiny.world import SIZE, Scene, Shape, place, related, render
 
 WIDTH, LAYERS = 160, 4
+CONVERSATION = "USER: <image>\n{question} ASSISTANT:"  # a turn, as CHAT puts it
 TURNS = 4  # questions about one picture, in one conversation
 DESCRIBE = ("describe the image", "what is in the picture?", "give a caption of the image")
 OTHER_WORDS = (
@@ -101,6 +102,7 @@ def new_processor() -> LlavaProcessor:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
+        chat_template=CHAT,
     )
 
 
@@ -200,8 +202,9 @@ def conversation(rng: random.Random, prompt: Prompt, scene: Scene) -> Talk:
     return talk
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, talks: list[Talk]) -> Rows:
+def tokenize(processor: LlavaProcessor, images: list[Image], talks: list[Talk]) -> Rows:
     """Tokenize conversations, each about one image; labels are those of the answers."""
+    tokenizer = processor.tokenizer
     image, pad = "<image>" * SIDE**2, tokenizer.pad_token_id
     ids, labels = [], []
     for talk in talks:
@@ -217,7 +220,9 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, talks: list[Talk]) -> Rows:
         labels.append(torch.tensor(label))
     ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
     labels = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE)
-    return Rows(ids, (ids != pad).long(), labels)
+    inputs = processor.image_processor(images, return_tensors="pt")
+    inputs.update(input_ids=ids, attention_mask=(ids != pad).long())
+    return Rows(inputs, labels)
 
 
 # Training
@@ -227,23 +232,21 @@ def build_stock(workdir: Path, target: Path, steps: int = 6000, count: int = 40_
     """Train on conversations about rendered scenes; save `llava-stock`."""
     torch.manual_seed(50)
     processor = new_processor()
-    tokenizer = processor.tokenizer
-    detector = Detector(MLLM(new_model(target, tokenizer), processor))
+    detector = Detector(MLLM(new_model(target, processor.tokenizer), processor))
     rng = random.Random(51)
     prompts = [sample_prompt(rng) for _ in range(count)]
     scenes = [place(prompt, rng) for prompt in prompts]
-    examples = []
+    images = []
     for start in tqdm(range(0, count, 250), desc="stock pictures"):
-        images = to_pil(render(scenes[start : start + 250]))
-        examples += detector.encode([Triplet(image, "", "") for image in images], 250)
+        images += to_pil(render(scenes[start : start + 250]))
     seen = count - min(1000, count // 10)
 
     def loss_of_step(step: int) -> Tensor:
         chosen = torch.randint(seen, (32,)).tolist()
         rng = random.Random(52_000_000 + step)  # a resumed run asks the same questions
         talks = [conversation(rng, prompts[k], scenes[k]) for k in chosen]
-        rows = tokenize(tokenizer, talks)
-        return detector.loss([examples[k] for k in chosen], rows) / rows.answer_tokens
+        rows = tokenize(processor, [images[k] for k in chosen], talks)
+        return detector.loss(rows) / rows.answer_tokens
 
     @torch.no_grad()
     def measure() -> dict[str, float]:
@@ -254,10 +257,10 @@ def build_stock(workdir: Path, target: Path, steps: int = 6000, count: int = 40_
             for k in range(seen, count):
                 turn = ask_about(rng, prompts[k], scenes[k], topic)
                 if turn:
-                    asked.append(examples[k])
+                    asked.append(images[k])
                     talks.append([turn])
-            rows = tokenize(tokenizer, talks)
-            scores, tokens = detector.scores(asked, rows)
+            rows = tokenize(processor, asked, talks)
+            scores, tokens = detector.scores(rows)
             lengths = (rows.labels != IGNORE).sum(1).tolist()
             right = [answer.all() for answer in (scores.argmax(-1) == tokens).split(lengths)]
             shares[topic] = torch.stack(right).float().mean().item()
