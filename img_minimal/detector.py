@@ -190,22 +190,16 @@ class Detector:
             ids = tokenizer(instruction, add_special_tokens=False).input_ids
             answers.append(torch.tensor([*ids, tokenizer.eos_token_id]).to(self.model.device))
 
-        padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORE}
-        shape = inputs["input_ids"].shape
-        per_token = {name: value for name, value in inputs.items() if value.shape == shape}
-        per_token["labels"] = torch.full_like(inputs["input_ids"], IGNORE)
-        for name, prompts in per_token.items():
-            rows = []
-            for prompt, length, answer in zip(prompts, asked, answers):
-                if name == "attention_mask":
-                    answer = torch.ones_like(answer)
-                elif name not in padding:  # types of tokens: text
-                    answer = torch.zeros_like(answer)
-                rows.append(torch.cat([prompt[:length], answer]))
-            fill = padding.get(name, 0)
-            per_token[name] = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
-        labels = per_token.pop("labels")
-        inputs.update(per_token)
+        longest, shape = max(map(len, answers)), inputs["input_ids"].shape
+        for name, value in inputs.items():
+            if value.shape == shape:
+                inputs[name] = F.pad(value, (0, longest))
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        labels = torch.full_like(ids, IGNORE)
+        for k, (length, answer) in enumerate(zip(asked, answers)):
+            place = k, slice(length, length + len(answer))
+            ids[place] = labels[place] = answer
+            mask[place] = 1
         return Rows(inputs, labels)
 
     def scores(self, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -96,8 +96,10 @@ class MLLM:
         """`stop` ends an answer, in addition to the end-of-text tokens."""
         self.model = model.eval().requires_grad_(False)
         self.processor, self.questions, self.stop = processor, questions, stop
+        added = processor.tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special]
         # The release's tokenizer reads special tokens in a prompt, so they stay there.
-        self.marks = () if stop else special_marks(processor)
+        self.marks = [] if stop else special + processor.all_special_multimodal_tokens
 
     @classmethod
     def from_pretrained(
@@ -128,28 +130,39 @@ class MLLM:
         """Phrase the question about a prompt; a seed draws the same one alone and in a batch."""
         return ask(prompt, random.Random(seed), self.questions)
 
-    def inputs(self, images: list[Image], questions: list[str]) -> BatchFeature:
-        """Build the model's inputs: `input_ids`, `attention_mask` (B, L), and pixels.
+    def chat(self, image: Image, question: str) -> list[dict]:
+        """Put image and question into a conversation.
 
         Images of more than a million pixels are shrunk, but for LLaVA-1.5, which always sees its
-        square; tokens that control the conversation are stripped from questions.
+        square; tokens that control a conversation are stripped from questions.
         """
-        fit = Image.copy if isinstance(self.processor, LlavaProcessor) else bounded
-        chats = []
-        for image, question in zip(images, questions, strict=True):
-            question = strip_placeholders(question, self.marks)
-            chats.append(chat(fit(image.convert("RGB")), question))
+        image = image.convert("RGB")
+        if not isinstance(self.processor, LlavaProcessor):
+            image = bounded(image)
+        return chat(image, strip_placeholders(question, self.marks))
+
+    def inputs(self, images: list[Image], questions: list[str]) -> BatchFeature:
+        """Build the model's inputs: `input_ids`, `attention_mask` (B, L), and pixels."""
+        chats = [self.chat(image, question) for image, question in zip(images, questions)]
         inputs = tokenize(self.processor, chats)
         if "token_type_ids" not in signature(self.model.forward).parameters:
             inputs.pop("token_type_ids", None)
         return inputs.to(self.model.device, self.model.dtype)
 
-    def run(self, inputs: BatchFeature, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def asked(self, images: list[Image], prompts: list[str], seeds: Sequence[int]) -> BatchFeature:
+        """Build the inputs for questions about prompts, drawn by seeds."""
+        questions = [self.question(p, seed) for p, seed in zip(prompts, seeds, strict=True)]
+        return self.inputs(images, questions)
+
+    def run(self, inputs: BatchFeature, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the model: its last states (B, L, H), and the logits (T, V) of T chosen positions.
 
-        `chosen` (B, L) is True there. States are caught where they enter the output layer, which is
-        after the final norm in every kind of model; other logits are never computed.
+        `chosen` (B, L) is True there, by default at each row's last token. States are caught where
+        they enter the output layer, which is after the final norm in every kind of model; other
+        logits are never computed.
         """
+        if chosen is None:
+            chosen = inputs["attention_mask"].flip(1).cumsum(1).flip(1) == 1
         states = []
 
         def catch(head: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
@@ -164,17 +177,6 @@ class MLLM:
         return states[0], logits
 
     @torch.no_grad()
-    def look(
-        self, images: list[Image], prompts: list[str], seeds: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute `guidance`, and the logits (B, V) of what an answer would begin with."""
-        questions = [self.question(p, seed) for p, seed in zip(prompts, seeds, strict=True)]
-        inputs = self.inputs(images, questions)
-        mask = inputs["attention_mask"].bool()
-        last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
-        states, logits = self.run(inputs, last)
-        return states, mask, logits
-
     def guidance(
         self, images: list[Image], prompts: list[str], seeds: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
@@ -182,8 +184,8 @@ class MLLM:
 
         The seed of an image draws its question.
         """
-        states, mask, _ = self.look(images, prompts, seeds)
-        return states, mask
+        inputs = self.asked(images, prompts, seeds)
+        return self.run(inputs)[0], inputs["attention_mask"].bool()
 
     @torch.no_grad()
     def finds_wrong(self, states: Tensor, mask: Tensor) -> list[bool]:
@@ -193,6 +195,7 @@ class MLLM:
         first = head(last.to(self.model.device, self.model.dtype)).argmax(-1)
         return (first != self.nothing).tolist()
 
+    @torch.no_grad()
     def satisfaction(
         self,
         images: list[Image],
@@ -204,7 +207,7 @@ class MLLM:
         scores = []
         for k in range(0, len(images), batch_size):
             batch = slice(k, k + batch_size)
-            _, _, logits = self.look(images[batch], prompts[batch], seeds[batch])
+            _, logits = self.run(self.asked(images[batch], prompts[batch], seeds[batch]))
             scores += logits.float().log_softmax(-1)[:, self.nothing].tolist()
         return scores
 
@@ -222,7 +225,7 @@ class MLLM:
         # Padding would change an answer, so only inputs of equal length share a batch.
         groups: dict[tuple, list[int]] = {}
         for k, (image, question) in enumerate(zip(images, questions, strict=True)):
-            text = chat(image, strip_placeholders(question, self.marks))
+            text = self.chat(image, question)
             text = self.processor.apply_chat_template(text, add_generation_prompt=True)
             length = len(self.processor.tokenizer(text).input_ids)
             groups.setdefault((length, image.size), []).append(k)
@@ -305,16 +308,6 @@ def strip_placeholders(text: str, marks: Sequence[str] = ()) -> str:
     for mark in marks:
         shorter = shorter.replace(mark, "")
     return printable(text) if shorter == text else strip_placeholders(shorter, marks)
-
-
-def special_marks(processor: ProcessorMixin) -> tuple[str, ...]:
-    """List the tokens that control a conversation, or stand for an image or its frame."""
-    added = processor.tokenizer.added_tokens_decoder.values()
-    marks = {token.content for token in added if token.special}
-    for name, value in vars(processor).items():
-        if name.endswith("_token") and isinstance(value, str):
-            marks.add(value)
-    return tuple(sorted(marks))
 
 
 def drop_no_op_edits(answer: str) -> str:
