@@ -123,7 +123,7 @@ def main() -> int:
     if swept:
         with clock("sweep"):
             path = folder / "sweep.png"
-            seen = stages[-2]
+            seen = stages[-2][: 1 if config.one_look else None]
             asked = [seed + config.rounds - 1 for seed in seeds[: len(seen)]]
             sweep(img, swept, values, captions, seeds, seen, asked, path)
         print(f"saved to {path}")
@@ -221,7 +221,8 @@ def sweep(
 ) -> None:
     """Save a row for each image: its last pass, drawn at every value.
 
-    `seen` are the images of the last look, one or all, and `asked` the seeds of its questions.
+    `seen` are the images of the last look, one or all, and `asked` the seeds of its questions. What
+    is right is corrected here, too.
     """
     guidance, mask = img.guidance(seen, captions[: len(seen)], asked)
     tokens = img.backbone.tokens(seen)

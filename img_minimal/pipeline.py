@@ -181,7 +181,9 @@ class IMG:
         tokens: list[Tensor | None] = [None] * looked  # what the latest images were drawn with
         if start is None:
             steps, drawn = (sampling.steps, count) if whole else (draft, looked)
-            first = self._draw(prompts[:drawn], seeds, [None] * drawn, steps, "initial" * progress)
+            first = self.draw_each(
+                prompts[:drawn], seeds, [None] * drawn, steps, "initial" * progress
+            )
         else:
             steps, first = sampling.steps, [from_pil([image])[0] for image in start]
         stages = [first]
@@ -206,16 +208,16 @@ class IMG:
                 kept = {i: stages[-1][i] for i, bad in enumerate(wrong) if not bad}
             each = tokens * drawn if one_look else tokens
             label = f"round {k + 1}" * progress
-            stages.append(self._draw(prompts[:drawn], seeds, each, steps, label, kept))
+            stages.append(self.draw_each(prompts[:drawn], seeds, each, steps, label, kept))
         return stages
 
-    def _draw(
+    def draw_each(
         self,
         prompts: list[str],
         seeds: list[int],
         tokens: list[Tensor | None],
         steps: int,
-        progress: str,
+        progress: str = "",
         kept: dict[int, Tensor] | None = None,
     ) -> list[Tensor]:
         """Draw those images that are not `kept`, each with its tokens or without any."""

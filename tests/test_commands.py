@@ -69,6 +69,8 @@ def test_sample_draws_the_prompts_of_a_file_and_a_sweep(call, tmp_path, sweep):
     assert names >= {"prompt0-seed0-1-round1.png", "prompt1-seed0-1-round1.png", "sweep.png"}
     settings = json.loads((tmp_path / "results.json").read_text())["settings"]
     assert (settings["negative_prompt"], settings["guidance_scale"]) == ("a green cross", 3.0)
+    words = ("--one-look", "--prompt-file", tmp_path / "two.txt")
+    assert_refused(call("sample.py", *words, "--output", tmp_path), "the images of one prompt")
 
 
 def test_the_first_image_is_kept_where_the_mllm_prefers_it(call, tmp_path, monkeypatch):
@@ -89,6 +91,8 @@ def test_the_first_image_is_kept_where_the_mllm_prefers_it(call, tmp_path, monke
         (["--prompt", "a red zebra"], "zebra"),
         (["--seed", "-1"], "--seed is -1, expected 0 to"),
         (["--steps", "0"], "--steps is 0, expected 1 to 10,000"),
+        (["--draft-steps", "0"], "--draft-steps is 0, expected 1"),
+        (["--steps", "5", "--draft-steps", "6"], "--draft-steps is 6, above the 5 of --steps"),
         (["--model", "nope"], "tiny-sdxl"),
         (["--output", "/proc/nowhere"], "/proc/nowhere: cannot be written"),
         (["--image", "nowhere.png"], "nowhere.png"),
@@ -111,6 +115,10 @@ def test_sample_refuses_bad_input(call, tmp_path, arguments, words):
         (["--json", "/proc/x.json"], "/proc/x.json"),
         (["--json", "/tmp"], "/tmp: is a folder"),
         (["--picture", "/tmp/x.doc"], "cannot be drawn as .doc; --picture takes .png"),
+        (["--draft-steps", 11], "--draft-steps is 11, above the 10 of --steps"),
+        (["--model", "sdxl", "--only-wrong"], "compares whole drawings: leave out --draft-steps"),
+        (["--budget", "--draft-steps", 3], "tries drafts itself: leave out --draft-steps"),
+        (["--budget", "--prompt-file", __file__], "--budget needs the oracle of a twin"),
     ],
 )
 def test_evaluate_refuses_bad_input(call, arguments, words):
@@ -124,7 +132,7 @@ def test_evaluate_writes_every_arm_with_its_size_and_interval(call, tmp_path):
     results = json.loads((tmp_path / "r.json").read_text())
     arms = results["arms"]
     always = "base new_seed best_of_two_mllm best_of_two_oracle perfect_tokens no_guidance".split()
-    assert arms.keys() - {"text", "stock_mllm"} == {*always, "img", "img_kept", "img_asked"}
+    assert arms.keys() - {"text", "stock_mllm"} == {*always, "img"}
     for arm, guidance in (("text", "text"), ("stock_mllm", "stock")):
         assert (f"--guidance {guidance}" in done.stdout) == (arm not in arms)
     for arm in arms.values():

@@ -50,6 +50,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.bench.memory import (
+    DRAFT,
     MLLM_TOKENS,
     Calls,
     matmul_rate,
@@ -173,8 +174,11 @@ def features(report: Report, pairs: int = 256) -> None:
 
 
 def sampling(report: Report, count: int = 4, steps: int = TWIN.sampling.steps) -> None:
-    """Measure each step of the method on the twin, of `count` images at once."""
-    img = IMG(preset=TWIN.changed(steps=steps))
+    """Measure on the twin each step of the method, and the whole, of `count` images of a prompt.
+
+    The whole includes the MLLM's words.
+    """
+    img, draft = IMG(preset=TWIN.changed(steps=steps)), max(1, round(DRAFT * steps))
     prompts, seeds = [PROMPT] * count, list(range(count))
     images = to_pil(img.backbone.draw(prompts, seeds))
     look = images, prompts, seeds
@@ -188,9 +192,18 @@ def sampling(report: Report, count: int = 4, steps: int = TWIN.sampling.steps) -
         "align": partial(img.correct, c, h, mask),
         "draw again": partial(img.backbone.draw, prompts, seeds, aligned),
         "explain": partial(img.explain, *look),
-        "explain one by one": partial(img.guide.explain, *look, batch_size=1),
+        "IMG": partial(img, prompts),
+        f"IMG, draft of {draft} steps": partial(img, prompts, draft_steps=draft),
+        "IMG, one look at the draft": partial(img, prompts, draft_steps=draft, one_look=True),
     }
     report.in_turn(f"{count} images of the twin", calls)
+    flop = {}
+    for name in ("draw", *list(calls)[-3:]):
+        with FlopCounterMode(display=False) as counter:
+            calls[name]()
+        flop[name] = counter.get_total_flops()
+    shares = [f"{name} {count / flop['draw']:.2f}" for name, count in flop.items()]
+    report.remarks.append(f"FLOP of these, over the base's: {', '.join(shares)}.")
 
 
 @torch.no_grad()

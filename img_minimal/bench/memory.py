@@ -63,6 +63,7 @@ GROUPS = {
     },
 }
 TRAIN = "train the aligner"
+DRAFT = 0.3  # of the denoising steps, in the rows of drafts
 ALWAYS_FP32 = ("vae", "resampler", "projection", "aligner")
 
 
@@ -374,19 +375,28 @@ def operations(model: str, mllm: str) -> dict[str, float]:
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
             call()
         flop[name] = counter.get_total_flops()
-    return {"draw": preset.sampling.steps * flop.pop("step") + flop.pop("decode")} | flop
+    steps, step, decode = preset.sampling.steps, flop.pop("step"), flop.pop("decode")
+    draft = round(DRAFT * steps)
+    return {"draw": steps * step + decode, "draft": draft * step + decode} | flop
 
 
 def operations_table(model: str, mllm: str) -> str:
     """Format the operations as a Markdown table, with what IMG adds to drawing."""
     flop, sampling = operations(model, mllm), find_preset(model).sampling
-    draw, encode, look, align = flop.values()
+    draw, draft, encode, look, align = flop.values()
     lines = [f"| {model}, {mllm}: a step, computed | TFLOP | of a drawing |", "|---|---|---|"]
     for name, count in (flop | {"draw again": draw}).items():
         lines.append(f"| {name} | {count / 1e12:,.1f} | {count / draw:.1%} |")
     added = encode + look + align
     shares = f"{added / 1e12:,.1f} | {added / (2 * draw):.1%}"
     lines.append(f"| **IMG's own steps**, of both drawings | {shares} |")
+    wholes = {
+        "IMG": 2 * draw + added,
+        f"IMG, draft of {DRAFT:.0%} of the steps": draft + draw + added,
+        "IMG, one look at the draft for four images": draw + (draft + added) / 4,
+    }
+    for name, count in wholes.items():
+        lines.append(f"| {name} | {count / 1e12:,.1f} | {count / draw:.1%} |")
     # Of a training pair, the image encoder sees both images and the MLLM the loser.
     share = look / (look + 2 * encode)
     lines.append(

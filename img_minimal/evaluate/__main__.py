@@ -2,6 +2,7 @@
 
     python -m img_minimal.evaluate                       256 prompts of the test split
     python -m img_minimal.evaluate --prompts 640 --json results.json
+    python -m img_minimal.evaluate --budget              ways to draw less, see budget.py
     python -m img_minimal.evaluate --prompt-file x.txt   your prompts, judged by CLIP models
 
 Arms: the base model; the same compute spent on a new seed; the better of two seeds as picked by the
@@ -41,6 +42,7 @@ class Config:
         choices=["test", "validation"],
     )
     only_img: bool = option(False, "leave out the arms of text and stock MLLM")
+    budget: bool = option(False, "compare IMG's ways to draw less, by the steps that they take")
     json: str | None = option(None, "also write the results to this file")
     picture: str | None = option(
         None, "also save a picture of the first prompts the base gets wrong"
@@ -70,7 +72,7 @@ if __name__ == "__main__":
 import torch
 
 from img_minimal.devices import Precision, best_device
-from img_minimal.evaluate import compare
+from img_minimal.evaluate import budget, compare
 from img_minimal.evaluate.arms import Arms, ablations, before_and_after, print_results
 from img_minimal.evaluate.judges import JUDGES, ClipJudge, JudgeFiles
 from img_minimal.evaluate.prompts import read_prompts
@@ -83,21 +85,25 @@ def main() -> int:
     """Read the command line, evaluate, and write the results."""
     config, changes = parse(Config, __doc__, Models, Sampling)
     preset = find_preset(config.model).changed(**changes)
+    sampling, world = preset.sampling, preset.world and not config.prompt_file
+    whole = sampling.draft_steps is None and not sampling.only_wrong
+    asked = "--draft-steps and --only-wrong"
+    check(world or whole, f"--prompt-file compares whole drawings: leave out {asked}")
+    check(whole or not config.budget, f"--budget tries drafts itself: leave out {asked}")
+    fits = not config.budget or (world and not config.picture)
+    check(fits, "--budget needs the oracle of a twin, and leaves no --picture")
     writable_file(config.json, "--json")
     writable_file(config.picture, "--picture", PICTURES)
     quiet_libraries()
     settings = {
         "model": preset.name,
         "seed": config.seed,
-        "scale": preset.sampling.scale,
-        "scale_end": preset.sampling.scale_end,
-        "passes": preset.sampling.passes,
         "torch": torch.__version__,
     }
-    if config.prompt_file or preset.world is None:
-        results = evaluate_file(config, preset, settings)
-    else:
-        results = evaluate_world(config, preset, settings)
+    for name in ("scale", "scale_end", "passes", "draft_steps", "only_wrong"):
+        settings[name] = getattr(sampling, name)
+    evaluate = evaluate_world if world else evaluate_file
+    results = evaluate(config, preset, settings)
     if config.json:
         write_whole(config.json, json.dumps(results, indent=1))
     return 0
@@ -110,17 +116,32 @@ def evaluate_world(config: Config, preset: Preset, settings: dict) -> dict:
     asked = f"{count} prompts of the {split} split, seed {config.seed}"
     print(f"{preset.name}: {asked}; {compute}", flush=True)
     img = IMG(preset=preset)
-    arms = Arms(img, grammar.benchmark(count, split, config.seed), config.seed)
+    prompts = grammar.benchmark(count, split, config.seed)
+    settings |= {"prompts": count, "split": split, "compute": compute}
+    if config.budget:
+        return evaluate_budget(config, budget.Budget(img, prompts, config.seed), settings)
+    arms = Arms(img, prompts, config.seed)
     arms.controls()
     if not config.only_img:
         ablations(arms)
     images = arms.aligned("img", img)
-    arms.choices(images)
     results = arms.results() | {"mllm": arms.words()}
-    results["settings"] = settings | {"prompts": count, "split": split, "compute": compute}
+    results["settings"] = settings
     print_results(results)
     if config.picture:
         before_and_after(arms, preset.name, images, config.picture)
+    return results
+
+
+def evaluate_budget(config: Config, ways: budget.Budget, settings: dict) -> dict:
+    """Draw the prompts in every way to spend less; each row is printed and saved at once."""
+    results = {"ways": {}, "settings": settings}
+    print(budget.HEAD)
+    for name, row in ways.rows():
+        results["ways"][name] = row
+        print(budget.line(name, row), flush=True)
+        if config.json:
+            write_whole(config.json, json.dumps(results, indent=1))
     return results
 
 

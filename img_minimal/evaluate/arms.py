@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from img_minimal.evaluate.intervals import (
@@ -46,10 +47,7 @@ TITLES = {
     "text": "second pass, guided by text",
     "stock_mllm": "second pass, guided by the stock MLLM",
     "img": "IMG",
-    "img_kept": "IMG, or the first where the MLLM prefers it",
-    "img_asked": "IMG where the MLLM has something to say",
 }
-CHOICES = ("img_kept", "img_asked")  # of a first and a second image, by the MLLM
 ORDER = ("no_guidance", "base", "text", "stock_mllm", "img")  # from worst to best in Table 5
 MARKS = ("strict", "soft", "graded", "unclear")  # of a verdict
 Groups = dict[str, np.ndarray]  # which prompts (n,) belong to a group
@@ -77,13 +75,20 @@ class Arms:
         return images
 
     def aligned(self, name: str, img: IMG) -> Tensor:
-        """Draw and judge the second pass of an aligner with its guide."""
-        return self.draw(name, img.align(self.base, self.captions, self.seeds))
+        """Draw and judge the last images of an aligner with its guide.
+
+        They begin with the base's images, or with drafts if `img` draws these.
+        """
+        start = None if img.backbone.sampling.draft_steps else self.pictures
+        images = torch.stack(img.stages(self.captions, self.seeds, start=start)[-1])
+        self.verdicts[name] = judge(images, self.prompts)
+        return images
 
     def controls(self) -> None:
         """Draw and judge the arms that need no aligner."""
         again = self.draw("new_seed", offset=NEW_SEED)
-        self.choose("best_of_two_mllm", "new_seed", self.preferred(again))
+        chosen = self.img.better(self.pictures, to_pil(again), self.captions, self.seeds)
+        self.choose("best_of_two_mllm", "new_seed", chosen)
         # An image is right exactly if its soft score is 1, so this prefers right ones, too.
         soft = self.marks("soft")
         self.choose("best_of_two_oracle", "new_seed", soft["new_seed"] > soft["base"])
@@ -115,16 +120,6 @@ class Arms:
                 lengths[name] = bootstrap_ratio(*parts, captions[chosen])
         return lengths
 
-    def choices(self, images: Tensor) -> None:
-        """Judge the MLLM's choices between the base's and IMG's images, which cost no drawing."""
-        self.choose("img_kept", "img", self.preferred(images))
-        self.said = self.img.explain(self.pictures, self.captions, self.seeds)
-        self.choose("img_asked", "img", [words != NOTHING for words in self.said])
-
-    def preferred(self, images: Tensor) -> list[bool]:
-        """Return True where the MLLM prefers these images to the base's."""
-        return self.img.better(self.pictures, to_pil(images), self.captions, self.seeds)
-
     def choose(self, name: str, other: str, chosen: Sequence[bool]) -> None:
         """Make up arm `name` of the base's images and, where `chosen`, another arm's."""
         self.verdicts[name] = verdicts = list(self.verdicts["base"])
@@ -145,10 +140,11 @@ class Arms:
         return {kind: categories == kind for kind in CATEGORIES}
 
     def words(self) -> dict:
-        """Compare the MLLM's words about the base's images with the oracle's, after `choices`."""
+        """Compare the MLLM's words about the base's images with the oracle's."""
+        answers = np.array(self.img.explain(self.pictures, self.captions, self.seeds))
         right = self.marks("strict")["base"] == 1
         oracle = np.array([verdict.words for verdict in self.verdicts["base"]])
-        exact, silent = oracle == self.said, np.array(self.said) == NOTHING
+        exact, silent = oracle == answers, answers == NOTHING
         groups = {"all": np.ones_like(right)} | self.categories()
         nothing = shares(silent, ~right, groups)
         complaints = shares(~silent, right, groups)
@@ -176,13 +172,12 @@ class Arms:
             arms[name]["interval"] = mean_interval(values, captions)
             arms[name]["by_category"] = shares(values, everything, groups)
         others = [("img", name) for name in arms if name != "img"]
-        chosen = [(name, "base") for name in CHOICES if name in arms]
         steps = []
         for worse, better in pairwise(filter(arms.get, ORDER)):
             steps.append((better, worse))
         return {
             "arms": arms,
-            "win_rate": win_rates(marks["soft"], captions, others + chosen),
+            "win_rate": win_rates(marks["soft"], captions, others),
             "graded_win_rate": win_rates(marks["graded"], captions, others),
             "difference": differences(strict, captions, others),
             "order": differences(strict, captions, steps),
@@ -216,9 +211,6 @@ def print_results(results: dict) -> None:
             soft = said_wins(results["win_rate"][f"img_vs_{name}"])
             graded = said_wins(results["graded_win_rate"][f"img_vs_{name}"])
             print(f"{TITLES[name]:48} {difference}   {soft:29}   {graded}")
-    for name in filter(arms.get, CHOICES):
-        wins = said_wins(results["win_rate"][f"{name}_vs_base"])
-        print(f"{TITLES[name]} wins {wins} comparisons with the base model, soft score")
 
     print("\nThe paper's order, each arm minus the one before it, strict:")
     for name, difference in results["order"].items():
@@ -295,7 +287,10 @@ def save_pairs(cells: list[Cell], path: Path | str, caption: str) -> None:
 
 
 def ablations(arms: Arms) -> None:
-    """Judge the arms guided by text and by the stock MLLM, except where an aligner is missing."""
+    """Judge the arms guided by text and by the stock MLLM, except where an aligner is missing.
+
+    They look at whole images and correct all of them: text cannot say what is wrong.
+    """
     backbone = arms.img.backbone
     sampling = backbone.preset.sampling
     rows = (
@@ -304,7 +299,8 @@ def ablations(arms: Arms) -> None:
     )
     for name, guidance, path in rows:
         if Path(path).exists():
-            arms.aligned(name, IMG(backbone, aligner=path, guidance=guidance))
+            with arms.img.drawing(draft_steps=None, only_wrong=False):
+                arms.aligned(name, IMG(backbone, aligner=path, guidance=guidance))
         else:
             advice = f"train it with: python train.py --guidance {guidance}"
             print(f"left out: {TITLES[name]}; {path} is not there, {advice}")
