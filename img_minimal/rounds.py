@@ -5,6 +5,8 @@
     train   from the current aligner, f_ref = f, on original pairs and those of the last two rounds
     gate    keep the new aligner if held-back prompts score no worse and no more images break
 
+Both are drawn whole, whatever --draft-steps says: x0 is a candidate, and not only looked at.
+
     x1 is better      loser x0, winner x1     what worked, once more
     x0 is better      loser x1, winner x0     the next aligner learns not to break images
     both are right    x0 is its own target    and to leave alone what is right

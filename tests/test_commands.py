@@ -116,9 +116,9 @@ def test_sample_refuses_bad_input(call, tmp_path, arguments, words):
         (["--json", "/tmp"], "/tmp: is a folder"),
         (["--picture", "/tmp/x.doc"], "cannot be drawn as .doc; --picture takes .png"),
         (["--draft-steps", 11], "--draft-steps is 11, above the 10 of --steps"),
-        (["--model", "sdxl", "--only-wrong"], "compares whole drawings: leave out --draft-steps"),
-        (["--budget", "--draft-steps", 3], "tries drafts itself: leave out --draft-steps"),
-        (["--budget", "--prompt-file", __file__], "--budget needs the oracle of a twin"),
+        (["--model", "sdxl", "--only-wrong"], "leave out --draft-steps and --only-wrong"),
+        (["--budget", "--draft-steps", 3], "leave out --draft-steps and --only-wrong"),
+        (["--budget", "--prompt-file", __file__], "--budget needs a twin's own prompts"),
     ],
 )
 def test_evaluate_refuses_bad_input(call, arguments, words):

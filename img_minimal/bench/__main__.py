@@ -197,13 +197,6 @@ def sampling(report: Report, count: int = 4, steps: int = TWIN.sampling.steps) -
         "IMG, one look at the draft": partial(img, prompts, draft_steps=draft, one_look=True),
     }
     report.in_turn(f"{count} images of the twin", calls)
-    flop = {}
-    for name in ("draw", *list(calls)[-3:]):
-        with FlopCounterMode(display=False) as counter:
-            calls[name]()
-        flop[name] = counter.get_total_flops()
-    shares = [f"{name} {count / flop['draw']:.2f}" for name, count in flop.items()]
-    report.remarks.append(f"FLOP of these, over the base's: {', '.join(shares)}.")
 
 
 @torch.no_grad()

@@ -87,11 +87,10 @@ def main() -> int:
     preset = find_preset(config.model).changed(**changes)
     sampling, world = preset.sampling, preset.world and not config.prompt_file
     whole = sampling.draft_steps is None and not sampling.only_wrong
-    asked = "--draft-steps and --only-wrong"
-    check(world or whole, f"--prompt-file compares whole drawings: leave out {asked}")
-    check(whole or not config.budget, f"--budget tries drafts itself: leave out {asked}")
-    fits = not config.budget or (world and not config.picture)
-    check(fits, "--budget needs the oracle of a twin, and leaves no --picture")
+    alone = world and not config.picture
+    check(alone or not config.budget, "--budget needs a twin's own prompts, and has no --picture")
+    advice = "leave out --draft-steps and --only-wrong; --prompt-file and --budget decide them"
+    check(whole or (world and not config.budget), advice)
     writable_file(config.json, "--json")
     writable_file(config.picture, "--picture", PICTURES)
     quiet_libraries()
