@@ -15,7 +15,7 @@ images whole, too, and --rounds looks again at drafts of the corrected images.
 Saves every image with its prompt, seed and settings inside, results.json, and a sheet of them all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from img_minimal.cli import (
     check,
@@ -80,7 +80,7 @@ def main() -> int:
     several = config.one_look and len(prompts) > 1
     check(not several, "--one-look is for the images of one prompt, and the file has several")
     picture = open_image(config.image) if config.image else None
-    swept, values = parse_sweep(config.sweep) if config.sweep else ("", [])
+    swept, values = parse_sweep(config.sweep, preset.sampling) if config.sweep else ("", [])
     quiet_libraries()
     img = IMG(preset=preset, mllm_device=config.mllm_device)
     if config.serve:
@@ -163,7 +163,7 @@ def save(
     first = "initial" if whole else "draft"
     if config.image:
         first = "given"
-    rows, results = [], []
+    rows, results, told = [], [], []
     for i, (caption, seed) in enumerate(zip(captions, seeds)):
         words, entries = [f'"{caption}", seed {seed}'], []
         row = [(images[i] if i < len(images) else None, "") for images in stages]
@@ -181,14 +181,14 @@ def save(
             stem = f"prompt{i // config.num_images}-" if several else ""
             file = f"{stem}seed{seed}-{k}-{stage.replace(' ', '')}.png"
             text = settings | {"prompt": caption, "seed": seed, "stage": stage}
-            (folder / file).write_bytes(png(images[i], text))
+            write_whole(folder / file, png(images[i], text))
             entry = {"file": file, "stage": stage}
             if k == len(stages) - 1 and not better[i]:
                 entry["kept first"] = True
                 stage += ", first image kept"
             entries.append(entry | notes)
             lines = [f"{who}: {what}" for who, what in notes.items()]
-            print(f"seed {seed}, {stage}: " + "; ".join(lines))
+            told.append(f"seed {seed}, {stage}: " + "; ".join(lines))
             words += [f"{stage}:", *lines]
         rows.append([*row, (None, "\n".join(words))])
         results.append({"prompt": caption, "seed": seed, "images": entries})
@@ -196,17 +196,21 @@ def save(
     write_whole(folder / "results.json", report)
     title = f"{config.model}, seeds {min(seeds)} to {max(seeds)}"
     sheet(rows, folder / "side-by-side.png", title)
+    print(*told, sep="\n")
 
 
-def parse_sweep(words: str) -> tuple[str, list]:
-    """Parse "scale=0,0.2" to ("scale", [0.0, 0.2]). Raises UserError for anything else."""
+def parse_sweep(words: str, sampling: Sampling) -> tuple[str, list]:
+    """Parse "scale=0,0.2" to ("scale", [0.0, 0.2]). Raises UserError for what no flag takes."""
     name, _, values = words.partition("=")
     expected = f"expected a name of {', '.join(SWEPT)} and values, as in scale=0,0.2,0.5"
     check(name in SWEPT, f"--sweep is {words!r}, {expected}")
     try:
-        return name, [SWEPT[name](value) for value in values.split(",")]
+        parsed = [SWEPT[name](value) for value in values.split(",")]
     except ValueError:
         check(False, f"--sweep is {words!r}, {expected}")
+    for value in parsed:
+        replace(sampling, draft_steps=None, **{name: value})
+    return name, parsed
 
 
 def sweep(

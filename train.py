@@ -16,7 +16,6 @@ aligner.safetensors (for an MLLM: the folder mllm/). Training loads neither UNet
 
 import copy
 import re
-import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -277,8 +276,7 @@ def main() -> int:
         return 0
     run = start(config, preset)
     if run.stopped:
-        again = " ".join(word for word in sys.argv if word != "--resume")
-        print(f"stopped and saved in {run.path}; go on with: python {again} --resume")
+        print(f"stopped and saved in {run.path}; go on with: {run.ranks.again()}")
         return 130
     print(f"{time.monotonic() - began:.0f} s; {peak_memory()}")
     return 0

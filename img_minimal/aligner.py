@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from img_minimal.cli import UserError, check
-from img_minimal.hub.weights import fill, opening, read_metadata, read_weights, write_weights
+from img_minimal.hub.weights import NOTES, fill, opening, read_metadata, read_weights, write_weights
 
 
 class PerceiverAttention(nn.Module):
@@ -168,17 +168,22 @@ class ImplicitAligner(nn.Module):
             f"width {token_width}: use the image prompt (IP-Adapter) it was trained with",
         )
 
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """Note the width of a head, which leaves no trace in the shapes."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination._metadata[NOTES] = {"head_dim": str(self.head_dim)}
+
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
         """Load an aligner in fp32 from a file of `save` or a released .pth.
 
-        All sizes follow from the shapes, except for the width of a head, which `save` notes in the
-        file and which is 64 in the released ones. Raises WeightsError.
+        All sizes follow from the shapes, except for the width of a head, which a state dict notes,
+        also in a run's checkpoint.pt, and which is 64 in the released ones. Raises WeightsError.
         """
         state = read_weights(path, holds="proj_in.weight")
         with opening(path, "trained aligner"):
             width, guidance_width = state["proj_in.weight"].shape
-            sizes = layer_sizes(state, int(read_metadata(path).get("head_dim", 64)))
+            sizes = layer_sizes(state, int(read_metadata(path, state).get("head_dim", 64)))
             with torch.device("meta"):  # no initial values, which the file would replace
                 aligner = cls(width, guidance_width, **sizes)
         fill(aligner, state, str(path))
@@ -198,15 +203,14 @@ def check_inputs(guidance: Tensor, tokens: Tensor, mask: Tensor | None, passes: 
     Expects floating-point guidance (B, L, H) and tokens (B, N, D), and a bool mask (B, L).
     """
     fits = guidance.ndim == tokens.ndim == 3 and len(guidance) == len(tokens)
-    if not (fits and guidance.is_floating_point() and tokens.is_floating_point()):
+    fits = fits and guidance.is_floating_point() and tokens.is_floating_point()
+    if mask is not None:
+        fits = fits and mask.dtype == torch.bool and mask.shape == guidance.shape[:2]
+    if not fits:
+        given = [f"{x.dtype} {tuple(x.shape)}" for x in (guidance, tokens, mask) if x is not None]
         raise ValueError(
-            f"guidance is {guidance.dtype} {tuple(guidance.shape)} and tokens are {tokens.dtype} "
-            f"{tuple(tokens.shape)}; expected floating-point (B, L, H) and (B, N, D)"
-        )
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != guidance.shape[:2]):
-        raise ValueError(
-            f"mask is {mask.dtype} {tuple(mask.shape)}, expected torch.bool "
-            f"{tuple(guidance.shape[:2])}, True where guidance {tuple(guidance.shape)} is valid"
+            f"guidance, tokens and mask are {', '.join(given)}; expected floating-point (B, L, H) "
+            "and (B, N, D), and torch.bool (B, L), True where guidance is valid"
         )
     if not (isinstance(passes, int) and passes >= 1):
         raise ValueError(f"passes is {passes!r:.60}, expected a whole number of at least 1")
@@ -220,7 +224,7 @@ def layer_sizes(state: dict[str, Tensor], head_dim: int = 64) -> dict[str, int]:
     """
     depth = len({key.split(".")[1] for key in state if key.startswith("layers.")})
     heads, rest = divmod(state["layers.0.0.to_q.weight"].shape[0], head_dim)
-    if rest:
+    if rest or heads < 1:
         raise ValueError(f"heads of width {head_dim} do not fit its layers")
     return {"depth": depth, "heads": heads, "head_dim": head_dim}
 

@@ -1,20 +1,30 @@
 """Generate command lines from dataclasses and turn user errors into a single line."""
 
 import argparse
+import glob
 import os
+import platform
 import re
+import shutil
 import sys
 import typing
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, Field, field, fields
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import NoneType, TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 LARGEST = 2**32 - 1  # upper bound of numeric flags that set no bound of their own
+# Words for memory that is short, of the system, Python, numpy, torch, oneDNN, pyarrow, safetensors.
+OUT_OF_MEMORY = re.compile(
+    r"(can(no|')t|could not|unable to|failed to) (allocate|mmap|map segment)|not enough memory"
+    r"|bad_alloc|(malloc|realloc) of size|could not create a (primitive|memory)|paging file",
+    re.IGNORECASE,
+)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
@@ -116,6 +126,7 @@ def _flag_name(field_name: str) -> str:
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and exit; report user errors as one line on stderr with exit code 2."""
+    steady_output()
     try:
         sys.exit(main() or 0)
     except KeyboardInterrupt:
@@ -130,6 +141,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 def install_error_hook() -> None:
     """Report user errors as `run` does, in a script without a `main` function."""
+    steady_output()
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, KeyboardInterrupt):
@@ -156,9 +168,13 @@ def one_line(error: BaseException) -> str | None:
             "the GPU's memory is full; try --offload, --dtype fp16 or bf16, or close other "
             "programs that use the GPU"
         )
-    out_of_memory = "can't allocate memory|not enough memory"
-    if isinstance(error, RuntimeError) and re.search(out_of_memory, str(error)):
-        return "the computer's memory is full; try --dtype bf16, which halves the models"
+    cause: BaseException | None = error
+    while cause is not None:  # a library's error may be wrapped in one of ours
+        if isinstance(cause, MemoryError) or OUT_OF_MEMORY.search(str(cause)):
+            reason = " ".join(f"{type(cause).__name__}: {error}".split())[:300]
+            advice = "try --dtype bf16, which halves the models"
+            return f"the computer's memory is full; {advice} ({reason})"
+        cause = cause.__cause__ or cause.__context__
     # OSError covers missing or read-only files, a full disk, an unreachable model hub.
     if isinstance(error, OSError | UserError):
         return " ".join(str(error).split())
@@ -179,17 +195,55 @@ def quiet_libraries() -> None:
         library.disable_progress_bar()
 
 
+def rank() -> int:
+    """Return the number of this process among those that torchrun started, 0 for a single one."""
+    number, alone = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "") in ("", "1")
+    return int(number) if number.isdecimal() and not alone else 0
+
+
 def silence_nonzero_ranks() -> None:
-    """Let only rank 0 of a torchrun job print and show progress; call before importing tqdm."""
-    if int(os.environ.get("RANK", 0)):
+    """Let only rank 0 of a torchrun job print and show progress; call before importing torch."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a line for each try to meet the others
+    if rank():
         os.environ["TQDM_DISABLE"] = "1"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open as long as the process lives
 
 
 def warn(message: str) -> None:
     """Print one warning line to stderr, on rank 0 only."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank() == 0:
         print(f"warning: {message}", file=sys.stderr)
+
+
+class SteadyStream:
+    """Wrap an output stream so that it never ends a run.
+
+    What its reader does not want any more (`| head`), or its disk cannot take, goes nowhere.
+    """
+
+    def __init__(self, stream: IO[str]):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        """Write a text at once."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            # What is buffered still, and all that follows, goes there.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def steady_output() -> None:
+    """Let output go on whatever becomes of its reader; what that cannot show is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):  # a notebook's stream takes any character
+            stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, SteadyStream(stream))
 
 
 def printable(text: str) -> str:
@@ -198,7 +252,10 @@ def printable(text: str) -> str:
 
 
 def writable_folder(path: str | Path) -> Path:
-    """Create a folder and prove that it can be written to. Raises UserError."""
+    """Create a folder, prove that it can be written to, and clear it of unfinished files.
+
+    Raises UserError.
+    """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -207,6 +264,7 @@ def writable_folder(path: str | Path) -> Path:
     except OSError as error:
         reason = error.strerror
         raise UserError(f"{path}: cannot be written ({reason}); choose another folder") from None
+    remove_partial(path)
     return path
 
 
@@ -221,9 +279,54 @@ def writable_file(path: str | None, flag: str, kinds: tuple[str, ...] = ()) -> N
     fits = not kinds or suffix in kinds
     check(fits, f"{path}: cannot be drawn as {suffix or 'that'}; {flag} takes {', '.join(kinds)}")
     check(not Path(path).is_dir(), f"{path}: is a folder; choose another {flag}")
+    target = Path(os.path.realpath(path))
     try:
-        with NamedTemporaryFile(dir=Path(path).parent):
-            pass
+        if is_stream(Path(path)):
+            check(os.access(path, os.W_OK), f"{path}: cannot be written; choose another {flag}")
+        else:
+            with NamedTemporaryFile(dir=target.parent):
+                pass
     except OSError as error:
         reason = error.strerror
         raise UserError(f"{path}: cannot be written ({reason}); choose another {flag}") from None
+    remove_partial(target.parent, target.name)
+
+
+def is_stream(path: Path) -> bool:
+    """Return True for what is written to and cannot be replaced: a device or a pipe."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
+def partial_of(path: Path) -> Path:
+    """Return the name of a file until it is whole; it tells process and machine."""
+    return path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}.partial")
+
+
+def remove_partial(folder: Path, name: str = "", locked: bool = False) -> None:
+    """Remove the unfinished files and folders that killed processes left, of one name or of all.
+
+    Those of living processes and of other machines stay, unless the folder is `locked`.
+    """
+    for debris in folder.glob(f".{glob.escape(name)}*.partial"):
+        if locked or _is_abandoned(debris.name):
+            remove(debris)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it is there and may be removed."""
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # a folder, which is gone, or another user's
+        path.unlink()
+
+
+def _is_abandoned(partial: str) -> bool:
+    """Return True for the unfinished file of a process of this machine that is gone."""
+    match = re.search(rf"\.(\d+)(@{re.escape(platform.node())})?\.partial$", partial)
+    try:
+        if match and os.name != "nt":  # there, it would end the process
+            os.kill(int(match[1]), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # it belongs to somebody else
+        pass
+    return False

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BatchFeature, LlavaProcessor, PreTrainedModel
 
-from img_minimal.cli import check
+from img_minimal.cli import check, partial_of
 from img_minimal.data.features import StreamedData
 from img_minimal.data.pairs import Stream, Triplet, triplet_stream
 from img_minimal.devices import Precision, best_device
@@ -253,7 +253,7 @@ class Detector:
         Merged, so that sampling needs neither peft nor the stock model.
         """
         self.merge()
-        partial = folder.with_name(f".{folder.name}.partial")
+        partial = partial_of(folder)
         shutil.rmtree(partial, ignore_errors=True)
         model = self.model.to(torch.bfloat16)
         with writing(folder):

@@ -3,24 +3,24 @@
 import hashlib
 import io
 import json
+import math
 import os
 import re
-import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from img_minimal.cli import UserError
+from img_minimal.cli import UserError, is_stream, partial_of
 
 JSON_KINDS = {dict: "an object", list: "a list"}
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others may start programs
@@ -33,15 +33,29 @@ MAX_ASPECT = 100  # width to height; Qwen's image processor refuses 200
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` on success and is removed on failure."""
+    """Yield a temporary path that replaces `path` on success and is removed on failure.
+
+    A link stays, and what it leads to is replaced; so does the mode of the file that was there. To
+    a device or a pipe the content is written.
+    """
     path = Path(path)
-    # In the same folder, so that the rename is atomic.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    if is_stream(path):
+        with TemporaryDirectory() as folder:
+            partial = Path(folder) / path.name
+            yield partial
+            print(end="", flush=True)  # what was printed before comes first, if this is /dev/stdout
+            with path.open("ab") as stream:
+                stream.write(partial.read_bytes())
+        return
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+    partial = partial_of(path)  # in the same folder, so that the rename is atomic
     try:
         partial.touch()
-        mode = partial.stat().st_mode
+        # safetensors leaves files that only their owner may read
+        mode = (path if path.exists() else partial).stat().st_mode
         yield partial
-        partial.chmod(mode)  # safetensors leaves files that only their owner may read
+        partial.chmod(mode)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -51,15 +65,6 @@ def write_whole(path: str | Path, text: str | bytes) -> None:
     """Replace a file atomically by one that holds `text`."""
     with replacing(path) as partial:
         partial.write_bytes(text.encode() if isinstance(text, str) else text)
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove the unfinished files and folders that killed processes left in `folder`."""
-    for debris in folder.glob(".*.partial"):
-        if debris.is_dir():
-            shutil.rmtree(debris)
-        else:
-            debris.unlink(missing_ok=True)
 
 
 # Provenance
@@ -190,9 +195,9 @@ def open_image(path: str) -> Image.Image:
     try:
         return decode(Path(path).read_bytes())
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not a readable picture"
-        formats = ", ".join(IMAGE_FORMATS)
-        raise UserError(f"{path}: {reason}; expected {formats}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        expected = f"{', '.join(IMAGE_FORMATS)} of at most {MAX_SIDE} pixels a side"
+        raise UserError(f"{path}: {reason}; expected {expected}") from None
 
 
 def decode(data: bytes) -> Image.Image:
@@ -201,12 +206,26 @@ def decode(data: bytes) -> Image.Image:
     Raises OSError for damaged bytes, formats that image data sets do not use, and shapes whose
     padded square would take gigabytes.
     """
-    image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    if max(image.size) > MAX_SIDE:
-        raise OSError(f"{image.width} x {image.height} pixels, more than {MAX_SIDE} on a side")
-    if max(image.size) > MAX_ASPECT * min(image.size):
-        raise OSError(f"{image.width} x {image.height} pixels is a line, not a picture")
-    image = ImageOps.exif_transpose(image)
+    try:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        size = f"{image.width} x {image.height} pixels"
+        if max(image.size) > MAX_SIDE:
+            raise OSError(f"{size}, more than {MAX_SIDE} on a side")
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            raise OSError(f"{size} is a line, not a picture")
+        image.load()
+        return _upright_rgb(image)
+    except UnidentifiedImageError:  # its message names a buffer in memory
+        raise OSError("not a readable picture") from None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise nearly anything for damaged bytes
+        raise OSError(f"not a readable picture ({error or type(error).__name__})") from None
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    with suppress(Exception):  # EXIF that cannot be read turns nothing
+        image = ImageOps.exif_transpose(image)
     # 16 bits and more are rescaled, where a plain conversion would clip.
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
@@ -267,13 +286,18 @@ def peak_memory() -> str:
     """Describe the peak memory of this process, on the GPU if there is one."""
     if torch.cuda.is_available():
         return f"at most {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of GPU memory"
-    return f"at most {peak_bytes() / 1e9:.2f} GB of memory"
+    peak = peak_bytes() / 1e9
+    return "memory not measured" if math.isnan(peak) else f"at most {peak:.2f} GB of memory"
 
 
-def peak_bytes() -> int:
-    """Return the peak resident memory of this process in bytes."""
+def peak_bytes() -> float:
+    """Return the peak resident memory of this process in bytes, NaN where that is not known."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux, where ru_maxrss would also count the parent process
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -6,9 +6,11 @@ python -m img_minimal.plots outputs/train --only error nearer --tensorboard outp
 
 import argparse
 import json
+import os
 from pathlib import Path
 from textwrap import fill
 from types import ModuleType
+from typing import Any
 
 from PIL import Image
 
@@ -16,6 +18,7 @@ from img_minimal.cli import PICTURES, check, printable, run, warn, writable_file
 
 # Okabe and Ito's palette, safe for colour-blind readers.
 BLUE, ORANGE, GREEN, GREY, PINK = COLOURS = "#0072B2", "#E69F00", "#009E73", "#7F7F7F", "#CC79A7"
+LARGEST_NUMBER = 1e300  # infinities and what matplotlib cannot scale are beyond it
 Cell = tuple[Image.Image | None, str]
 # Panels by title: of an aligner's training, an MLLM's finetuning, and rounds.
 ALIGNER = {
@@ -46,6 +49,8 @@ ROUNDS = {
 
 def pyplot() -> ModuleType:
     """Import matplotlib without a window, and without formulas: prompts may hold dollars."""
+    # A notebook's programs inherit the name of its backend, which this Python may not have.
+    os.environ["MPLBACKEND"] = "Agg"
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,8 +94,15 @@ def sheet(rows: list[list[Cell]], path: str | Path, title: str = "", caption: st
             axis.set_xlabel(text, fontsize=9)
     figure.suptitle(_wrap(title, 36 * columns), fontsize=11)
     figure.supxlabel(_wrap(caption, 46 * columns), fontsize=8, color=GREY)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path, 120)
+
+
+def _save(figure: Any, path: str | Path, dpi: int) -> None:
+    from img_minimal.files import replacing  # imports torch, which --help does without
+
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=dpi, format=Path(path).suffix[1:] or "png")
+    pyplot().close(figure)
 
 
 def _wrap(text: str, width: int) -> str:
@@ -131,13 +143,15 @@ def curves(
         axis.set_xlabel(x, fontsize=8)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    _save(figure, path, 110)
 
 
 def _plot_line(axis, rows: list[dict], x: str, name: str, label: str, colour: str) -> None:
     """Plot one number of a run."""
-    points = [(row[x], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    points = []
+    for row in rows:
+        if x in row and isinstance(row.get(name), int | float):
+            points.append((row[x], row[name]))
     few = 2 * len(points) < len(rows) or len(rows) < 50
     smoothed: list[float] = []
     for _, value in points:
@@ -149,13 +163,21 @@ def _plot_line(axis, rows: list[dict], x: str, name: str, label: str, colour: st
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Read the rows of a .jsonl file, leaving out damaged ones: the last may be cut."""
+    """Read the rows of a .jsonl file that are numbered by `step` or `round`.
+
+    Damaged rows are left out: the last may be cut. So are numbers too large to compute with.
+    """
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            rows.append(dict(json.loads(line)))
+            row = dict(json.loads(line))
         except (ValueError, TypeError, RecursionError):
             continue
+        for name, value in list(row.items()):
+            if isinstance(value, int | float) and abs(value) > LARGEST_NUMBER:
+                del row[name]
+        if type(row.get("step", row.get("round"))) is int:
+            rows.append(row)
     return rows
 
 
@@ -163,7 +185,7 @@ def read_metrics(folder: str) -> list[dict]:
     """Read a run's log, warning about damaged rows. Raises UserError if there are no rows."""
     path = Path(folder) / "metrics.jsonl"
     check(path.is_file(), f"{path}: not there; name the folder of a run, as in --output-dir")
-    rows = [row for row in read_rows(path) if isinstance(row.get("step"), int)]
+    rows = [row for row in read_rows(path) if "step" in row]
     damaged = len(path.read_text(errors="replace").splitlines()) - len(rows)
     if damaged:
         warn(f"{path}: {damaged} damaged rows are left out")
@@ -191,6 +213,7 @@ def main() -> int:
         for row in rows:
             numbers |= {name: None for name, v in row.items() if isinstance(v, int | float)}
     del numbers["step"]
+    check(numbers, "no run has a number beside its step yet")
     unknown = [name for name in options.only or () if name not in numbers]
     known = ", ".join(numbers)
     check(not unknown, f"--only {' '.join(unknown)}: no run has that; they have {known}")

@@ -123,6 +123,7 @@ def best_length(
     a parabola in the length. `reached` replaces f in the second number by what arrived of the step,
     such as the tokens of the image drawn with f: a weak injection takes up a share, and b* grows.
     """
+    check_alike(f=f, c_l=c_l, ideal=ideal, reached=f if reached is None else reached)
     step = (f - c_l).flatten(1)
     taken = step if reached is None else (reached - c_l).flatten(1)
     return ((ideal - c_l).flatten(1) * step).sum(1), (taken * step).sum(1)

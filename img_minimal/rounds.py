@@ -130,7 +130,7 @@ def train_rounds(
     """
     maker = PairMaker(preset, guidance, seed, run.path / "rounds")
     table = maker.folder / "metrics.jsonl"
-    rows = read_rows(table)
+    rows = finished_rounds(table)
     if not rows:
         first.save(maker.folder / "0" / "aligner.safetensors")
         row = {"round": 0, "kept": True} | maker.measure(first) | last_row(run.metrics)
@@ -338,6 +338,16 @@ def step_size(features: Features | Shards, most: int = 1000) -> float:
     distance = (some.winner - some.loser).flatten(1).norm(dim=1)
     moved = distance[~some.is_identity & (distance > 0)]
     return moved.mean().item() if len(moved) else 0.0
+
+
+def finished_rounds(table: Path) -> list[dict]:
+    """Read the rows of whole rounds, up to the first that is missing or damaged."""
+    rows: list[dict] = []
+    for row in read_rows(table):
+        if row.get("round") != len(rows) or not {"kept", "score", "damage"} <= row.keys():
+            break
+        rows.append(row)
+    return rows
 
 
 def write_row(path: Path, rows: list[dict], row: dict) -> None:

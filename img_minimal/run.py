@@ -12,17 +12,17 @@ by all ranks together: ranks that decide for themselves drift apart or wait for 
 """
 
 import copy
-import fcntl
 import json
 import math
 import os
 import pickle
-import shutil
+import shlex
 import signal
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -31,8 +31,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from img_minimal.cli import UserError, check, warn, writable_folder
-from img_minimal.files import remove_partial, replacing, write_whole
+from img_minimal.cli import UserError, check, remove, remove_partial, warn, writable_folder
+from img_minimal.files import replacing, write_whole
 from img_minimal.hub.weights import opening, would_run_code
 
 MAY_CHANGE_ON_RESUME = {  # no number depends on these
@@ -43,6 +43,9 @@ WARN_IF_CHANGED = {
     "compute": "numbers will differ in rounding",
     "steps": "the learning rate's decay follows the number of steps",
 }
+# Made by a run beside its log and checkpoint: what an overwritten run must not leave.
+RESULTS = ("aligner.safetensors", "mllm", "rounds", "curves.png", "samples.png", "rounds.png")
+MEETING = 25.0  # seconds that processes look for each other, and then wait for all to be there
 # Words in the RuntimeErrors of gloo and NCCL after another process was lost.
 LOST_PEER = ("onnection", "gloo", "NCCL", "peer", "ncclSystemError")
 
@@ -51,17 +54,40 @@ class Ranks:
     """The processes that torchrun started; a single one without it."""
 
     def __init__(self) -> None:
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
+        """Raises UserError if WORLD_SIZE and RANK do not fit; RANK alone means nothing."""
+        world = os.environ.get("WORLD_SIZE") or "1"
+        rank = "0" if world == "1" else os.environ.get("RANK", "")
+        fits = world.isdecimal() and rank.isdecimal() and int(rank) < int(world)
+        advice = "start with torchrun, which sets both, or unset them"
+        check(fits, f"WORLD_SIZE is {world!r} and RANK is {rank!r}; {advice}")
+        self.world, self.rank = int(world), int(rank)
         self.main = self.rank == 0  # prints, validates, saves and draws
 
     def __enter__(self) -> Self:
+        """Raises UserError if the processes do not meet within a minute."""
         if self.world > 1:
-            cuda = torch.cuda.is_available()
-            if cuda:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if cuda else "gloo")
+            try:
+                self._meet()
+            except (ValueError, RuntimeError, OSError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise UserError(
+                    f"rank {self.rank} of {self.world} does not meet the others ({reason}); start "
+                    "all with torchrun, or check WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT"
+                ) from None
         return self
+
+    def _meet(self) -> None:
+        """Wait for all ranks, each of which must be there once, and join them."""
+        if cuda := torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)))
+        patience = timedelta(seconds=MEETING)
+        store, *_ = next(dist.rendezvous("env://", timeout=patience))
+        taken = store.add(f"rank {self.rank}", 1) > 1
+        check(not taken, f"another process has RANK {self.rank}, too")
+        store.wait([f"rank {k}" for k in range(self.world)], patience)
+        store.set_timeout(dist.default_pg_timeout)  # later, ranks may wait long for each other
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if self.world == 1:
@@ -76,6 +102,15 @@ class Ranks:
             # Not an exception: gloo's threads wait for the lost peer and keep the process alive.
             os._exit(2)
         dist.destroy_process_group()
+
+    def again(self) -> str:
+        """Return the command line that resumes this run, quoted for a shell."""
+        start = ["python"]
+        if self.world > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+            here = os.environ.get("LOCAL_WORLD_SIZE", self.world)
+            start = ["torchrun", f"--nproc_per_node={here}"]
+        words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
+        return shlex.join([*start, *words, "--resume"])
 
     def split(self, number: int, flag: str) -> int:
         """Return this rank's part of a number. Raises UserError if it does not divide."""
@@ -152,8 +187,8 @@ class Run:
         self.lock = lock_folder(self.path) if self.ranks.main else None
         try:
             if self.lock:
-                remove_partial(self.path)
-                free = resume or overwrite or not self.checkpoint.exists()
+                made = self.checkpoint.exists() or (self.path / "aligner.safetensors").exists()
+                free = resume or overwrite or not made
                 advice = "go on with --resume, or choose --overwrite or another --output-dir"
                 check(free, f"{path} holds a run; {advice}")
             if resume:
@@ -220,18 +255,18 @@ class Run:
     def log(self, samples: str, **metrics: Tensor) -> dict[str, float]:
         """Average the metrics of this step over the ranks, in one transfer, as the row to write.
 
-        Call it before the weights change. Raises UserError, naming step and samples, if the loss is
-        not finite; the last checkpoint stays as it is.
+        Call it before the weights change. Raises UserError, naming step and samples, if the loss,
+        the gradient or another metric is not finite; the last checkpoint stays as it is.
         """
         metrics["stopping"] = metrics["loss"].new_tensor(float(self.interrupted))
         stacked = torch.stack([value.detach().float() for value in metrics.values()])
         self.row = dict(zip(metrics, self.ranks.mean(stacked).tolist()))
-        loss = self.row["loss"]
-        check(
-            math.isfinite(loss),
-            f"the loss of step {self.step} is {loss} ({samples}); the last checkpoint is kept in "
-            f"{self.path}. Lower --lr, or check these samples",
-        )
+        for name, value in self.row.items():
+            check(
+                math.isfinite(value),
+                f"the {name.replace('_', ' ')} of step {self.step} is {value} ({samples}); the "
+                f"last checkpoint is kept in {self.path}. Lower --lr, or check these samples",
+            )
         return self.row
 
     def restore(self, parts: dict[str, Any], last: int) -> int:
@@ -245,16 +280,17 @@ class Run:
             with opening(self.checkpoint, "checkpoint of this run"):
                 for name, part in parts.items():
                     if name != "data":
-                        part.load_state_dict(self.saved[name])
+                        load_state(part, self.saved[name], name)
                 torch.set_rng_state(self.saved["rng"])
-            if step < last:
-                self._restore_position(parts["data"], self.saved["data"])
+                if step < last:
+                    self._restore_position(parts["data"], self.saved["data"])
         if not self.ranks.main:
             return step
         if not self.saved:
-            # An overwritten run must not be resumed by mistake, nor its rounds continued.
+            # An overwritten run must not be resumed by mistake, nor leave results of its own.
             self.checkpoint.unlink(missing_ok=True)
-            shutil.rmtree(self.path / "rounds", ignore_errors=True)
+            for name in RESULTS if (self.path / "config.json").exists() else ():
+                remove(self.path / name)
         self.metrics.touch()
         size = self.metrics.stat().st_size
         if size < logged:
@@ -269,7 +305,7 @@ class Run:
         Raises UserError if the run began with another number of ranks that each read own files.
         """
         if batches.shared:
-            batches.load_state_dict(positions[0])
+            load_state(batches, positions[0], "data")
             return
         before, now = len(positions), self.ranks.world
         check(
@@ -278,7 +314,7 @@ class Run:
             f"{now}: resume with torchrun --nproc_per_node={before}, or keep features with "
             "--cache-dir from the start",
         )
-        batches.load_state_dict(positions[self.ranks.rank])
+        load_state(batches, positions[self.ranks.rank], "data")
 
     def save(self, state: dict) -> None:
         """Write a checkpoint atomically. Raises UserError if it cannot be written."""
@@ -295,13 +331,16 @@ class Run:
 
 
 def lock_folder(folder: Path) -> IO:
-    """Lock a folder as long as the returned file is open.
+    """Lock a folder as long as the returned file is open, and clear it of unfinished files.
 
-    Raises UserError, naming the process, if another one holds the lock.
+    Warns where there are no locks. Raises UserError, naming the process, if another one holds it.
     """
     lock = (folder / ".lock").open("a+")
     try:
+        import fcntl  # not on Windows
+
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_partial(folder, locked=True)
     except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
@@ -309,6 +348,8 @@ def lock_folder(folder: Path) -> IO:
         raise UserError(
             f"{folder}: {holder} writes there now; stop it, or choose another --output-dir"
         ) from None
+    except (ImportError, OSError) as error:
+        warn(f"{folder}: cannot be locked ({error}); start no second run there")
     lock.truncate(0)
     lock.write(f"process {os.getpid()}")
     lock.flush()
@@ -365,6 +406,21 @@ def load_checkpoint(path: Path) -> dict:
         reason = f"unreadable checkpoint ({kind}); it is cut short or no checkpoint"
         raise UserError(f"{path}: {reason}; {advice}") from None
     check(flipped is None, f"{path}: damaged at {flipped}; {advice}, or restore a copy")
-    whole = isinstance(saved, dict) and "settings" in saved
+    whole = isinstance(saved, dict) and isinstance(saved.get("settings"), dict)
+    whole = whole and fits({"step": 0, "logged": 0}, {"step": None, "logged": None} | saved)
     check(whole, f"{path}: holds no run of this version; {advice}")
     return saved
+
+
+def load_state(part: Any, saved: object, name: str) -> None:
+    """Restore a part of a run. Raises TypeError if what was saved is built otherwise."""
+    if not fits(part.state_dict(), saved):
+        raise TypeError(f"the state of {name} has other fields than this version's")
+    part.load_state_dict(saved)
+
+
+def fits(expected: object, saved: object) -> bool:
+    """Return True if the values of a saved state are of the kinds expected, as far as known."""
+    if isinstance(expected, dict) and isinstance(saved, dict):
+        return all(fits(expected[key], saved[key]) for key in expected.keys() & saved.keys())
+    return expected is None or type(saved) is type(expected)

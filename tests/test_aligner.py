@@ -9,6 +9,8 @@ from refusals import refused
 from safetensors.torch import save_file
 
 from img_minimal.aligner import ImplicitAligner, align
+from img_minimal.hub.weights import write_weights
+from img_minimal.run import Run
 
 WIDTH, GUIDANCE, HEADS, DEPTH = 48, 40, 2, 2
 B, L, N = 2, 7, 3
@@ -179,6 +181,33 @@ def test_a_saved_aligner_keeps_its_sizes_its_bytes_and_its_readers(tmp_path, nam
     assert (tmp_path / name).stat().st_mode == (tmp_path / "plain").stat().st_mode
     if name == "a.pth":  # a plain state dict, as the authors load it
         assert torch.load(tmp_path / name).keys() == aligner.state_dict().keys()
+
+
+@pytest.mark.parametrize("head_dim", [16, 32])
+def test_an_aligner_in_a_checkpoint_or_another_file_brings_the_width_of_its_heads(
+    tmp_path, head_dim
+):
+    aligner = new_aligner(heads=128 // head_dim, head_dim=head_dim)
+    state = aligner.state_dict()
+    torch.save(state, tmp_path / "plain.bin")
+    torch.save({"ema": {"module": state}, "step": 3}, tmp_path / "nested.pt")
+    torch.save(torch.nn.ModuleDict({"module": aligner}).state_dict(), tmp_path / "wrapped.pth")
+    run = Run(tmp_path / "run", {})
+    run.save({"aligner": state, "optimizer": {"state": {0: state}}})
+    run.lock.close()
+    aligner.save(tmp_path / "own.safetensors")
+    (tmp_path / "own.json").write_text('{"head_dim": 8}')  # beside a file, and not of it
+    for name in ("plain.bin", "nested.pt", "wrapped.pth", "run/checkpoint.pt", "own.safetensors"):
+        again = ImplicitAligner.from_file(tmp_path / name)
+        assert again.head_dim == head_dim
+        assert torch.equal(again(*inputs()), aligner(*inputs()))
+
+
+@pytest.mark.parametrize("head_dim", [48, 0, -16, 1024, "wide"])
+def test_a_width_of_heads_that_does_not_fit_is_refused(tmp_path, head_dim):
+    write_weights(tmp_path / "a.pth", new_aligner().state_dict(), {"head_dim": str(head_dim)})
+    with refused("a.pth: cannot be opened as a trained aligner"):
+        ImplicitAligner.from_file(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

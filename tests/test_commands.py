@@ -99,6 +99,10 @@ def test_the_first_image_is_kept_where_the_mllm_prefers_it(call, tmp_path, monke
         (["--image", __file__], "test_commands.py"),
         (["--sweep", "colour=1"], "--sweep is 'colour=1', expected a name of scale"),
         (["--sweep", "scale=a"], "as in scale=0,0.2"),
+        (["--sweep", "steps=2,0"], "--steps is 0, expected 1 to 10,000"),
+        (["--sweep", "passes=1,1000000000"], "--passes is 1000000000, expected 1 to 100"),
+        (["--sweep", "scale=nan"], "--scale is nan"),
+        (["--sweep", "guidance_scale=-1"], "--guidance-scale is -1.0, expected 0 to 1,000"),
         (["--mllm-device", "cuda:77"], "--mllm-device is 'cuda:77', expected one of: cpu"),
         (["--width", "99"], "--width is 99, this model draws multiples of 8"),
         (["--aligner", "nowhere.pth"], "check --aligner"),
@@ -112,6 +116,7 @@ def test_sample_refuses_bad_input(call, tmp_path, arguments, words):
     ("arguments", "words"),
     [
         (["--prompts", 0], "--prompts is 0"),
+        (["--prompts", 10**9], "--prompts is 1000000000, expected 5 to 100,000"),
         (["--json", "/proc/x.json"], "/proc/x.json"),
         (["--json", "/tmp"], "/tmp: is a folder"),
         (["--picture", "/tmp/x.doc"], "cannot be drawn as .doc; --picture takes .png"),

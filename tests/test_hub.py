@@ -14,7 +14,8 @@ import pytest
 from refusals import refused
 from release_folder import PROMPT, flags, locations
 
-from img_minimal.hub.where import chosen, fetch, fetch_file, split_hub_id
+from img_minimal.hub.mllms import read_config
+from img_minimal.hub.where import chosen, fetch, fetch_file, fetch_folder, split_hub_id
 from img_minimal.presets import find_preset
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +66,29 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_hidden_layers": 10**5},
+        {"text_config": {"num_hidden_layers": 12}, "vision_config": {"depth": 4000}},
+        {"layers_per_block": 200, "transformer_layers_per_block": [1, 200]},
+        {"num_single_layers": 10**30},
+        {"layers_per_block": [2, 2, 5000]},
+    ],
+)
+def test_an_architecture_that_would_take_minutes_to_build_is_refused(tmp_path, settings):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    for path in (tmp_path / "config.json", tmp_path / "unet" / "config.json"):
+        path.write_text(json.dumps(settings))
+        (path.parent / "model.safetensors").touch()
+    with refused("config.json: ", "asks for too many layers"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with refused("unet/config.json: ", "asks for too many layers"):
+        fetch_folder(str(tmp_path), "--base")
 
 
 @pytest.fixture(scope="module")

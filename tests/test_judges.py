@@ -209,6 +209,12 @@ def test_benchmarks_are_read_as_they_are_published(tmp_path, name, content, expe
         ("p.tsv", "Prompt\tCategory\na cat\tAnimals\tBasic\n", ["line 2", "3 columns"]),
         ("p.json", '{"prompt": "a cat"}', ["list", "dict"]),
         ("p.json", '["a cat", null]', ["item 2", "no prompt"]),
+        ("p.jsonl", b'"a cat"\r17\r', ["line 2", "no prompt"]),  # of an old Mac
+        ("p.txt", b"a cat\ran \xff owl\r", ["line 2", "UTF-8"]),
+        ("p.txt", "a cat".encode("utf-16-le"), ["line 1", "NUL"]),
+        ("p.jsonl", '"a cat"\n{"prompt": "a \\u0000 dog"}', ["line 2", "NUL"]),
+        ("p.tsv", "Prompt\tCategory\na\0cat\tAnimals", ["line 2", "NUL"]),
+        ("p.tsv", "Prompt\tCategory\tprompt \na\tb\tc\n", ["line 1", "2 columns `Prompt`"]),
     ],
 )
 def test_a_damaged_prompt_file_is_refused_with_the_line(tmp_path, name, content, words):

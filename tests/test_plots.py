@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from refusals import assert_refused
 
-from img_minimal.plots import sheet
+from img_minimal.plots import read_rows, sheet
+from img_minimal.rounds import finished_rounds
 
 
 @pytest.fixture
@@ -40,6 +41,46 @@ def test_a_cut_last_row_is_left_out_and_said(call, runs, tmp_path):
         file.write('{"step": 41, "err')
     done = call("plots", *runs, "--output", tmp_path / "a.png")
     assert done.returncode == 0 and "1 damaged rows are left out" in done.stderr
+
+
+ODD_ROWS = [
+    *('{"loss": 1}', '{"step": "two", "loss": 1}', '{"step": null}', '{"step": 2.5}', "[]", "17"),
+    *('{"step": true, "loss": 1}', '[["step", [1]]]', '{"step": 1e400}', "\x00", "[" * 100_000),
+]
+
+
+def test_odd_rows_are_left_out_and_said_and_odd_values_spoil_no_curve(call, runs, tmp_path):
+    log = runs[0] / "metrics.jsonl"
+    whole = read_rows(log)
+    odd_values = [f"1{0:0400}", "1e400", "-Infinity", "NaN", '"x"', "[1]", "{}"]
+    with log.open("a") as file:
+        for row in ODD_ROWS:
+            file.write(f"{row}\n")
+        for k, value in enumerate(odd_values):
+            file.write(f'{{"step": {41 + k}, "error": {value}, "nearer": 0.5}}\n')
+    done = call("plots", *runs, "--output", tmp_path / "a.png")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(ODD_ROWS)} damaged rows are left out" in done.stderr
+    rows = read_rows(log)
+    assert rows[:40] == whole and len(rows) == 40 + len(odd_values)
+
+
+def test_a_run_without_numbers_is_refused(call, runs):
+    (runs[0] / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert_refused(call("plots", runs[0]), "no run has a number")
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["{", '{"round": 1}', '{"round": 3, "kept": true, "score": 1, "damage": 0}', '{"step": 1}'],
+)
+def test_rounds_go_on_from_the_last_whole_row(tmp_path, damaged):
+    rows = [{"round": k, "kept": k != 2, "score": 0.5, "damage": 0} for k in range(3)]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert finished_rounds(tmp_path / "a.jsonl") == rows
+    (tmp_path / "a.jsonl").write_text("\n".join([lines[0], damaged, lines[2]]))
+    assert finished_rounds(tmp_path / "a.jsonl") == rows[:1]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from pair_files import pairs_of, rows, write
 from refusals import refused
 
 import train as script
+from img_minimal import cli, run
+from img_minimal.cli import UserError
 from img_minimal.data.pairs import pair_stream
 from img_minimal.devices import Precision
 from img_minimal.plots import read_rows
@@ -103,6 +105,110 @@ def test_a_stream_goes_back_to_the_rank_it_came_from_and_another_number_of_ranks
         resume(1, 4, shared=False)
     with refused("--batch-size is 9, which 4 processes cannot share"):
         Ranks().split(9, "--batch-size")
+
+
+NAMES = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+HERE = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Return a function that replaces what torchrun sets, for processes that wait a second."""
+    monkeypatch.setattr("img_minimal.run.MEETING", 1.0)
+
+    def change(values: dict[str, str]) -> None:
+        for name in NAMES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK is ''"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE is '0'"),
+        (HERE | {"RANK": "2"}, "RANK is '2'"),
+        (HERE | {"RANK": "-1"}, "RANK is '-1'"),
+        (HERE, "rank 1 of 2 does not meet the others"),  # nobody is there
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "MASTER_ADDR"),
+        (HERE | {"MASTER_PORT": "abc"}, "abc"),
+        (HERE | {"MASTER_PORT": "70000"}, "rank 1 of 2"),
+        (HERE | {"MASTER_ADDR": "nowhere.invalid"}, "rank 1 of 2"),
+        (rank_environments(2)[0], "rank 0 of 2"),  # the other one never comes
+        (rank_environments(3)[0] | {"MASTER_PORT": "1x"}, "1x"),
+    ],
+)
+def test_an_environment_that_does_not_fit_together_is_one_line_soon(environment, values, words):
+    environment(values)
+    began = time.monotonic()
+    with refused(words, "torchrun"), Ranks():
+        pass
+    assert time.monotonic() - began < 30
+
+
+def meet(environment: dict[str, str], ends: object) -> None:
+    """Meet the others for three seconds, and tell how it ended."""
+    os.environ |= environment
+    run.MEETING = 3.0
+    try:
+        with Ranks():
+            ends.put("met")
+    except UserError as error:
+        ends.put(str(error))
+
+
+def test_two_processes_of_one_number_end_all_of_them(tmp_path):
+    first, second, _ = rank_environments(3)
+    ends = CONTEXT.Queue()
+    for environment in (first, second, second):
+        CONTEXT.Process(target=meet, args=(environment, ends)).start()
+    told = sorted(ends.get(timeout=60) for _ in range(3))
+    assert [line[:9] for line in told] == ["rank 0 of", "rank 1 of", "rank 1 of"]
+    assert "another process has RANK 1" in "".join(told)
+
+
+def test_a_rank_alone_silences_nothing(environment, capsys):
+    for values in (
+        {"RANK": "3"},
+        {"RANK": "x", "WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "", "RANK": "1"},
+    ):
+        environment(values)
+        cli.silence_nonzero_ranks()
+        cli.warn("heard")
+        print("printed")
+        with Ranks() as ranks:
+            assert ranks.main and ranks.world == 1
+        assert capsys.readouterr() == ("printed\n", "warning: heard\n")
+
+
+@pytest.mark.parametrize(
+    ("values", "words", "said"),
+    [
+        ({}, ["train.py", "--resume", "--pairs", "my pairs"], "python train.py --pairs 'my pairs'"),
+        ({}, ["a b/train.py", "--overwrite", "--lr=1"], "python 'a b/train.py' --lr=1"),
+        (HERE | {"WORLD_SIZE": "8"}, ["train.py"], "torchrun --nproc_per_node=8 train.py"),
+        (
+            HERE | {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
+            ["train.py", "--pairs", "$HOME"],
+            "torchrun --nproc_per_node=4 train.py --pairs '$HOME'",
+        ),
+        ({"TORCHELASTIC_RUN_ID": "a"}, ["train.py"], "torchrun --nproc_per_node=1 train.py"),
+    ],
+)
+def test_the_command_that_resumes_can_be_pasted_into_a_shell(
+    environment, monkeypatch, values, words, said
+):
+    environment(values)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", words)
+    assert Ranks().again() == f"{said} --resume"
 
 
 @pytest.mark.parametrize("shard", ["3", "4/4", "a/b", "-1/2", "1/0", "1/2/3", ""])

@@ -51,6 +51,7 @@ def read_prompts(path: str | Path, count: int | None = None, seed: int = 0) -> l
         text = printable(texts.get("prompt", ""))
         expected = "expected a text, or an object whose `prompt` is one"
         check(text, f"{path}, {where}: no prompt; {expected}")
+        check("\0" not in text, f"{path}, {where}: holds a NUL; save the file as UTF-8 text")
         category = texts.get("category", texts.get("tag", ""))
         prompts.append(FilePrompt(len(prompts), text, category))
     check(prompts, f"{path}: holds no prompt")
@@ -71,7 +72,7 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
             yield f"item {number}", row
         return
     columns = None
-    # Only newlines end a line, not every Unicode separator.
+    # Only line ends of the three systems end a line, not every Unicode separator.
     for number, line in enumerate(text.split("\n"), 1):
         where = f"line {number}"
         if not line.strip():
@@ -83,9 +84,10 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
         # Without quoting: PartiPrompts has quotation marks inside its prompts.
         elif columns is None:
             columns = line.split("\t")
-            named = "prompt" in [column.strip().lower() for column in columns]
+            named = [column.strip().lower() for column in columns].count("prompt")
             expected = "expected the columns' names, separated by tabs"
-            check(named, f"{path}, {where}: no column `Prompt`; {expected}")
+            found = f"{named or 'no'} column{'s' * (named > 1)} `Prompt`"
+            check(named == 1, f"{path}, {where}: {found}; {expected}")
         else:
             cells = line.split("\t")
             found = f"{len(cells)} columns, the first line names {len(columns)}"
@@ -96,7 +98,8 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
 def _read(path: Path) -> str:
     data = b""
     try:
-        data = path.read_bytes()
+        # Of Windows and of old Macs.
+        data = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         return data.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check --prompt-file") from None

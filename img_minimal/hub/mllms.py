@@ -43,7 +43,7 @@ from img_minimal.cli import check, warn
 from img_minimal.devices import count_parameters
 from img_minimal.files import read_json
 from img_minimal.hub.weights import WeightsError, opening
-from img_minimal.hub.where import fetch_file, fetch_folder, split_hub_id
+from img_minimal.hub.where import check_depth, fetch_file, fetch_folder, split_hub_id
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 Device = torch.device | str
@@ -373,8 +373,10 @@ def read_tokenizer(folder: Path) -> LlamaTokenizer:
 
 
 def read_config(folder: Path) -> dict:
-    """Read a folder's config.json. Raises WeightsError if it is missing or damaged."""
-    return read_json(folder / "config.json", dict, "download it again", WeightsError)
+    """Read a folder's config.json. Raises WeightsError if it is missing, damaged or too deep."""
+    settings = read_json(folder / "config.json", dict, "download it again", WeightsError)
+    check_depth(folder / "config.json")
+    return settings
 
 
 def announced_width(location: str) -> int:

@@ -73,10 +73,11 @@ def would_run_code(error: Exception) -> bool:
 
 
 def _drop_prefix(state: dict) -> dict:
-    plain = {}
+    plain = OrderedDict()
     for key, value in state.items():
         value = _drop_prefix(value) if isinstance(value, dict) else value
         plain[str(key).removeprefix("module.")] = value
+    setattr(plain, NOTES, getattr(state, NOTES, {}))
     return plain
 
 
@@ -91,10 +92,13 @@ def _find(state: dict, key: str) -> dict | None:
     return None
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """Read the notes written with a file, {} if there are none; `read_weights` must come first."""
+def read_metadata(path: str | Path, state: dict | None = None) -> dict[str, str]:
+    """Read the notes written with a file, {} if there are none; `read_weights` must come first.
+
+    A torch file may nest dicts, each with notes of its own: `state` is the one that was found.
+    """
     if Path(path).suffix != ".safetensors":
-        notes = getattr(_load_torch(Path(path)), NOTES, {})
+        notes = getattr(state or _load_torch(Path(path)), NOTES, {})
         return notes.get(NOTES, {}) if isinstance(notes, dict) else {}
     with safe_open(path, framework="pt") as file:
         return file.metadata() or {}
@@ -163,4 +167,4 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
         if value.shape != expected[key].shape:
             shapes = f"has shape {tuple(value.shape)}, expected {tuple(expected[key].shape)}"
             raise WeightsError(f"{source}: {key!r} {shapes}; it belongs to another model")
-    module.load_state_dict(state, assign=True)
+    module.load_state_dict(dict(state), assign=True)  # without a file's notes

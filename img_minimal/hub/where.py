@@ -235,6 +235,9 @@ def _check_folder(
             problem = f"has {count} of {int(total[1])} files {name}; download the others"
     if problem:
         raise WeightsError(f"{location}: {problem}")
+    for name in names:
+        if Path(name).name == "config.json":
+            check_depth(path / name)
     for name in weights:
         if name.endswith(".safetensors"):
             try:
@@ -245,6 +248,15 @@ def _check_folder(
                     f"unreadable ({type(error).__name__}); it is cut short or a Git LFS pointer"
                 )
                 raise WeightsError(f"{path / name}: {problem}: download it again") from None
+
+
+def check_depth(path: Path) -> None:
+    """Raise WeightsError for a config.json that asks for so many layers that it takes minutes."""
+    text = path.read_text(errors="replace")
+    many = re.search(r'"\w*((layers|depth)"[\s\[\d,:]*\d{4}|per_block"[\s\[\d,:]*\d{3})', text)
+    if many:
+        message = f"asks for too many layers ({' '.join(many[0].split())[:80]}...)"
+        raise WeightsError(f"{path}: {message}; download it again")
 
 
 def _names(path: Path) -> list[str]:
