@@ -7,8 +7,10 @@ lets the network attend to them.
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
@@ -18,8 +20,8 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from img_minimal.cli import check
 from img_minimal.devices import Precision, Turns, best_device, compute_device
-from img_minimal.files import check_finite
-from img_minimal.hub.weights import opening
+from img_minimal.files import check_finite, read_json
+from img_minimal.hub.weights import WeightsError, opening
 from img_minimal.presets import Models, Preset
 
 CLASSES = {"sdxl": "SDXL", "flux": "Flux"}
@@ -64,7 +66,7 @@ class Backbone:
     Subclasses add
 
         open_pipe(models, precision)      load the diffusers pipeline
-        open_branch(models, pipe)         load the adapter's branch for it
+        open_branch(models, network)      load the adapter's branch for it
         read(prompts)                     prepare each prompt for `draw_batch`
         draw_batch(texts, generators, tokens, scales, bar)
                                           draw (B, 3, H, W), guided by (negative, positive) tokens
@@ -87,6 +89,14 @@ class Backbone:
         self.pipe, self.image_prompt, self.branch = pipe, image_prompt, branch
         self.preset, self.sampling, self.turns = preset, preset.sampling, turns
         self.precision = image_prompt.precision
+
+    @staticmethod
+    def check_folder(base: Path) -> None:
+        """Raise WeightsError for settings of another kind of pipeline."""
+
+    @staticmethod
+    def check_pipe(pipe: DiffusionPipeline, location: str) -> None:
+        """Raise WeightsError for parts of a pipeline that do not fit each other."""
 
     def draw(
         self,
@@ -193,7 +203,9 @@ def open_backbone(
         pipe = kind.open_pipe(models, precision).to(turns.home)
         pipe.set_progress_bar_config(disable=True)
     loaded()
-    branch = kind.open_branch(models, pipe).to(turns.home).requires_grad_(False)
+    kind.check_pipe(pipe, models.unet or models.base)
+    branch = kind.open_branch(models, getattr(pipe, kind.network)).to(turns.home)
+    branch.requires_grad_(False)
     loaded()
     return kind(pipe, image_prompt, branch, preset, turns)
 
@@ -203,6 +215,17 @@ def open_image_prompt(kind: str, models: Models) -> ImagePrompt:
     device = best_device()
     precision = Precision.named(models.dtype, device)
     return backbone_class(kind).image_prompts.open(models, precision, device)
+
+
+def check_adapter(kind: str, models: Models) -> None:
+    """Raise UserError for an IP-Adapter of another base, by the base's settings alone."""
+    backbone = backbone_class(kind)
+    backbone.check_folder(Path(models.base))
+    folder = Path(models.unet or f"{models.base}/{backbone.network}")
+    settings = read_json(folder / "config.json", dict, "download it again", WeightsError)
+    with opening(folder, backbone.network), torch.device("meta"):
+        network = getattr(diffusers, str(settings.get("_class_name"))).from_config(settings)
+        backbone.open_branch(models, network)
 
 
 def announced_token_width(kind: str, models: Models) -> int:

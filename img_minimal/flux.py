@@ -274,9 +274,13 @@ class Flux(Backbone):
             return FluxPipeline.from_pretrained(models.base, dtype=dtype)
 
     @staticmethod
-    def open_branch(models: Models, pipe: FluxPipeline) -> nn.ModuleDict:
+    def check_folder(base: Path) -> None:
+        """Raise WeightsError for another kind of FLUX, by its settings alone."""
+        check_flux_folder(base)
+
+    @staticmethod
+    def open_branch(models: Models, transformer: FluxTransformer2DModel) -> nn.ModuleDict:
         """Load the adapter's branch for this transformer."""
-        transformer = pipe.transformer
         check_guidance_embedding(transformer.config, "this pipeline")
         _, state = read_xlabs_adapter(models.ip_adapter)
         branch = new_branch(transformer, state["0.to_k_ip.0.weight"].shape[1])

@@ -8,6 +8,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 
 import torch
@@ -17,7 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from img_minimal.aligner import ImplicitAligner, align
-from img_minimal.backbone import PIPELINES, Backbone, announced_token_width, open_backbone
+from img_minimal.backbone import (
+    PIPELINES,
+    Backbone,
+    announced_token_width,
+    check_adapter,
+    open_backbone,
+)
 from img_minimal.cli import check
 from img_minimal.devices import Precision, Turns, best_device, known_device
 from img_minimal.files import Clock, from_pil, to_pil
@@ -85,15 +92,10 @@ class IMG:
         opens = {"aligner": opens_aligner, "mllm": opens_mllm}
         opens |= dict.fromkeys(ADAPTER, not isinstance(pipe, Backbone))
         opens |= dict.fromkeys(("unet", "base"), pipe is None)
-        preset = fetch(preset, *(name for name, wanted in opens.items() if wanted))
-
-        if opens_aligner:
-            aligner = ImplicitAligner.from_file(preset.sampling.aligner)
-        self.aligner = aligner.eval()
-        if opens_mllm:
-            self.aligner.check_widths(announced_width(preset.models.mllm), None)
-        if not isinstance(pipe, Backbone):
-            self.aligner.check_widths(None, announced_token_width(preset.backbone, preset.models))
+        width = announced_width(preset.models.mllm) if opens_mllm else None
+        self.aligner = None if opens_aligner else aligner.eval()
+        names = [name for name, wanted in opens.items() if wanted]
+        preset = fetch(preset, *names, inspect=partial(self._check_files, pipe, width))
         if mllm_device is not None:
             mllm_device = known_device(str(mllm_device))
         with tqdm(total=4, desc="loading models", leave=False, delay=2) as bar:
@@ -113,6 +115,19 @@ class IMG:
             mllm.model.to(self.turns.home)
         self.passes, self.mllm_batch = preset.sampling.passes, preset.models.mllm_batch
         self.clock = Clock()  # seconds of each step so far
+
+    def _check_files(self, pipe: object, width: int | None, preset: Preset) -> None:
+        """Open the aligner. Raises UserError for an MLLM, adapter or base that does not fit it.
+
+        That is known by the small files; weights are not downloaded yet.
+        """
+        if self.aligner is None:
+            self.aligner = ImplicitAligner.from_file(preset.sampling.aligner).eval()
+        self.aligner.check_widths(width, None)
+        if not isinstance(pipe, Backbone):
+            self.aligner.check_widths(None, announced_token_width(preset.backbone, preset.models))
+        if pipe is None:
+            check_adapter(preset.backbone, preset.models)
 
     def __call__(
         self,

@@ -415,12 +415,15 @@ class SDXL(Backbone):
             )
 
     @staticmethod
-    def open_branch(models: Models, pipe: StableDiffusionXLPipeline) -> nn.ModuleDict:
+    def check_pipe(pipe: StableDiffusionXLPipeline, location: str) -> None:
+        """Raise WeightsError for a UNet that does not draw from text with this pipeline."""
+        check_sdxl(pipe, location)
+
+    @staticmethod
+    def open_branch(models: Models, unet: UNet2DConditionModel) -> nn.ModuleDict:
         """Load the adapter's branch for this UNet."""
-        check_sdxl(pipe, models.unet or models.base)
         _, state, _ = read_ip_adapter(models)
-        dtype = pipe.unet.dtype
         token_width = next(iter(state.values())).shape[1]
-        branch = new_branch(pipe.unet, token_width)
-        fill(branch, {key: value.to(dtype) for key, value in state.items()}, models.ip_adapter)
+        branch = new_branch(unet, token_width)
+        fill(branch, {key: value.to(unet.dtype) for key, value in state.items()}, models.ip_adapter)
         return branch

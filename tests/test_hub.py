@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import torch
+from mllm_folders import edit
 from refusals import refused
 from release_folder import PROMPT, flags, locations
 
@@ -26,6 +29,7 @@ class Hub(BaseHTTPRequestHandler):
     """Serves repositories root/owner/name; those of "gated" may be listed, but not read."""
 
     root: Path
+    asked: list[str]  # all paths so far
 
     def log_message(self, *_: object) -> None:
         pass
@@ -34,6 +38,7 @@ class Hub(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        self.asked.append(self.path)
         parts = self.path.split("?")[0].strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             return self.describe(self.root / parts[2] / parts[3], "tree" in parts)
@@ -99,7 +104,19 @@ def hub(release, tmp_path_factory) -> Iterator[dict]:
     (root / "org" / "release").symlink_to(release, target_is_directory=True)
     (root / "gated" / "model").mkdir(parents=True)
     (root / "gated" / "model" / "aligner.pth").write_bytes(b"secret")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Hub,), {"root": root}))
+    other = root / "org" / "other"
+    for name, change in (("gpt", {"model_type": "gpt2"}), ("wide", {})):
+        (other / name).mkdir(parents=True)
+        shutil.copy(release / "llava" / "config.json", other / name)
+        edit(other / name / "config.json", **change)
+        (other / name / "model.safetensors").write_bytes(b"gigabytes")
+    config = json.loads((other / "wide" / "config.json").read_text())
+    edit(other / "wide" / "config.json", text_config=config["text_config"] | {"hidden_size": 96})
+    state = torch.load(locations(release)["ip_adapter"])
+    state["ip_adapter"].popitem()
+    torch.save(state, other / "adapter.bin")
+    Hub.root, Hub.asked = root, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
     yield os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
@@ -151,6 +168,36 @@ def test_sample_draws_from_the_hub_and_again_from_its_cache_without_the_hub(hub,
     assert (snapshot / "aligner_sdxl.pth").exists()
     assert not (snapshot / "aligner.safetensors").exists(), "only what is needed is fetched"
     assert not list(snapshot.glob("base/unet/*.safetensors"))
+
+
+def test_what_does_not_fit_is_refused_before_weights_are_downloaded(hub, tmp_path):
+    program = """
+import json, sys
+from img_minimal.cli import UserError
+from img_minimal.pipeline import IMG
+for given in sys.argv[1:]:
+    try:
+        IMG(preset="sdxl", **json.loads(given))
+    except UserError as error:
+        print(error)
+"""
+    wrong = [
+        ("mllm", "gpt", "'gpt2' is no MLLM known here"),
+        ("mllm", "wide", "trained for an MLLM of width 160, this one has width 96"),
+        ("ip_adapter", "adapter.bin", "lacks"),
+    ]
+    right, cases = locations(Path("org/release")), []
+    for name, path, _ in wrong:
+        cases.append(json.dumps(right | {name: f"org/other/{path}"}))
+    Hub.asked.clear()
+    result = python(hub | {"HF_HOME": str(tmp_path)}, "-c", program, *cases)
+    messages = result.stdout.splitlines()
+    assert len(messages) == 3, result.stderr
+    for message, (_, _, words) in zip(messages, wrong):
+        assert words in message
+    assert any("config.json" in path for path in Hub.asked)
+    weights = [path for path in Hub.asked if path.endswith((".safetensors", "model.bin"))]
+    assert not weights
 
 
 def test_a_refusal_of_the_hub_is_explained_in_one_line(hub):

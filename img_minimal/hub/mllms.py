@@ -392,8 +392,8 @@ def announced_width(location: str) -> int:
 
 def read_settings(location: str, flag: str) -> dict:
     """Read a model's config.json, of a local folder or on the hub. Raises UserError."""
-    folder = Path(location)
-    if not folder.is_dir():
+    folder = Path(location).expanduser()
+    if split_hub_id(location, flag):
         folder = fetch_file(f"{location}/config.json", flag).parent
     return read_config(folder)
 

@@ -11,6 +11,7 @@ show before the first model is loaded.
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,23 +39,29 @@ STEM, SHARD = r"(model|pytorch_model|diffusion_pytorch_model)", r"(-\d+-of-\d+)?
 PLAIN, TORCH, FP16 = r"\.safetensors", r"\.bin", rf"\.fp16{SHARD}\.safetensors"
 
 
-def fetch(preset: Preset, *names: str) -> Preset:
+def fetch(preset: Preset, *names: str, inspect: Callable[[Preset], object] = id) -> Preset:
     """Copy the preset with local paths for the named locations, downloaded where necessary.
 
-    fp16 files are preferred where a repository has both and the preset's dtype is half precision.
-    Raises UserError if a location cannot be had, WeightsError if its files are damaged.
+    `inspect` gets such a copy when single files and all settings are there, and may refuse what
+    does not fit before the weights of folders, which take gigabytes, are downloaded. fp16 files
+    are preferred where a repository has both and the preset's dtype is half precision. Raises
+    UserError if a location cannot be had, WeightsError if its files are damaged.
     """
     half = Precision.named(preset.models.dtype, best_device()).weights != torch.float32
     fields = vars(preset.models) | vars(preset.sampling)
     found = {name: fields[name] for name in names if fields[name]}
     for name, location in found.items():
         split_hub_id(location, flag_of(name))  # finds a mistyped path before any download
+    folders = {name: place for name, place in found.items() if name not in SINGLE_FILES}
     for name, location in found.items():
-        if name in SINGLE_FILES:
-            found[name] = str(fetch_file(location, flag_of(name)))
+        if name in folders:
+            found[name] = str(fetch_folder(location, flag_of(name), half, weights=False))
         else:
-            without = ("unet",) if name == "base" and preset.models.unet else ()
-            found[name] = str(fetch_folder(location, flag_of(name), half, without))
+            found[name] = str(fetch_file(location, flag_of(name)))
+    inspect(preset.changed(**found))
+    for name, location in folders.items():
+        without = ("unet",) if name == "base" and preset.models.unet else ()
+        found[name] = str(fetch_folder(location, flag_of(name), half, without))
     return preset.changed(**found)
 
 
@@ -78,11 +85,16 @@ def fetch_file(location: str, flag: str) -> Path:
 
 
 def fetch_folder(
-    location: str, flag: str, half: bool = False, without: tuple[str, ...] = ()
+    location: str,
+    flag: str,
+    half: bool = False,
+    without: tuple[str, ...] = (),
+    weights: bool = True,
 ) -> Path:
     """Return the local folder of a model or pipeline, downloaded if necessary.
 
-    Only settings and the chosen weights are downloaded, nothing of the subfolders `without`. Raises
+    Only settings and, with `weights`, the chosen ones are downloaded, nothing of the subfolders
+    `without`. Raises
     UserError if the folder cannot be had, WeightsError if its files are damaged.
     """
     hub_id = split_hub_id(location, flag)
@@ -93,15 +105,17 @@ def fetch_folder(
         prefix = f"{inside}/" if inside else ""
         settings = [prefix + pattern for pattern in SETTINGS]
         path = _download(location, repo, settings, flag) / inside
+        if not weights:
+            return path
         names = []
         # Missing offline if the cache is older than this kind of listing.
         with suppress(CachedRepoTreeNotFoundError):
             for file in get_cached_repo_tree(repo):
                 if file.path.startswith(prefix):
                     names.append(file.path.removeprefix(prefix))
-        weights = [prefix + name for name in chosen(path, names, half, without)]
-        if weights:
-            _download(location, repo, weights, flag)
+        files = [prefix + name for name in chosen(path, names, half, without)]
+        if files:
+            _download(location, repo, files, flag)
     _check_folder(path, location, flag, half, without)
     return path
 
