@@ -2,7 +2,7 @@
 
     python train.py                            the tiny twin, on a CPU, in minutes
     python train.py --resume                   continue a stopped run, bitwise the same
-    python train.py --preference-weight 0 --output-dir outputs/base    an ablation: L_base alone
+    python train.py --preference-weight 1 --output-dir outputs/full    the paper's whole objective
     python train.py --rounds 3                 two more rounds, on pairs the aligner makes itself
     python train.py --stage mllm               finetune the MLLM that says what to correct
     python train.py --model sdxl               the paper's run, streaming pairs, on one GPU

@@ -162,6 +162,7 @@ def test_train_stopped_by_sigterm_says_how_to_resume_and_resumes(call, tmp_path)
     done = call("train.py", *words, "--resume")
     assert done.returncode == 0, done.stderr
     assert "strict alignment on 5 validation prompts: base" in done.stdout
+    assert "b*, the best multiple of the aligner's steps" in done.stdout
     assert [row["step"] for row in read_rows(metrics)] == list(range(1, 61))
     made = {path.name for path in folder.iterdir()}
     pictures = {"curves.png", "samples.png"}

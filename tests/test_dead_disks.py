@@ -50,7 +50,7 @@ def start(kind: str, files: Path, folder: Path, largest: int | None = None) -> C
     elif name == "train":
         cache = "none" if kind == "train" else folder / "features"
         words += ["--pairs", files / "pairs.parquet", "--steps", 12, "--cache-dir", cache]
-        words += ["--eval-prompts", 5]
+        words += ["--eval-prompts", 5, "--preference-weight", 1]
     if kind == "rounds":
         words += ["--rounds", 2, "--round-prompts", 24, "--round-steps", 6]
     return Command(name, *words, largest=largest)

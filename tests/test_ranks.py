@@ -30,6 +30,7 @@ def train_rank(folder: Path, optimizer: str, environment: dict[str, str]) -> Non
     os.environ |= environment
     torch.set_num_threads(1)
     small = {"steps": 60, "batch_size": 8, "depth": 1, "heads": 1, "save_every": 30, "lr": 2e-3}
+    small["preference_weight"] = 1.0
     settings = replace(find_preset("tiny-sdxl").training, **small, optimizer=optimizer)
     with Ranks() as ranks:
         run, precision = Run(folder, {}, ranks=ranks), Precision.named("fp32", torch.device("cpu"))
@@ -231,7 +232,7 @@ def start(pairs: Path, folder: Path, cache: object = "none") -> list[Command]:
     """Start a training of two ranks, or go on with it."""
     words = ["--output-dir", folder, "--pairs", pairs, "--cache-dir", cache, "--dtype", "fp32"]
     words += ["--steps", 30, "--save-every", 5, "--batch-size", 8, "--eval-prompts", 0]
-    words += ["--refresh-after", 3]
+    words += ["--refresh-after", 3, "--preference-weight", 1]
     if (folder / "checkpoint.pt").exists():
         words.append("--resume")
     return [Command("train", *words, ranks=environment) for environment in rank_environments(2)]

@@ -18,7 +18,14 @@ from img_minimal.plots import read_rows
 from img_minimal.presets import find_preset
 from img_minimal.run import Run, load_checkpoint
 
-SMALL = {"steps": 12, "batch_size": 8, "depth": 1, "heads": 1, "save_every": 100}
+SMALL = {
+    "steps": 12,
+    "batch_size": 8,
+    "depth": 1,
+    "heads": 1,
+    "save_every": 100,
+    "preference_weight": 1.0,
+}
 SETTINGS = dataclasses.replace(find_preset("tiny-sdxl").training, **SMALL)
 FP32 = Precision.named("fp32", torch.device("cpu"))
 

@@ -51,11 +51,11 @@ def test_a_tutorial_runs_quickly_and_says_that_it_did(tutorial, name, tmp_path):
 
 
 def test_a_tutorial_is_a_script_that_runs_from_anywhere(tmp_path):
-    script = ROOT / "tutorials" / "05_preference_objective.py"
+    script = ROOT / "tutorials" / "08_ablations.py"
     command = [sys.executable, str(script), "--output", str(tmp_path), "--quick"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "saved" in done.stdout, done.stderr
-    assert (tmp_path / "05_preference_objective.png").exists()
+    assert (tmp_path / "08_ablations.png").exists()
 
 
 @pytest.mark.parametrize(

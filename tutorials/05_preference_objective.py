@@ -1,8 +1,8 @@
 # %% [markdown]
-"""What do the two preference terms add to a plain regression, and what can go wrong with them?
+"""What do the two preference terms do to a plain regression, and when does that pay?
 
-The objective of img_minimal/preference.py on one sample of two elements, so that f(c) is a point in
-the plane and the gradient an arrow. Needs no model (--model changes nothing).
+The objective of img_minimal/preference.py, first on one sample of two elements, so that f(c) is a
+point in the plane and the gradient an arrow; then on the twin; then on toy worlds.
 
     L_base = ||c_w - f||^2                                                                  Eq. 4
     D(a)   = ||a - f||^2 - ||a - f_ref||^2
@@ -10,170 +10,232 @@ the plane and the gradient an arrow. Needs no model (--model changes nothing).
                    DPO                  SPIN
     L      = L_base + lambda * log(1 + exp(-x))
 
-Two pushes. DPO's is away from the loser c_l: "be nearer to the winner than to the loser". SPIN's is
-away from f_ref, the aligner's own earlier answer: "be better than you were". The winner pulls in
-both, as in L_base.
+**Two pushes.** DPO's is away from the loser c_l: "be nearer to the winner than to the loser".
+SPIN's is away from f_ref, the aligner's own earlier answer: "be better than you were". L_base alone
+is a funnel into the winner c_w (upper row). The terms add a *uniform* wind, because f squared
+cancels in x (2 - 1 - 1 = 0):
 
-Upper row, -grad L as f moves over the plane. L_base alone is a funnel into the winner c_w. The
-preference terms add a *uniform* wind, because f squared cancels in x (2 - 1 - 1 = 0) and x is
-affine in f:
+    -grad_f lambda log(1 + exp(-x)) = lambda sigmoid(-x) 2 (2 c_w - c_l - f_ref)
 
-    -grad_f lambda log(1 + exp(-x)) = lambda sigmoid(-x) grad x,    grad x = 2 (2 c_w - c_l - f_ref)
+Its strength sigmoid(-x) is 1/2 where f is as good as f_ref (dashed, x = 0) and dies down beyond. A
+refresh, f_ref <- f, puts the dashed line back under f.
 
-Its strength sigmoid(-x) is 1/2 where f is as good as f_ref (dashed, x = 0) and dies down beyond.
+**Where f comes to rest.** Let f_ref follow f, so that x = 0 and sigmoid(-x) = 1/2. Then funnel and
+wind balance where
 
-Lower row. Left: strength of the wind along a descent, with and without refreshes. Middle: how much
-better than f_ref must f be until the wind dies? Summed over the 16 x 128 or 16 x 2048 elements of
-image tokens, the slightest bit: l is a switch that only says "do not fall behind f_ref". Averaged,
-it blows all the way, as if tokens had one element. Right: where that takes f. Setting the whole
-gradient to zero,
+    2 (f - c_w) = lambda (2 c_w - c_l - f)
+    f = c_w + lambda / (2 + lambda) (c_w - c_l)         = (2 c_w - c_l / 2) / 1.5 at lambda 1
 
-    f - c_w = lambda sigmoid(-x) (2 c_w - c_l - f_ref)        (a sum; of a mean the same)
+DPO alone: f = c_w + lambda / 2 (c_w - c_l). SPIN alone: f = c_w. So the terms make the step
+*longer* than the winner's: 3/2 and, with SPIN, 4/3 of it at lambda 1 (lower left). With the rule of
+Eqs. 18, 19, f_ref stays behind. After real training the twin's steps are 1.33 times (DPO) and 1.16
+times (DPO and SPIN) as long as those of L_base.
 
-so f comes to rest *beyond* the winner, the farther the larger lambda, unless x is large there. This
-is why the presets sum, and why lambda needs to be chosen anew for every choice of norm.
+**When that pays.** The loss cannot know whether a longer step is a better one. Let c* be the ideal
+tokens. The error of s times the step of L_base's aligner is a parabola in s, with its vertex at
 
-Why refresh at all? A refresh, f_ref <- f, puts the dashed line back under f: the wind blows again,
-and in this picture it carries f farther beyond c_w than without. With one sample that is all harm:
-L_base alone would have arrived. It is wanted where L_base does not arrive: an aligner serves many
-samples at once, its error stays, and with an old f_ref the wind has long died on most of them. The
-refresh keeps asking "better than you were" while there is something to gain. SPIN's push,
-2 (c_w - f_ref), fades as f_ref nears c_w; DPO's, 2 (c_w - c_l), never does, and what remains of the
-overshoot is its doing.
+    b* = <c* - c_l, f - c_l> / ||f - c_l||^2
+
+so a step of s times the length is nearer than one of length 1 if b* > (1 + s) / 2: above 1.165 for
+DPO's length, above 1.08 for that of both. b* is known before any preference term is trained. What
+counts is what arrives in the image: with the tokens c' of the image that is drawn again,
+
+    b* as drawn = <c* - c_l, f - c_l> / <c' - c_l, f - c_l>
+
+A regression onto *exact* winners has b* near 1: it goes all the way it can know. On the twin, whose
+injection was tuned, that holds as drawn, too, and a longer step is too long (lower middle).
+If the injection is weak and constant, as in the paper, only a part of the step arrives, and b* is
+far above the borders: then the terms pay by length alone, as a larger scale would.
+
+**Toy worlds** (lower right) try the same number where pairs differ. A sample has mistakes and a
+layout; h sees the mistakes through noise; an image is right if less than half of every mistake is
+left. The terms pay where winners are only better than losers (half-way, or one mistake gone), where
+labels are noisy, and where the injection is weak. They do not pay where winners are exact, and not
+where training was short, which refutes a guess: a regression that knows little takes short steps on
+purpose. A *learned* judge is another matter: a linear scorer fitted to the pairs likes the longer
+step in every world, whatever the oracle says.
+
+The paper's pairs are two images of one prompt, of which people like one better. Such winners are
+better and not exact, and two pictures differ in everything: averaged over pairs, places cancel, and
+what remains is a direction that more of is better. That, a scale of .2 and a learned judge all
+raise b*. The twin has exact winners, a tuned scale and an oracle.
 """
 
 # %% Options
-from common import begin, save, sheet, step
+from common import begin, option, save, sheet, step
 
-options, _ = begin(__doc__)
+options, preset = begin(
+    __doc__,
+    oracle=True,
+    prompts=option(128, "validation prompts that the twin draws", least=5, quick=12),
+)
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from img_minimal.evaluate.arms import Arms, print_lengths
 from img_minimal.optimizer import warmup_constant_decay
-from img_minimal.plots import BLUE, GREEN, GREY, PINK
-from img_minimal.preference import ReferenceRefresh, preference_loss
+from img_minimal.pipeline import IMG
+from img_minimal.plots import BLUE, GREEN, GREY, ORANGE, PINK
+from img_minimal.preference import ReferenceRefresh, best_length, preference_loss
+from img_minimal.tiny.grammar import benchmark
 
-steps, grid, n = (40, 12, 10) if options.quick else (400, 60, 300)
-# One sample (B 1, N 1, D 2). c_w and c_l differ by 0.5 in the mean square, as image tokens of two
-# pictures may. f starts off their line: an aligner serves many samples, and rarely answers c_l.
+steps, grid, toy_steps = (40, 12, 20) if options.quick else (400, 60, 300)
+# One sample (B 1, N 1, D 2). f starts off the line: an aligner serves many samples.
 WINNER = torch.tensor([[[1, 0]]], dtype=torch.float64)
 LOSER = torch.tensor([[[0, 0]]], dtype=torch.float64)
 START = torch.tensor([[[0.25, 0.75]]], dtype=torch.float64)
-
-
-# %% 1. x is affine in f: its second differences (x(f + d) - 2 x(f) + x(f - d)) / (2 |d|^2), which
-# are 1 for a plain |f|^2, are 0
-torch.manual_seed(options.seed)
-points = torch.randn(5, n, 1, 16, 128, dtype=torch.float64)
-second = []
-with step("second differences"):
-    for f, d, f_ref, c_w, c_l in zip(*points):
-        x = []
-        for point in (f - d, f, f + d):
-            _, metrics = preference_loss(point, f_ref, c_w, c_l, norm="sum")
-            x.append(metrics["margin"])
-        second.append((x[0] - 2 * x[1] + x[2]) / (2 * d.square().sum()))
-second = torch.stack(second)
-print(f"second differences of x / 2 |d|^2, {n} random points f and steps d of 16 x 128, float64,")
-print(f"seed {options.seed}: mean {second.mean():+.6f}, largest {second.abs().max():.1e}")
-
-# %% 2. The gradient as a field over the plane, for L_base, with DPO, with both
 OBJECTIVES = {
     "L_base": {"dpo": False, "spin": False},
     "L_base + DPO": {"dpo": True, "spin": False},
     "L_base + DPO + SPIN": {"dpo": True, "spin": True},
 }
+LENGTHS = {"L_base": 1.0, "L_base + DPO + SPIN": 1.16, "L_base + DPO": 1.33}  # after real training
 
 
-def downhill(
-    f: Tensor, f_ref: Tensor, c_w: Tensor, c_l: Tensor, **objective
-) -> tuple[Tensor, dict]:
+# %% 1. The gradient as a field over the plane, and where descents come to rest
+def downhill(f: Tensor, f_ref: Tensor, c_w: Tensor, c_l: Tensor, **terms) -> tuple[Tensor, dict]:
     """Compute -grad L at every f (B, N, D), each a sample of its own, and the loss's metrics."""
     f = f.detach().requires_grad_()
     points = [point.expand_as(f) for point in (f_ref, c_w, c_l)]
-    loss, metrics = preference_loss(f, *points, **objective)
+    loss, metrics = preference_loss(f, *points, **terms)
     (gradient,) = torch.autograd.grad(loss * len(f), f)  # the loss averages over samples
     return -gradient, metrics
 
 
-# %% 3. Gradient descent, with and without refreshes
-def descend(k: int, rate: float, copies: int = 1, norm: str = "sum", **objective) -> tuple:
-    """Descend from START, with refreshes after `k` wins in a row; the rate decays as in training.
+def rest(follow: bool, **terms) -> float:
+    """Descend from START; return how long the step from c_l ends, in |c_w - c_l|.
 
-    `copies` repeats the points to D = 2 * copies elements. A mean's gradient is multiplied by D, so
-    that L_base alone goes the same way whatever D and `norm` are. Returns where f went (steps + 1,
-    2), sigmoid(-x) on the way (steps,), and the steps after which f_ref was set.
+    f_ref follows f at every step, or by the rule of ten wins in a row.
     """
-    f, c_w, c_l = [point.repeat(1, 1, copies) for point in (START, WINNER, LOSER)]
-    f_ref = f
-    refresh = ReferenceRefresh(k)
+    f = f_ref = START
+    rule = ReferenceRefresh(10)
     factor = warmup_constant_decay(steps, warmup=1, hold=0.4, floor=0.02)
-    if norm == "mean":
-        rate = rate * f.numel()
-    path, margins, references = [f], [], [0]
     for number in range(steps):
-        direction, metrics = downhill(f, f_ref, c_w, c_l, norm=norm, **objective)
-        f = f + rate * factor(number) * direction
-        path.append(f)
-        margins.append(metrics["margin"])
-        if refresh.update(metrics["error"], metrics["reference_error"]):
+        direction, metrics = downhill(f, f_ref, WINNER, LOSER, norm="sum", **terms)
+        f = f + 0.05 * factor(number) * direction
+        if follow or rule.update(metrics["error"], metrics["reference_error"]):
             f_ref = f
-            references.append(number + 1)
-    return torch.cat(path)[:, 0, :2], torch.sigmoid(-torch.stack(margins)), references
+    return f[0, 0, 0].item()
 
 
-NEVER = steps + 1
-with step("descents"):
-    path, strength, references = descend(10, rate=0.02)
-    path_never, strength_never, _ = descend(NEVER, rate=0.02)
-refreshed = f"{len(references) - 1} refreshes"
-for name, way, wind in (
-    ("never refreshed", path_never, strength_never),
-    (refreshed, path, strength),
-):
-    beyond = f"f ends {way[-1, 0] - 1:+.2f} beyond c_w"
-    print(f"{name:16} {beyond}; strength of the wind there {wind[-1]:.2f}")
-
-# %% 4. Sum or mean: sigmoid(-x) on the way from f_ref = c_l to c_w
-share = torch.cat([torch.zeros(1), torch.logspace(-5, 0, 6 * grid)]).double()
-winds = {}
-print("on the way from f_ref = c_l to c_w, x grows in proportion, from 0:")
-for name, copies, norm in (
-    ("sum of 16 x 2048", 16 * 1024, "sum"),
-    ("sum of 16 x 128", 16 * 64, "sum"),
-    ("sum of 2", 1, "sum"),
-    ("mean of any number", 16 * 64, "mean"),
-):
-    with step("winds"):
-        c_w, c_l = WINNER.repeat(1, 1, copies), LOSER.repeat(1, 1, copies)
-        _, metrics = preference_loss(c_w, c_l, c_w, c_l, norm=norm)
-    x = metrics["margin"]
-    winds[name] = wind = torch.sigmoid(-x * share)
-    below = share[wind < 0.01]
-    dies = f"after {below[0]:.2%} of the way" if len(below) else "never"
-    print(f"  {name:19s} x at c_w {x:8.1f}, sigmoid(-x) there {wind[-1]:.2f}, below 0.01 {dies}")
-
-# %% 5. Where f comes to rest, by lambda and norm
-LAMBDAS = (0, 0.5, 1, 2, 8)
+LAMBDAS = (0.5, 1, 2, 4)
+DERIVED = {"L_base + DPO": lambda w: 1 + w / 2, "L_base + DPO + SPIN": lambda w: 1 + w / (2 + w)}
 rests = {}
-print(f"end of f after {steps} steps, in |c_w - c_l| beyond c_w, by lambda:")
-print(f"  {'lambda':27}", *[f"{weight:>6}" for weight in LAMBDAS])
-for name, settings in (
-    ("mean, refreshed", {"norm": "mean", "k": 10}),
-    ("mean, never refreshed", {"norm": "mean", "k": NEVER}),
-    ("sum of 2, refreshed", {"norm": "sum", "k": 10}),
-    ("sum of 16 x 128, refreshed", {"norm": "sum", "k": 10, "copies": 16 * 64}),
-):
-    rests[name] = []
-    for weight in LAMBDAS:
+print(f"length of the step after {steps} steps of descent, by λ:   ", *LAMBDAS, sep="  ")
+for title, derived in DERIVED.items():
+    rests[f"{title}, derived"] = [derived(weight) for weight in LAMBDAS]
+    for name, follow in (("f_ref = f", True), ("k = 10", False)):
         with step("descents"):
-            way, _, _ = descend(rate=0.05, weight=weight, **settings)
-        rests[name].append(way[-1, 0].item() - 1)
-    print(f"  {name:27}", *[f"{beyond:+6.2f}" for beyond in rests[name]])
+            found = [rest(follow, weight=weight, **OBJECTIVES[title]) for weight in LAMBDAS]
+        rests[f"{title}, {name}"] = found
+for name, lengths in rests.items():
+    print(f"  {name:46}", *[f"{length:.2f}" for length in lengths])
 
-# %% 6. The picture: fields above, of f_ref = START; descents, winds and ends below
+# %% 2. b* of the shipped aligner, for the twin's wrong images, as tokens and as drawn
+img = IMG(preset=preset)
+INJECTIONS = {"as tuned": {}, "weak, constant": {"scale": 0.3, "scale_end": 1.0}}
+prompts = benchmark(options.prompts, "validation", options.seed)
+with step("draw"):
+    arms = Arms(img, prompts, options.seed)
+    tokens = img.align(arms.base, arms.captions, arms.seeds)
+    twin = {"tokens": arms.best_lengths(tokens)}
+    for name, scales in INJECTIONS.items():
+        with img.drawing(**scales):
+            twin[name] = arms.best_lengths(tokens, arms.draw(name, tokens))
+print(
+    f"b* of {preset.name}, {options.prompts} validation prompts; a length s pays above (1 + s)/2:"
+)
+for name, lengths in twin.items():
+    print_lengths(name, lengths)
+
+# %% 3. Toy worlds: b* is measured with λ 0, and says what the terms will do
+MISTAKES, LAYOUT, LEFT = 6, 10, 0.5
+WORLDS = {
+    "exact winners": {},
+    "weak injection": {"arrives": 0.5},
+    "winners half-way": {"gone": 0.5},
+    "one mistake gone": {"gone": "one"},
+    "a fifth of labels flipped": {"flipped": 0.2},
+    "short training": {"steps": toy_steps // 10},
+}
+
+
+def samples(n: int, gone: float | str = 1.0, flipped: float = 0.0) -> tuple[Tensor, ...]:
+    """Draw h (n, MISTAKES), and c_l, c_w and c* (n, 1, D), each mistakes before layout."""
+    mistakes = (torch.rand(n, MISTAKES) < 0.35).float()
+    h = mistakes + 0.3 * torch.randn(n, MISTAKES)
+    share = gone
+    if gone == "one":
+        share = F.one_hot((torch.rand(n, MISTAKES) * mistakes).argmax(1), MISTAKES)
+    c_l = torch.cat([mistakes, torch.randn(n, LAYOUT)], 1)
+    c_w, ideal = c_l - F.pad(share * mistakes, (0, LAYOUT)), c_l - F.pad(mistakes, (0, LAYOUT))
+    flip = (torch.rand(n) < flipped)[:, None]
+    c_l, c_w = torch.where(flip, c_w, c_l), torch.where(flip, c_l, c_w)
+    return h, c_l[:, None], c_w[:, None], ideal[:, None]
+
+
+def fit(objective: str, steps: int = toy_steps, **world) -> nn.Module:
+    """Train f(h, c) = c + network(h) with refreshes, and return the network."""
+    torch.manual_seed(options.seed)
+    network, earlier = [
+        nn.Sequential(nn.Linear(MISTAKES, 64), nn.GELU(), nn.Linear(64, MISTAKES + LAYOUT))
+        for _ in range(2)
+    ]
+    for values in network[2].parameters():
+        nn.init.zeros_(values)  # as the aligner, it starts at the identity
+    earlier.load_state_dict(network.state_dict())
+    rule, optimizer = ReferenceRefresh(10), torch.optim.Adam(network.parameters(), 1e-2)
+    for _ in range(steps):
+        h, c_l, c_w, _ = samples(64, **world)
+        f, f_ref = c_l + network(h)[:, None], c_l + earlier(h)[:, None]
+        loss, metrics = preference_loss(f, f_ref, c_w, c_l, norm="sum", **OBJECTIVES[objective])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if rule.update(metrics["error"], metrics["reference_error"]):
+            earlier.load_state_dict(network.state_dict())
+    return network
+
+
+@torch.no_grad()
+def judge(network: nn.Module, arrives: float, scorer: Tensor, **world) -> tuple[float, ...]:
+    """Return share right, b* as drawn, size of a step, and the learned judge's score."""
+    torch.manual_seed(options.seed + 1)
+    h, c_l, _, ideal = samples(4000, **world)
+    f = c_l + network(h)[:, None]
+    drawn = c_l + arrives * (f - c_l)
+    top, bottom = best_length(f, c_l, ideal, drawn)
+    left = (drawn - ideal)[:, 0, :MISTAKES].abs()
+    right = (left < LEFT).all(1).float().mean()
+    size, score = (f - c_l).norm(), ((drawn - c_l)[:, 0] @ scorer).mean()
+    return right.item(), (top.sum() / bottom.sum()).item(), size.item(), score.item()
+
+
+points = []
+print(f"toy worlds, {toy_steps} steps of 64, seed {options.seed}: share right by the oracle")
+print(f"{'':26} {'b*':>5} {'L_base':>7}  DPO: length, border, right (learned judge); DPO + SPIN")
+for name, world in WORLDS.items():
+    world = {"arrives": 1.0} | world
+    arrives, length = world.pop("arrives"), world.pop("steps", toy_steps)
+    with step("toy worlds"):
+        _, c_l, c_w, _ = samples(4000, **world)
+        scorer = (c_w - c_l)[:, 0].mean(0)  # the direction that tells winners from losers
+        judged = {}
+        for objective in OBJECTIVES:
+            judged[objective] = judge(fit(objective, length, **world), arrives, scorer, **world)
+    right, best, size, score = judged.pop("L_base")
+    line = f"{name:26} {best:5.2f} {right:7.3f}"
+    for objective, (other_right, _, other_size, other_score) in judged.items():
+        border = (1 + other_size / size) / 2
+        points.append((objective, name, best - border, other_right - right))
+        line += f"  {other_size / size:5.2f}  {border:5.2f}  {other_right:.3f}"
+        line += f" ({other_score / score:.2f})"
+    print(line)
+
+# %% 4. The picture: fields above; rests, parabolas of the twin and toy worlds below
 figure, (upper, (left, middle, right)) = sheet(15, (4.5, [1] * 3), (4.2, [1] * 3))
 X, Y = np.meshgrid(np.linspace(-0.75, 2.05, grid), np.linspace(-1.05, 1.25, grid))
 plane = torch.tensor(np.stack([X, Y], -1)).view(-1, 1, 2)
@@ -186,43 +248,54 @@ for axis, (name, objective) in zip(upper, OBJECTIVES.items()):
     across, up = total[:-1, 0].numpy().T
     axis.contourf(X, Y, sizes, levels=25, cmap="Oranges", vmin=0, vmax=7)
     axis.streamplot(X, Y, across.reshape(X.shape), up.reshape(X.shape), color=BLUE, density=0.75)
-    points = {GREEN: WINNER}
-    if name != "L_base":  # which knows c_w alone
+    marks = {GREEN: (WINNER, "c_w")}
+    if name in DERIVED:
         axis.contour(X, Y, sizes, levels=[at_start], colors="black", linestyles="--")
-        points |= {GREY: LOSER, PINK: START}
-    for colour, point in points.items():
+        marks |= {GREY: (LOSER, "c_l"), PINK: (START, "f_ref")}
+        axis.plot(DERIVED[name](1), 0, "k*", ms=13)
+    for colour, (point, label) in marks.items():
         axis.plot(*point[0, 0], "o", color=colour, ms=11, mec="white")
+        axis.annotate(label, point[0, 0], xytext=(5, 7), textcoords="offset points")
     axis.set(title=name, xlabel="first element of f", ylabel="second element", aspect="equal")
-axis.plot(*path.T, color="black")
-axis.plot(*path[references].T, "o", color=PINK, ms=5)
-left.plot(strength, label=refreshed)
-left.plot(strength_never, color=GREY, label="never refreshed")
-left.vlines(references[1:], 0, 0.6, color=PINK)
-left.axhline(0.5, color="black", ls="--")
-left.set(
-    title="A refresh brings the wind back",
-    xlabel="step of gradient descent (pink: f_ref <- f)",
-    ylabel="σ(-x), strength of the wind",
-)
-for name, wind in winds.items():
-    middle.semilogx(share[1:], wind[1:], label=name)
-middle.xaxis.set_major_formatter("{x:g}")  # formulas are switched off
+for name, lengths in rests.items():
+    colour = PINK if "SPIN" in name else ORANGE
+    if "derived" in name:
+        left.plot(LAMBDAS, lengths, color=colour, label=name)
+    else:
+        left.plot(LAMBDAS, lengths, "o" if "f_ref" in name else "x", color=colour, label=name)
+left.axhline(1, color=GREEN, label="L_base: at the winner")
+left.set(title="Where f comes to rest", xlabel="λ", ylabel="length of the step, in |c_w - c_l|")
+s = np.linspace(0, 2, 50)
+for name, colour in zip(INJECTIONS, (BLUE, GREEN)):
+    if "all" in twin[name]:
+        best = twin[name]["all"]["value"]
+        middle.plot(s, (1 - s / best) ** 2, color=colour, label=f"{name}: b* {best:.2f}")
+for name, length in LENGTHS.items():
+    middle.axvline(length, color=GREY, ls=":")
+    middle.text(length, 1.02, name, rotation=90, va="top", ha="right", fontsize=7)
 middle.set(
-    title="Sum or mean: when does the wind die?",
-    xlabel="share of the way from f_ref to c_w (logarithmic)",
-    ylabel="σ(-x)",
+    title="The twin: is a longer step a better one?",
+    xlabel="length of the step, in steps of L_base's aligner",
+    ylabel="error left along the step (0: none, 1: all)",
+    ylim=(0, 1.05),
 )
-for name, beyond in rests.items():
-    right.plot(beyond, "o-", label=name)
-right.axhline(1, color=GREY, ls="--", label="as wrong as c_l was")
-right.set_xticks(range(len(LAMBDAS)), LAMBDAS)
-right.set(title="What a large λ breaks", xlabel="λ", ylabel="end of f beyond c_w, in |c_w - c_l|")
+for objective, colour in (("L_base + DPO", ORANGE), ("L_base + DPO + SPIN", PINK)):
+    chosen = [point for point in points if point[0] == objective]
+    right.plot([p[2] for p in chosen], [p[3] for p in chosen], "o", color=colour, label=objective)
+for objective, name, x, gain in points:
+    if objective == "L_base + DPO":
+        right.annotate(name, (x, gain), xytext=(4, 4), textcoords="offset points", fontsize=7)
+right.axhline(0, color=GREY)
+right.axvline(0, color=GREY)
+right.set(
+    title="Toy worlds", xlabel="b* minus the border (1 + s) / 2", ylabel="gain in share right"
+)
 for axis in (left, middle, right):
     axis.legend()
 caption = (
-    "Blue: -grad L, where f goes; orange: wind, the strength of the preference terms; dashed: x = "
-    "0, f as good as f_ref; green c_w, grey c_l, pink f_ref; black: the descent with refreshes. "
-    f"One sample of 2 elements; fields with the sum of 2 and lambda 1; {steps} steps of gradient "
-    "descent; nothing drawn is random. Repeating the two elements gives 16 x 128 and 16 x 2048."
+    "Blue: -grad L, where f goes; orange: strength of the preference terms, the wind; dashed: x = "
+    "0, f as good as f_ref; star: where f rests if f_ref follows, beyond the winner. Below: the "
+    f"step's length by λ; the twin's error by length, {options.prompts} validation prompts; toy "
+    "worlds: the terms pay right of the line, where b* is above the border."
 )
 save(figure, options, "05_preference_objective", caption)

@@ -62,6 +62,7 @@ preset = preset.changed(
     save_every=save_every,
     pairs=options.pairs or preset.data.pairs,
     max_pairs=options.max_pairs,
+    preference_weight=1.0,  # the whole objective has more curves
     cache_dir=cache if cache == "none" else str(folder / "features"),
 )
 

@@ -75,6 +75,7 @@ from train import train
 # %% 1. The rows: what each changes, and the paper's PickScore on SDXL where it has one
 SETTINGS = ("seed", "prompts", "seeds", "steps", "batch_size", "pairs", "max_pairs")
 MEASURED = ("gradient_norm", "margin", "correction", "refreshes", "validation_error")
+VALIDATION = 128  # prompts that the prediction is made on
 INJECTIONS = {"falling scale": {}, "weak, constant scale": {"scale": 0.3, "scale_end": 1.0}}
 # How long these rows' corrections are, relative to L_base's: measured with the shipped recipe.
 LENGTHS = {"L_base + DPO + SPIN": 1.16, "L_base + DPO": 1.33}
@@ -164,7 +165,8 @@ preset = preset.changed(
 @cache
 def draw_base(split: str) -> Arms:
     """Draw and judge the base's images of all prompts of a split."""
-    prompts = benchmark(settings["prompts"], split, settings["seed"])
+    number = settings["prompts"] if split == "test" else min(VALIDATION, settings["prompts"])
+    prompts = benchmark(number, split, settings["seed"])
     return Arms(IMG(preset=preset), prompts, settings["seed"])
 
 

@@ -257,7 +257,7 @@ def print_comparison(img: IMG, name: str, count: int, picture: Path) -> None:
 def print_lengths(title: str, lengths: dict[str, Interval]) -> None:
     """Print a line of `Arms.best_lengths`."""
     parts = [f"{name} {said(interval, '.2f')}" for name, interval in lengths.items()]
-    print(f"{title:12}{', '.join(parts) or 'no image is wrong'}")
+    print(f"{title:16}{', '.join(parts) or 'no image is wrong'}")
 
 
 def before_and_after(arms: Arms, name: str, images: Tensor, path: Path | str) -> None:
