@@ -16,7 +16,8 @@ def rows(twin) -> dict[str, dict]:
 
     with pytest.MonkeyPatch.context() as patch, twin.drawing(steps=4):
         patch.setattr(IMG, "finds_wrong", finds_wrong)
-        patch.setattr(budget, "WAYS", ((0.5, False, False), (0.5, True, False), (0.5, True, True)))
+        ways = ((0.5, False, False), (0.5, True, False), (0.5, True, True), (1, True, True))
+        patch.setattr(budget, "WAYS", ways)
         return dict(budget.Budget(twin, benchmark(2), seed=0).rows())
 
 
@@ -34,6 +35,7 @@ COSTS = {
     "IMG, drafts of 2 steps": 1.5,
     "IMG, drafts of 2 steps, only what is wrong": 1.5,
     "IMG, drafts of 2 steps, only what is wrong, one look for four": 1 + 0.5 / 4,
+    "IMG, only what is wrong, one look for four": 1 + 1 / 4,
 }
 
 

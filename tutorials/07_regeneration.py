@@ -5,8 +5,9 @@ Sampling step by step: initial image -> MLLM -> tokens -> aligned tokens -> seco
 same prompt and seed, with the seconds that each step takes. Then one setting at a time: passes of
 the aligner (1 to 5), length of its correction, scale of the image tokens, the share of it that is
 left at the last step, rounds (the second image is looked at again, up to four times). For each,
-what became right and what became wrong, by the exact oracle, against controls: another seed, the
-better of two seeds, and a second drawing with the image's own tokens.
+what became right and what became wrong, by the exact oracle. Then the budget curve: IMG takes two
+drawings an image, and drafts, one look for several seeds, and correcting only what is wrong take
+less; the base model could spend the same on more seeds, of which the MLLM picks one.
 
 With G the base model, T the prompt, z the start noise, q a question about T, f the aligner, s the
 scale:
@@ -23,12 +24,12 @@ h and c_0 are frozen: computed once, they serve every number of passes and scale
 colours of the bars: a setting that fixes more often breaks more, too, and its worth is the
 difference, the black point. The length also says what the push of the preference terms could be worth: they carry f
 beyond the winner (tutorial 05), and that is a longer correction. With --model sdxl there is no
-oracle, and the pictures alone are shown. What the steps cost at SDXL's and FLUX's size is computed,
-and printed at the end.
+oracle, and the pictures alone are shown. What the steps cost at SDXL's and FLUX's size is computed
+by `python -m img_minimal.bench sampling`.
 """  # noqa: E501
 
 # %% Options
-from common import begin, curve, option, picture, save, sheet, step
+from common import bars, begin, curve, option, picture, save, sheet, step
 
 help_text = "how many prompts of the test split"
 options, preset = begin(__doc__, prompts=option(200, help_text, least=20, quick=10))
@@ -37,8 +38,8 @@ from textwrap import fill
 
 import numpy as np
 
-from img_minimal.bench.memory import operations_table
-from img_minimal.evaluate.arms import FIRST_SEED, TITLES, Arms
+from img_minimal.evaluate.arms import FIRST_SEED
+from img_minimal.evaluate.budget import Budget
 from img_minimal.evaluate.intervals import paired_shares, said
 from img_minimal.files import to_pil
 from img_minimal.pipeline import IMG
@@ -133,31 +134,23 @@ with step("other settings"):
                 changes = {kind: value}
             images[name] = backbone.draw(captions, seeds, tokens, progress=name, **changes)
 
-# %% 7. Controls, and every setting against the base: what was fixed and what broken
-CONTROLS = ("new_seed", "best_of_two_mllm", "best_of_two_oracle", "no_guidance", "perfect_tokens")
-table, strict = {}, {}
+# %% 7. Every setting against the base: what was fixed and what broken; then the budget curve
+table, strict, budget = {}, {}, {}
 if judged:
-    with step("controls"):
-        arms = Arms(img, prompts, options.seed)
-        arms.controls()
-        for name, drawn in images.items():
-            arms.verdicts[name] = judge(drawn, prompts)
-    strict = arms.marks("strict")
-    heads = "strict                minus base               fixed  broken"
-    print(f"\n{'95 % intervals over captions':40} {heads}")
-    for name in ("base", *CONTROLS, *images):
-        row = paired_shares(strict[name], strict["base"], captions)
-        table[name] = row
-        change = f"{said(row['difference'], '+.3f')}  {row['fixed']:5d}  {row['broken']:6d}"
-        print(f"{TITLES.get(name, name):40} {said(row['share'])}  {change}")
+    for name, drawn in {"base": initial, **images}.items():
+        strict[name] = np.array([verdict.strict for verdict in judge(drawn, prompts)])
+        row = table[name] = paired_shares(strict[name], strict["base"], captions)
+        change = f"{said(row['difference'], '+.3f')}, {row['fixed']} fixed, {row['broken']} broken"
+        print(f"{name:14} {said(row['share'])}, minus base {change}")
+    with step("budget"):
+        budget = dict(Budget(img, prompts[: 1 if quick else None], options.seed).rows())
 
 # %% 8. The picture: some images in many settings, chosen by a rule, and what each setting is worth
 if judged:
-    categories = arms.categories()
-    wrong = strict["base"] == 0
+    kinds, wrong = np.array([prompt.category for prompt in prompts]), ~strict["base"]
     rules = {
-        "the first position that the base draws wrong": categories["position"] & wrong,
-        "the first complex that the base draws wrong": categories["complex"] & wrong,
+        "the first position that the base draws wrong": (kinds == "position") & wrong,
+        "the first complex that the base draws wrong": (kinds == "complex") & wrong,
         "the first right one that IMG breaks": strict["base"] > strict[f"passes {img.passes}"],
     }
     shown = {}
@@ -172,7 +165,7 @@ for name in ("passes 1", "passes 3", *scales, "scale_end 1", "rounds 2"):
     columns[name] = images[name]
 blocks = [(1.9, [1] * len(columns))] * len(shown)
 if judged:
-    blocks.append((4.5, [4, 4, 4, 4, 3, 9]))
+    blocks += [(4, [1] * 5), (5, [3, 2])]
 figure, rows = sheet(13.5, *blocks)
 for axes, (k, why) in zip(rows, shown.items()):
     [answer] = img.explain([pictures[k]], [captions[k]], [seeds[k]])
@@ -185,12 +178,9 @@ for axes, (k, why) in zip(rows, shown.items()):
         picture(axis, to_pil(drawn[k : k + 1])[0], name, below)
 
 if judged:
-    charts = {}
-    for kind, values in SETTINGS.items():
-        charts[kind] = {f"{value:g}": table[f"{kind} {value:g}"] for value in values}
-    charts["controls"] = {fill(name.replace("_", " "), 8): table[name] for name in CONTROLS}
-    for axis, (kind, worth) in zip(rows[-1], charts.items()):
-        axis.sharey(rows[-1][0])
+    for axis, (kind, values) in zip(rows[-2], SETTINGS.items()):
+        worth = {f"{value:g}": table[f"{kind} {value:g}"] for value in values}
+        axis.sharey(rows[-2][0])
         fixed = [row["fixed"] / count for row in worth.values()]
         broken = [-row["broken"] / count for row in worth.values()]
         difference = [row["difference"] for row in worth.values()]
@@ -199,13 +189,13 @@ if judged:
         curve(axis, worth.keys(), difference, fmt="o", color="black", label="difference")
         axis.axhline(0, color=GREY)
         axis.set_title(kind)
-    rows[-1][0].set_ylabel(f"share of images (base right: {strict['base'].mean():.2f})")
-    rows[-1][-1].legend()
+    rows[-2][0].set_ylabel(f"share of images (base right: {strict['base'].mean():.2f})")
+    rows[-2][-1].legend()
+    names, points = rows[-1]
+    bars(names, {name: row["share"] for name, row in budget.items()}, lying=True)
+    for k, row in enumerate(budget.values()):
+        points.plot(row["drawings"], row["share"]["value"], marker=f"${k}$", ms=12)
+    points.set(xlabel="drawings an image", ylabel="share of right images")
 own = ", ".join(f"{kind} {value:g}" for kind, value in OWN.items())
 caption = f"n {count}; IMG's own setting: {own}"
 save(figure, options, "07_regeneration", caption)
-
-# %% 9. What the steps cost at true size: operations of one image, counted without a download
-if not quick:
-    for model in ("sdxl", "flux"):
-        print(f"\n{operations_table(model, 'llava-13b')}")

@@ -38,7 +38,7 @@ WAYS = (
     (0.3, True, False),
     (0.7, False, True),
     (0.3, False, True),
-    (0.3, True, True),
+    (1, True, True),
 )
 BASE, WHOLE = "base model, four images", "IMG, four images"
 Images = list[Tensor]  # (3, H, W) each, prompt by prompt
@@ -81,8 +81,8 @@ class Budget:
             yield f"IMG{words}, the better image", (images, cost + more)
         for share, only_wrong, one_look in WAYS:
             draft = round(share * steps)
-            name = f"IMG, drafts of {draft} steps" + ", only what is wrong" * only_wrong
-            name += ", one look for four" * one_look
+            name = "IMG" + f", drafts of {draft} steps" * (share < 1)
+            name += ", only what is wrong" * only_wrong + ", one look for four" * one_look
             settings = {"draft_steps": draft, "only_wrong": only_wrong}
             yield name, self.draw(FOUR if one_look else 1, one_look=one_look, **settings)
 
