@@ -64,7 +64,7 @@ from img_minimal.data.features import CachedData, Features, StreamedData
 from img_minimal.data.load import compute_features, load_training_data
 from img_minimal.detector import finetune
 from img_minimal.devices import Precision, best_device
-from img_minimal.files import peak_memory
+from img_minimal.files import model_name, peak_memory
 from img_minimal.optimizer import optimizer_and_schedule
 from img_minimal.pipeline import IMG
 from img_minimal.plots import ALIGNER, curves, read_rows
@@ -191,6 +191,8 @@ def train_aligner(config: Config, preset: Preset, run: Run) -> None:
 
     if run.stopped:
         return
+    guide = "text" if guidance == "text" else model_name(preset.guide(guidance))
+    aligner.guide = guide
     aligner.save(run.path / "aligner.safetensors")
     if config.rounds > 1:
         aligner = train_rounds(
@@ -207,6 +209,7 @@ def train_aligner(config: Config, preset: Preset, run: Run) -> None:
         )
         if run.stopped:
             return
+        aligner.guide = guide
         aligner.save(run.path / "aligner.safetensors")
     results = validate(aligner, data.unseen)
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))

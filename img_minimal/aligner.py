@@ -121,6 +121,7 @@ class ImplicitAligner(nn.Module):
     ):
         super().__init__()
         self.width, self.guidance_width, self.head_dim = width, guidance_width, head_dim
+        self.guide = ""  # the MLLM it was trained with, or "text", where that is known
         self.proj_in = nn.Linear(guidance_width, width)
         self.layers = PerceiverLayers(width, depth, heads, head_dim)
         self.proj_out = nn.Linear(width, width)
@@ -169,9 +170,14 @@ class ImplicitAligner(nn.Module):
         )
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        """Note the width of a head, which leaves no trace in the shapes."""
+        """Note the width of a head, which leaves no trace in the shapes, and the guide."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination._metadata[NOTES] = {"head_dim": str(self.head_dim)}
+        destination._metadata[NOTES] = self.notes
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Notes for a file: one, as more would change their order from file to file."""
+        return {"head_dim": f"{self.head_dim} {self.guide}".strip()}
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -183,10 +189,13 @@ class ImplicitAligner(nn.Module):
         state = read_weights(path, holds="proj_in.weight")
         with opening(path, "trained aligner"):
             width, guidance_width = state["proj_in.weight"].shape
-            sizes = layer_sizes(state, int(read_metadata(path, state).get("head_dim", 64)))
+            note = read_metadata(path, state).get("head_dim", "64")
+            head_dim, _, guide = note.partition(" ")
+            sizes = layer_sizes(state, int(head_dim))
             with torch.device("meta"):  # no initial values, which the file would replace
                 aligner = cls(width, guidance_width, **sizes)
         fill(aligner, state, str(path))
+        aligner.guide = guide
         return aligner.float()
 
     def save(self, path: str | Path) -> None:
@@ -194,7 +203,7 @@ class ImplicitAligner(nn.Module):
 
         .pth, .pt and .bin are torch files as the authors' code loads them, all others safetensors.
         """
-        write_weights(path, self.state_dict(), {"head_dim": str(self.head_dim)})
+        write_weights(path, self.state_dict(), self.notes)
 
 
 def check_inputs(guidance: Tensor, tokens: Tensor, mask: Tensor | None, passes: int) -> None:

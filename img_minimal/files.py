@@ -88,6 +88,17 @@ def fingerprint(path: Path) -> list:
     return prints
 
 
+def model_name(location: str) -> str:
+    """Name a model in a few letters: its file or folder and a fingerprint, or its hub id."""
+    path = Path(location)
+    return f"{path.name} {short_hash(fingerprint(path))}" if path.exists() else location
+
+
+def short_hash(content: object) -> str:
+    """Hash whatever JSON can hold, to 12 letters."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
 def identity(value: object) -> object:
     """Return the fingerprint of an existing path, and any other value unchanged."""
     if isinstance(value, str) and value and Path(value).exists():

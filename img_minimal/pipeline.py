@@ -25,9 +25,9 @@ from img_minimal.backbone import (
     check_adapter,
     open_backbone,
 )
-from img_minimal.cli import check
+from img_minimal.cli import check, warn
 from img_minimal.devices import Precision, Turns, best_device, known_device
-from img_minimal.files import Clock, from_pil, to_pil
+from img_minimal.files import Clock, from_pil, model_name, to_pil
 from img_minimal.hub.mllms import announced_width
 from img_minimal.hub.weights import opening
 from img_minimal.hub.where import fetch
@@ -93,6 +93,7 @@ class IMG:
         opens |= dict.fromkeys(ADAPTER, not isinstance(pipe, Backbone))
         opens |= dict.fromkeys(("unet", "base"), pipe is None)
         width = announced_width(preset.models.mllm) if opens_mllm else None
+        location = preset.models.mllm if opens_mllm else guide_location(mllm)
         self.aligner = None if opens_aligner else aligner.eval()
         names = [name for name, wanted in opens.items() if wanted]
         preset = fetch(preset, *names, inspect=partial(self._check_files, pipe, width))
@@ -107,6 +108,7 @@ class IMG:
             if opens_mllm or mllm is None:
                 mllm = open_guide(preset.models, guidance, self.backbone, mllm_device)
         self.guide = mllm
+        warn_of_other_guide(self.aligner, location)
         self.aligner.check_widths(self.guide.width, None)
         self.aligner.to(self.turns.home)
         # Guidance by text has no model of its own; an MLLM on its own device stays there.
@@ -351,6 +353,20 @@ def open_guide(
     with opening(models.mllm, "multimodal LLM"):
         dtype = Precision.named(models.dtype, device or turns.device).mllm
         return MLLM.from_pretrained(models.mllm, dtype, home, find_questions(models.questions))
+
+
+def guide_location(guide: GuidanceEncoder | None) -> str:
+    """Locate a loaded guide: the folder or hub id of an MLLM, "text" for guidance by text."""
+    return guide.model.name_or_path if isinstance(guide, MLLM) else "text"
+
+
+def warn_of_other_guide(aligner: ImplicitAligner, location: str) -> None:
+    """Say in one line if an aligner is known to have been trained with another guide."""
+    name = model_name(location)
+    # A copy in another folder has the same fingerprint, which comes last.
+    if location and aligner.guide and aligner.guide.split()[-1] != name.split()[-1]:
+        found = f"this aligner was trained with {aligner.guide}, and is guided by {name}"
+        warn(f"{found}; unless these are the same model, its corrections will be wrong")
 
 
 def check_changes(pipe: object, mllm: object, guidance: str, changes: dict) -> None:

@@ -1,16 +1,22 @@
 """Every MLLM behind the one interface: features that no batch changes, answers that end."""
 
+import copy
 import random
 import shutil
 
 import pytest
 import torch
-from mllm_folders import IMAGES, square
+from mllm_folders import IMAGES, edit, square
 from mllm_kinds import KINDS as TODAY
+from PIL import Image
 from refusals import refused
 from transformers import AutoModelForImageTextToText, LlavaProcessor
+from transformers.quantizers import HfQuantizer, auto
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from img_minimal.files import model_name
 from img_minimal.mllm import MLLM, QUESTIONS, ask, drop_no_op_edits, strip_placeholders
+from img_minimal.pipeline import IMG
 from img_minimal.presets import find_preset
 
 PROMPTS = ["a red circle", "two blue squares and a red circle over {a} line", "a dog"]
@@ -187,3 +193,78 @@ def test_a_shard_of_another_model_and_a_folder_without_a_tokenizer_are_refused(m
     (tmp_path / "qwen" / "tokenizer.json").unlink()
     with refused("lacks the model's image token; download the tokenizer again"):
         MLLM.from_pretrained(tmp_path / "qwen")
+
+
+CASES = {
+    "two networks": (
+        {"model_type": "udop"},
+        "",
+        "'udop' reads image and question in two",
+    ),
+    "text alone": ({"model_type": "gpt2"}, "", "'gpt2' is no MLLM known here"),
+    "no chat template": ({}, None, "has no chat template"),
+    "no image": ({}, "{{ messages[0].content[1].text }}", "number of <image> tokens"),
+    "no question": ({}, "<image>", "leaves out the image or the question"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_kind_that_cannot_serve_is_refused_before_its_weights_are_read(case, mllm_of, tmp_path):
+    config, template, words = CASES[case]
+    folder = tmp_path / "mllm"
+    shutil.copytree(mllm_of("idefics3"), folder)
+    edit(folder / "config.json", **config)
+    if template is None:
+        (folder / "chat_template.jinja").unlink()
+    elif template:
+        (folder / "chat_template.jinja").write_text(template)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000] + bytes(1000))
+    with refused(str(folder), words):
+        MLLM.from_pretrained(folder)
+
+
+def test_a_large_image_takes_no_more_tokens_than_one_of_a_million_pixels(mllm_of):
+    for kind, side in (("qwen", 1024), ("hf", 2048)):
+        mllm = MLLM.from_pretrained(mllm_of(kind))
+        large, small = Image.new("RGB", (2048, 2048)), Image.new("RGB", (side, side))
+        [first], [second] = (mllm.inputs([x], ["what?"])["input_ids"] for x in (large, small))
+        assert torch.equal(first, second)
+
+
+class Rounding(HfQuantizer):
+    """Stands for a library that changes weights a little."""
+
+    is_serializable, is_trainable = True, False
+
+    def _process_model_after_weight_loading(self, model, **_):
+        for weight in model.parameters():
+            weight.data = weight.data.bfloat16().float()
+        return model
+
+
+def test_a_quantized_folder_opens_with_a_warning_or_says_what_is_missing(
+    mllms, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "rounding", Rounding)
+    monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "rounding", QuantizationConfigMixin)
+    shutil.copytree(mllms["hf"], tmp_path / "hf")
+    edit(tmp_path / "hf" / "config.json", quantization_config={"quant_method": "rounding"})
+    whole, rounded = (MLLM.from_pretrained(path) for path in (mllms["hf"], tmp_path / "hf"))
+    assert "hf is quantized: its features differ a little" in capsys.readouterr().err
+    whole, rounded = (x.guidance(IMAGES, PROMPTS, SEEDS)[0] for x in (whole, rounded))
+    assert 0 < (rounded - whole).norm() < 0.1 * whole.norm()
+    edit(tmp_path / "hf" / "config.json", quantization_config={"load_in_4bit": True})
+    with refused("requires bitsandbytes"):
+        MLLM.from_pretrained(tmp_path / "hf")
+
+
+def test_an_aligner_says_which_mllm_it_was_trained_with(twin, tmp_path, capsys):
+    aligner, path = copy.deepcopy(twin.aligner), tmp_path / "aligner.safetensors"
+    for guide, warned in (("", False), (model_name(TWIN.models.mllm), False), ("text", True)):
+        aligner.guide = guide
+        aligner.save(path)
+        opened = IMG(twin.backbone, twin.guide, path)
+        assert opened.aligner.guide == guide
+        line = "this aligner was trained with text, and is guided by llava-detector"
+        assert (line in capsys.readouterr().err) == warned

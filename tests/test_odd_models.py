@@ -97,13 +97,12 @@ def test_an_image_size_other_than_the_towers_in_the_processors_settings_does_not
     assert torch.equal(MLLM.from_pretrained(llava).guidance([PICTURE], [PROMPT], [0])[0], expected)
 
 
-def test_quantized_and_lora_folders_are_refused_by_name(llava, mllms, tmp_path):
+def test_lora_folders_are_refused_by_name(mllms, tmp_path):
     lora, saved = tmp_path / "lora", tmp_path / "saved"
     lora.mkdir()
     (lora / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     shutil.copytree(mllms["original"], saved)  # as LLaVA's own training saves LoRA weights
     torch.save({}, saved / "non_lora_trainables.bin")
-    edit(llava / "config.json", quantization_config={"load_in_4bit": True})
-    for folder, words in ((llava, "quantized"), (lora, "LoRA adapter"), (saved, "merge")):
+    for folder, words in ((lora, "LoRA adapter"), (saved, "merge")):
         with refused(str(folder), words):
             MLLM.from_pretrained(folder)

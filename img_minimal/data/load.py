@@ -1,7 +1,5 @@
 """Load what an aligner is trained on, from a preset: encoder, cached or streamed features."""
 
-import hashlib
-import json
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +8,7 @@ from img_minimal.cli import writable_folder
 from img_minimal.data.features import CachedData, Encoder, FeatureCache, StreamedData
 from img_minimal.data.pairs import pair_stream
 from img_minimal.devices import best_device
-from img_minimal.files import fingerprint
+from img_minimal.files import model_name, short_hash
 from img_minimal.hub.mllms import read_settings
 from img_minimal.hub.where import fetch
 from img_minimal.mllm import find_questions
@@ -86,15 +84,15 @@ def open_cache(preset: Preset, guidance: str, seed: int, cache_gb: float) -> Fea
     if guidance != "text":
         sizes.append(_image_size(guide, "--mllm"))
     provenance = {
-        "the MLLM" if guidance != "text" else "the base": _describe(guide),
-        "the image encoder": _describe(models.image_encoder),
-        "the IP-Adapter": _describe(models.ip_adapter),
-        "the Resampler": _describe(models.resampler or models.ip_adapter),
-        "the pairs": _describe(data.pairs),
+        "the MLLM" if guidance != "text" else "the base": model_name(guide),
+        "the image encoder": model_name(models.image_encoder),
+        "the IP-Adapter": model_name(models.ip_adapter),
+        "the Resampler": model_name(models.resampler or models.ip_adapter),
+        "the pairs": model_name(data.pairs),
         "at most this many pairs": str(data.max_pairs),
         "this many pairs in a chunk": str(preset.training.chunk),
         "a share of identity samples": str(data.identity_share),
-        "the questions, one drawn for each sample": _hash(find_questions(models.questions)),
+        "the questions, one drawn for each sample": short_hash(find_questions(models.questions)),
         # As asked for: what it resolves to on this machine differs in rounding only.
         "dtype": models.dtype or f"the default of {best_device().type}",
         "image size": " and ".join(sizes),
@@ -110,12 +108,3 @@ def _image_size(location: str, flag: str) -> str:
     if not size and isinstance(vision, dict):
         size = vision.get("image_size")
     return str(size or "its own")
-
-
-def _describe(location: str) -> str:
-    path = Path(location)
-    return f"{path.name} {_hash(fingerprint(path))}" if path.exists() else location
-
-
-def _hash(content: object) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

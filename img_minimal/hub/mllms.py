@@ -36,6 +36,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.models.smolvlm import processing_smolvlm
 
@@ -127,12 +128,10 @@ def mllm_config(settings: dict, what: str | Path) -> PreTrainedConfig:
         return transformers_config(settings, what)
     kind = str(settings.get("model_type"))
     advice = "use a LLaVA, Qwen-VL, InternVL, Gemma 3 or another image-text model of transformers"
-    try:
+    known = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    check(known, f"{what}: model_type {kind!r} is no MLLM known here; {advice}")
+    with opening(what, "multimodal LLM"):
         config = AutoConfig.for_model(**settings)
-        fits = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    except (TypeError, ValueError, KeyError):
-        fits = False
-    check(fits, f"{what}: model_type {kind!r} is no MLLM known here; {advice}")
     apart = f"{kind!r} reads image and question in two networks, so it has no guidance features"
     check(not config.is_encoder_decoder, f"{what}: {apart}; {advice}")
     return config
