@@ -203,7 +203,7 @@ def rank() -> int:
 
 def silence_nonzero_ranks() -> None:
     """Let only rank 0 of a torchrun job print and show progress; call before importing torch."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a line for each try to meet the others
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else pages about lost connections
     if rank():
         os.environ["TQDM_DISABLE"] = "1"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open as long as the process lives

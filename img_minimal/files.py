@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from img_minimal.cli import UserError, is_stream, partial_of
+from img_minimal.cli import UserError, is_stream, partial_of, remove_partial
 
 JSON_KINDS = {dict: "an object", list: "a list"}
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others may start programs
@@ -255,6 +255,7 @@ def cached_images(paths: list[Path], draw: Callable[[], Tensor], advice: str) ->
     Raises UserError ending in `advice` if a file is damaged.
     """
     if not all(path.exists() for path in paths):
+        remove_partial(paths[0].parent)
         for path, image in zip(paths, to_pil(draw())):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, png(image))

@@ -80,7 +80,8 @@ class Ranks:
         """Wait for all ranks, each of which must be there once, and join them."""
         if cuda := torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)))
-        patience = timedelta(seconds=MEETING)
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # all will come, if from a slow disk
+        patience = timedelta(seconds=600 if by_torchrun else MEETING)
         store, *_ = next(dist.rendezvous("env://", timeout=patience))
         taken = store.add(f"rank {self.rank}", 1) > 1
         check(not taken, f"another process has RANK {self.rank}, too")

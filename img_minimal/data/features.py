@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from img_minimal.backbone import Backbone, ImagePrompt
-from img_minimal.cli import UserError, check
+from img_minimal.cli import UserError, check, writable_folder
 from img_minimal.data.pairs import (
     EVERYTHING,
     START,
@@ -297,7 +297,7 @@ class FeatureCache:
 
     def _write_note(self, **changes: float) -> None:
         self.note |= changes
-        self.folder.mkdir(parents=True, exist_ok=True)
+        writable_folder(self.folder)
         write_whole(self.path, json.dumps(self.note, indent=1))
 
 
