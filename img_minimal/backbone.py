@@ -13,13 +13,14 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
 from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from img_minimal.cli import check
-from img_minimal.devices import Precision, Turns, best_device, compute_device
+from img_minimal.devices import Precision, Turns, best_device
 from img_minimal.files import check_finite, read_json
 from img_minimal.hub.weights import WeightsError, opening
 from img_minimal.presets import Models, Preset
@@ -97,6 +98,10 @@ class Backbone:
     @staticmethod
     def check_pipe(pipe: DiffusionPipeline, location: str) -> None:
         """Raise WeightsError for parts of a pipeline that do not fit each other."""
+
+    def groups(self) -> list[tuple[nn.Module | DiffusionPipeline, ...]]:
+        """List the models that are on the device together."""
+        return [(self.pipe, self.branch), (self.image_prompt,)]
 
     def draw(
         self,
@@ -195,7 +200,7 @@ def open_backbone(
         precision = Precision.named(models.dtype, turns.device)
     else:
         network = getattr(pipe, kind.network)
-        turns = Turns(compute_device(network))
+        turns = Turns(get_module_execution_device(network))
         precision = Precision(network.dtype, network.dtype, network.dtype)
     image_prompt = kind.image_prompts.open(models, precision, turns.home)
     loaded()

@@ -41,7 +41,8 @@ def check(condition: object, message: str) -> None:
 def option(default: Any, text: str = "", **extra: Any) -> Any:
     """Declare a dataclass field together with its `--help` line.
 
-    `least` and `most` bound a number; `choices` lists the accepted values.
+    `least` and `most` bound a number; `choices` lists the accepted values, of which `bare` is meant
+    by the flag alone or True, and the default by its `--no-` form or False.
     """
     return field(default=default, metadata={"help": text, **extra})
 
@@ -103,6 +104,10 @@ def _add_flag(parser: argparse.ArgumentParser, flag: Field, kind: Any, from_pres
     else:
         metavar = None if choices else kind.__name__.upper()
         settings |= {"type": kind, "choices": choices, "metavar": metavar}
+    if "bare" in flag.metadata:
+        settings |= {"nargs": "?", "const": flag.metadata["bare"]}
+        off = {"action": "store_const", "const": flag.default, "help": argparse.SUPPRESS}
+        parser.add_argument(_flag_name(f"no_{flag.name}"), dest=flag.name, **off)
     parser.add_argument(_flag_name(flag.name), **settings)
 
 
@@ -114,6 +119,9 @@ def check_value(field: Field, value: object) -> None:
     kinds = typing.get_args(kind) or (kind,)
     expected = " or ".join(k.__name__ for k in kinds if k is not NoneType)
     check(fits, f"{name} is {value!r}, expected {expected}")
+    choices = field.metadata.get("choices")
+    known = not choices or value is None or value in choices
+    check(known, f"{name} is {value!r}, expected one of: {', '.join(choices or ())}")
     least, most = field.metadata.get("least", 0), field.metadata.get("most", LARGEST)
     # The negated comparison also catches NaN.
     bounded = not isinstance(value, int | float) or least <= value <= most

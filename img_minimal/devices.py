@@ -4,16 +4,22 @@ bf16 pays off only where the hardware multiplies it: on a plain AVX2 CPU a bf16 
 70 times as long as an fp32 one. No other module chooses a dtype to compute in.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from img_minimal.cli import UserError
+from img_minimal.cli import UserError, check
 
 DTYPES = ("fp32", "bf16", "fp16", "mixed")
+LARGE = 4_000_000_000  # parameters; LLaVA, FLUX's transformer and T5 have more, all others less
+# Bytes besides frozen weights: activations of drawing an image, and what CUDA and the allocator
+# take; in training also FLUX's aligner with its reference, gradients and moments (bench/memory.py).
+DRAWING, TRAINING = 4 * 2**30, 14 * 2**30
 
 
 def best_device() -> torch.device:
@@ -30,6 +36,11 @@ def known_device(name: str) -> torch.device:
         known = ", ".join(["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))])
         raise UserError(f"--mllm-device is {name!r}, expected one of: {known}") from None
     return device
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Return True for a GPU, False for the CPU, which computes where models wait anyway."""
+    return device.type != "cpu"
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -106,34 +117,78 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def compute_device(module: nn.Module) -> torch.device:
-    """Return where a module computes: where accelerate's hooks bring it, else where it lies."""
-    hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return module.device if device is None else torch.device(device)
+def weight_bytes(*modules: nn.Module | DiffusionPipeline) -> int:
+    """Count the bytes of the weights of models and of the parts of pipelines."""
+    total = 0
+    for module in modules:
+        parts = [module]
+        if isinstance(module, DiffusionPipeline):
+            parts = [part for part in module.components.values() if isinstance(part, nn.Module)]
+        total += sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    return total
+
+
+def choose_offload(free: float, groups: Sequence[float], room: float = DRAWING) -> str:
+    """Choose "none", "models" or "layers" for a GPU with so many bytes free.
+
+    `groups` are the bytes of weights that are used together, `room` is for everything else.
+    """
+    if sum(groups) + room <= free:
+        return "none"
+    return "models" if max(groups) + room <= free else "layers"
 
 
 class Turns:
-    """Keep all models on the device or, with `offload`, only the ones in use.
+    """Share the device between models.
 
-    Sampling then moves diffusion -> image prompt -> MLLM -> aligner -> diffusion through the GPU.
-    accelerate's offload hooks cannot: they follow one module's `forward`, and IMG enters the MLLM
-    below its own forward.
+    `offload` is "none": all stay there; "models": only the ones in use, so that sampling moves
+    diffusion -> image prompt -> MLLM -> aligner -> diffusion through the GPU; "layers": likewise,
+    but large models stay in RAM and their layers pass through; or "auto", see `settle`.
     """
 
-    def __init__(self, device: torch.device, offload: bool = False):
+    def __init__(self, device: torch.device, offload: str = "none"):
+        """Raise UserError for "layers" on a device without memory of its own."""
+        alone = not has_own_memory(device)
+        advice = "--offload layers needs a GPU, and this computer has none that torch can use"
+        check(not (alone and offload == "layers"), f"{advice}; leave it out")
         self.device, self.offload = device, offload
-        self.home = torch.device("cpu") if offload else device  # where models wait
+        if alone and offload == "auto":
+            self.offload = "none"
+        # Where models wait.
+        self.home = device if self.offload == "none" else torch.device("cpu")
         self.resident: tuple[nn.Module | DiffusionPipeline, ...] = ()
+
+    def settle(self, *groups: Sequence[nn.Module | DiffusionPipeline], room: int = DRAWING) -> None:
+        """Choose for "auto", by the GPU's free memory, once everything is loaded.
+
+        `groups` are models that are used together; `room` is as in `choose_offload`.
+        """
+        if self.offload != "auto":
+            return
+        free, _ = torch.cuda.mem_get_info(self.device)
+        self.offload = choose_offload(free, [weight_bytes(*group) for group in groups], room)
+        if self.offload == "none":
+            self.home = self.device
+            for group in groups:
+                self._move(group, self.device)
 
     def bring(self, *modules: nn.Module | DiffusionPipeline) -> None:
         """Move modules that are used together to the device; the previous ones make room first."""
-        if not self.offload or self.resident == modules:
+        if self.offload == "none" or self.resident == modules:
             return
-        for module in self.resident:
-            module.to(self.home)
+        self._move(self.resident, self.home)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.resident = modules
+        self._move(modules, self.device)
+
+    def _move(self, modules: Sequence[nn.Module | DiffusionPipeline], device: torch.device) -> None:
+        # On a GPU the next layer comes while one computes. Hooks sit on the innermost layers, since
+        # a block of FLUX holds processors of IMG's own while it draws with image tokens.
+        layers = dict(offload_type="leaf_level", use_stream=self.device.type == "cuda")
         for module in modules:
-            module.to(self.device)
+            whole = isinstance(module, DiffusionPipeline) or getattr(module, "is_quantized", False)
+            if self.offload != "layers" or whole or count_parameters(module) < LARGE:
+                module.to(device)
+            elif not any(hasattr(layer, "_diffusers_hook") for layer in module.modules()):
+                apply_group_offloading(module, self.device, **layers)

@@ -19,6 +19,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.models.embeddings import ImageProjection
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from img_minimal import backbone
 from img_minimal.backbone import Backbone, unseen_end
 from img_minimal.cli import check
-from img_minimal.devices import Precision, compute_device
+from img_minimal.devices import Precision
 from img_minimal.files import check_finite
 from img_minimal.hub.adapters import (
     XLABS_V1,
@@ -149,6 +150,12 @@ class Flux(Backbone):
     multiple, network = 16, "transformer"
     image_prompts = ImagePrompt
 
+    def groups(self) -> list[tuple[nn.Module, ...]]:
+        """List the models that are on the device together: what reads, what draws, what looks."""
+        texts = self.pipe.text_encoder, self.pipe.text_encoder_2
+        network = self.pipe.transformer, self.pipe.vae, self.branch
+        return [texts, network, (self.image_prompt,)]
+
     def read(self, prompts: list[str]) -> list[Condition]:
         """Encode each text once; then the text encoders make room for the transformer."""
         negative = self.sampling.negative_prompt or ""
@@ -157,15 +164,15 @@ class Flux(Backbone):
             if prompt not in states:
                 states[prompt] = self.encode(prompt)
         self.negative = states[negative]
-        self.turns.bring(self.pipe.transformer, self.pipe.vae, self.branch)
+        self.turns.bring(*self.groups()[1])
         return [states[prompt] for prompt in prompts]
 
     @torch.no_grad()
     def encode(self, prompt: str) -> Condition:
         """Encode a prompt to T5's states and CLIP's pooled embedding."""
         pipe = self.pipe
-        self.turns.bring(pipe.text_encoder, pipe.text_encoder_2)
-        device = compute_device(pipe.text_encoder)
+        self.turns.bring(*self.groups()[0])
+        device = get_module_execution_device(pipe.text_encoder)
         with self.precision.sampling(device):
             encoded = pipe.encode_prompt(prompt, device=device, max_sequence_length=self.text_limit)
         return encoded[:2]

@@ -26,7 +26,7 @@ from img_minimal.backbone import (
     open_backbone,
 )
 from img_minimal.cli import check, warn
-from img_minimal.devices import Precision, Turns, best_device, known_device
+from img_minimal.devices import TRAINING, Precision, Turns, best_device, known_device
 from img_minimal.files import Clock, from_pil, model_name, to_pil
 from img_minimal.hub.mllms import announced_width
 from img_minimal.hub.weights import opening
@@ -113,8 +113,10 @@ class IMG:
         self.aligner.to(self.turns.home)
         # Guidance by text has no model of its own; an MLLM on its own device stays there.
         self.guide_takes_turns = hasattr(mllm, "model") and mllm_device is None
+        groups = [*self.backbone.groups(), (self.aligner,)]
         if self.guide_takes_turns:
-            mllm.model.to(self.turns.home)
+            groups.append((mllm.model.to(self.turns.home),))
+        self.turns.settle(*groups)
         self.passes, self.mllm_batch = preset.sampling.passes, preset.models.mllm_batch
         self.clock = Clock()  # seconds of each step so far
 
@@ -348,11 +350,15 @@ def open_guide(
     """
     if guidance == "text":
         return TextGuidance(backbone.text_states, backbone.text_width)
-    turns = backbone.turns if backbone else Turns(best_device())
+    turns = backbone.turns if backbone else Turns(best_device(), models.offload)
     home = device or turns.home
     with opening(models.mllm, "multimodal LLM"):
         dtype = Precision.named(models.dtype, device or turns.device).mllm
-        return MLLM.from_pretrained(models.mllm, dtype, home, find_questions(models.questions))
+        guide = MLLM.from_pretrained(models.mllm, dtype, home, find_questions(models.questions))
+    if backbone is None:  # in training, where it stays on the device, and so does the image encoder
+        turns.settle((guide.model,), room=TRAINING)
+        turns.bring(guide.model)
+    return guide
 
 
 def guide_location(guide: GuidanceEncoder | None) -> str:
@@ -375,8 +381,8 @@ def check_changes(pipe: object, mllm: object, guidance: str, changes: dict) -> N
         fixed = changes.keys() - {"passes", "mllm_batch", "questions"}
         advice = "is a setting of this backbone; open it with that, or use img.drawing(...)"
         check(not fixed, f"{min(fixed, default='')!r} {advice}")
-    own = pipe is not None and changes.get("offload")
-    check(not own, "offload=True is for models opened here; use diffusers' hooks on your pipeline")
+    own = pipe is not None and changes.get("offload", "none") not in ("none", False)
+    check(not own, "offload is for models opened here; use diffusers' hooks on your pipeline")
     check(guidance != "text" or mllm is None, "guidance by text needs no mllm; leave it out")
 
 

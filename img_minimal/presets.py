@@ -18,7 +18,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            check_value(field, getattr(self, field.name))
+            value = getattr(self, field.name)
+            if "bare" in field.metadata and isinstance(value, bool):
+                value = field.metadata["bare"] if value else field.default
+                object.__setattr__(self, field.name, value)
+            check_value(field, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,13 @@ class Models(Settings):
         "precision of the big models (default: by device)",
         choices=["fp32", "bf16", "fp16", "mixed"],
     )
-    offload: bool = option(False, "keep one big model on the GPU at a time, the others in RAM")
+    offload: str = option(
+        "none",
+        "what waits in RAM: models that are not in use (a bare --offload), of large ones all layers"
+        " but the one in use, or what the GPU's free memory asks for",
+        choices=["none", "models", "layers", "auto"],
+        bare="models",
+    )
     encode_batch: int  # images that the vision encoder sees at once
     mllm_batch: int  # images that the MLLM sees at once
 

@@ -55,6 +55,16 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write everything that `--model flux` needs, small and random, in the public layouts."""
+    from flux_folder import write_flux
+
+    folder = tmp_path_factory.mktemp("flux")
+    write_flux(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def mllms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Write tiny random MLLMs as the public ones are stored; "twin" is the shipped one."""
     from mllm_folders import write_llava_hf, write_original_llava, write_qwen

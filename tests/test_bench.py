@@ -101,7 +101,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("offload", ["none", "models"])
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
 def test_the_run_at_true_size_runs_on_small_shapes(model, offload, monkeypatch, capsys):
     for name, value in SETTINGS.items():

@@ -1,12 +1,11 @@
 """FLUX takes image tokens, draws and trains as its authors do, and refuses other models' files."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from flux_folder import WIDTH, locations, new_adapter, preset, public_names, write_flux
+from flux_folder import WIDTH, locations, new_adapter, preset, public_names
 from mllm_folders import edit
 from pair_files import rows, write
 from PIL import Image
@@ -26,13 +25,6 @@ from img_minimal.presets import find_preset
 
 PROMPT = "a red circle"
 TOKENS = torch.randn(1, 4, WIDTH, generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("flux")
-    write_flux(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

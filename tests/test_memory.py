@@ -1,22 +1,25 @@
-"""Memory: one big model on the device at a time with --offload, and what fits on which card."""
+"""Memory: one big model, or one layer, on the device at a time, and what fits on which card."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock, call
+from unittest.mock import MagicMock, Mock, call
 
+import flux_folder
 import pytest
 import torch
+from diffusers.hooks import group_offloading
 from PIL import Image
 from refusals import refused
 from release_folder import PROMPT, preset
-from torch import nn
+from torch import Tensor, nn
 
 from img_minimal import devices
 from img_minimal.bench import __main__ as bench
-from img_minimal.bench.memory import GIB, counting, needs, table, usable
-from img_minimal.devices import Precision, Turns
-from img_minimal.pipeline import IMG
+from img_minimal.bench.memory import GIB, TRAIN, counting, needs, table, usable
+from img_minimal.devices import Precision, Turns, choose_offload, weight_bytes
+from img_minimal.pipeline import IMG, open_guide
 
 
 def watch(img: IMG) -> list[str]:
@@ -44,7 +47,7 @@ def watch(img: IMG) -> list[str]:
 def test_offload_has_one_model_on_the_device_at_a_time_and_changes_no_image(release):
     prompts, seeds = [PROMPT, "three green squares"], [0, 1]
     expected = IMG(preset=preset(release)).stages(prompts, seeds, rounds=2)
-    img = IMG(preset=preset(release, offload=True))
+    img = IMG(preset=preset(release, offload="models"))
     order = watch(img)
     for images, same in zip(img.stages(prompts, seeds, rounds=2), expected, strict=True):
         assert torch.equal(torch.stack(images), torch.stack(same))
@@ -56,12 +59,96 @@ def test_offload_has_one_model_on_the_device_at_a_time_and_changes_no_image(rele
 
 def test_a_model_leaves_the_device_before_another_comes():
     models, gpu, cpu = Mock(), torch.device("cuda"), torch.device("cpu")
-    turns = Turns(gpu, offload=True)
+    turns = Turns(gpu, "models")
     for model in (models.old, models.old, models.new):
         turns.bring(model)
     assert models.mock_calls == [call.old.to(gpu), call.old.to(cpu), call.new.to(gpu)]
     Turns(gpu).bring(models.new)
     assert len(models.mock_calls) == 3, "without offload nothing moves"
+
+
+@pytest.fixture
+def held(monkeypatch) -> list[int]:
+    """Pretend that the CPU is a GPU and every model large; list how many layers it holds.
+
+    Weights that wait are NaN here, so nothing can compute with them. Transfers go through streams,
+    with the next layer fetched ahead, as on CUDA.
+    """
+    group, cpu = group_offloading.ModuleGroup, torch.device("cpu")
+    onload, offload = group.onload_, group.offload_
+    there, weights, counts = set(), {}, []
+
+    def wait(tensor: Tensor, _: bool) -> Tensor:
+        weights.setdefault(tensor, tensor.data)
+        nan = torch.nan if tensor.is_floating_point() else 0
+        return torch.full_like(tensor.data, nan)
+
+    def fetch(self: object, tensor: Tensor, *_: object) -> None:
+        tensor.data = weights[tensor]
+
+    def come(self: object) -> None:
+        onload(self)
+        there.add(self)
+        counts.append(len(there))
+
+    def leave(self: object) -> None:
+        offload(self)
+        there.discard(self)
+
+    def apply(module: nn.Module, device: torch.device, **_: object) -> None:
+        config = (cpu, cpu, "leaf_level", False, False, False)
+        config = group_offloading.GroupOffloadingConfig(*config, stream=MagicMock())
+        group_offloading._apply_group_offloading(module, config)
+
+    changes = {"_to_cpu": staticmethod(wait), "_transfer_tensor_to_device": fetch}
+    changes |= {"onload_": come, "offload_": leave}
+    changes["_pinned_memory_tensors"] = lambda self: nullcontext(self.cpu_param_dict)
+    for name, change in changes.items():
+        monkeypatch.setattr(group, name, change)
+    monkeypatch.setattr(group_offloading, "TorchDeviceBackend", MagicMock())
+    monkeypatch.setattr(devices, "apply_group_offloading", apply)
+    monkeypatch.setattr(devices, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(devices, "LARGE", 0)
+    return counts
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_in_layers_no_bit_changes_and_at_most_four_layers_are_on_the_device(flux, held, dtype):
+    picture, tokens, results = [Image.new("RGB", (64, 64), "red")], torch.ones(1, 4, 48), []
+    for offload in ("none", "layers"):
+        img = IMG(preset=flux_folder.preset(flux, dtype=dtype, steps=2, offload=offload))
+        drawn = img.backbone.draw([PROMPT], [0], tokens)
+        h, mask = img.guide.guidance(picture, [PROMPT], [0])
+        words = img.guide.explain(picture, [PROMPT], [0], max_new_tokens=2)
+        results.append([drawn, h, img.correct(tokens, h, mask), words])
+        results[-1].append(img.finds_wrong(h, mask))
+        assert bool(held) == (offload == "layers")
+    guide = open_guide(img.backbone.preset.models, "mllm")  # as train.py does
+    results.append([drawn, guide.guidance(picture, [PROMPT], [0])[0], *results[1][2:]])
+    for streamed in results[1:]:
+        for expected, found in zip(results[0], streamed, strict=True):
+            assert expected == found if isinstance(found, list) else torch.equal(expected, found)
+    # One that computes, the next one, and weights of blocks that hold layers, twice at the most.
+    assert max(held) <= 4 < 20 < len(list(guide.model.parameters()))
+
+
+def test_layers_need_a_device_with_memory(release):
+    with refused("--offload layers needs a GPU"):
+        IMG(preset=preset(release, offload="layers"))
+    assert Turns(torch.device("cpu"), "auto").offload == "none"
+
+
+@pytest.mark.parametrize(
+    ("free", "chosen"), [(80, "none"), (41, "none"), (40, "models"), (29, "models"), (28, "layers")]
+)
+def test_auto_chooses_by_the_memory_that_is_free(monkeypatch, free, chosen):
+    assert choose_offload(free, [7, 25, 5], room=4) == chosen
+    groups = [(nn.Linear(size, 1, bias=False),) for size in (7, 25, 5)]
+    monkeypatch.setattr(devices, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * free, 0))
+    turns = Turns(torch.device("cpu"), "auto")
+    turns.settle(*groups, room=4 * 4)
+    assert turns.offload == chosen and weight_bytes(*groups[0]) == 4 * 7
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -143,10 +230,16 @@ def test_the_table_adds_up_from_parameter_counts(rows):
 
 
 def test_drawing_needs_the_vaes_decoder_in_fp32_most_and_offload_needs_less(rows):
+    largest = 2 * 32064 * 5120  # bytes of the MLLM's embeddings in half precision
+    train = f"{TRAIN}, features as they come"
+    saved = 2 * 13_351_494_656 - 2 * largest
+    weights = rows[train, "fp16, bf16"].weights - saved
+    assert rows[f"{train} --offload layers", "fp16, bf16"].weights == weights
     for dtype in ("fp32", "fp16, bf16"):
         sample, widest = rows["sample", dtype], 256 * 1024 * 1024  # channels, pixels
         assert 2 * 4 * widest <= sample.activations <= 4 * 4 * widest
-        assert rows["sample --offload", dtype].total < sample.total
+        models, layers = rows["sample --offload", dtype], rows["sample --offload layers", dtype]
+        assert layers.total < models.total < sample.total
     assert usable(16) < 16 * GIB < usable(24)
 
 

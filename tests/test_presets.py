@@ -37,7 +37,7 @@ def test_sdxl_has_the_released_samplers_and_the_papers_training_settings():
     assert (training.lr, training.weight_decay, training.constant_share) == (1e-4, 1e-4, 1.0)
     assert (training.preference_weight, training.depth, training.heads) == (1.0, 4, 20)
     assert (SDXL.data.identity_share, SDXL.data.max_pairs) == (0.0, 0)
-    assert (SDXL.world, SDXL.models.dtype, SDXL.models.offload) == (None, None, False)
+    assert (SDXL.world, SDXL.models.dtype, SDXL.models.offload) == (None, None, "none")
 
 
 def test_sdxl_dpo_shares_everything_with_sdxl_but_its_unet():
@@ -55,10 +55,26 @@ def test_every_field_with_a_help_line_is_a_flag_that_changes_it_alone():
             continue
         value = values.get(str(getattr(field.type, "__name__", "")), "48")
         if choices := field.metadata.get("choices"):
-            value = choices[0]
+            value = choices[-1]
         flag = f"--{field.name.replace('_', '-')}"
         found = changed(flag) if value is None else changed(flag, value)
         assert found.keys() == {field.name} and str(found[field.name]) in (value, "True")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "offload"),
+    [
+        (["--offload"], "models"),
+        (["--offload", "--steps", "48"], "models"),
+        (["--offload", "layers"], "layers"),
+        (["--offload", "--no-offload"], "none"),
+    ],
+)
+def test_offload_alone_means_models_and_python_takes_true_and_false(arguments, offload):
+    assert changed(*arguments).get("offload", "none") == offload
+    assert SDXL.changed(offload=offload == "models").models.offload in (offload, "none")
+    with refused("--offload is 'half'", "none, models, layers, auto"):
+        SDXL.changed(offload="half")
 
 
 def test_an_empty_resampler_keeps_the_one_in_the_adapter_file_and_a_scale_of_zero_is_a_value():

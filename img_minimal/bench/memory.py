@@ -38,13 +38,13 @@ from transformers import (
 
 from img_minimal import flux, sdxl
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.devices import count_parameters
+from img_minimal.devices import LARGE, count_parameters
 from img_minimal.files import Clock
 from img_minimal.presets import find_preset
 
 Calls = dict[str, Callable[[], object]]
 
-GIB, CARDS = 2**30, (16, 24, 40, 80)
+GIB, CARDS = 2**30, (12, 16, 24, 40, 80)
 MLLM_TOKENS = 640  # 576 of the image, the rest of the question
 TOKENS = {"sdxl": (16, 2048), "flux": (4, 4096)}  # (N, D) of an image
 OTHERS = {"mllm": ("mllm",), "aligner": ("aligner",)}
@@ -292,10 +292,20 @@ class Need:
         return self.weights + self.activations
 
 
+def parameters_in_layers(model: nn.Module) -> int:
+    """Count what is on the GPU with `--offload layers`: of a large model two of its layers."""
+    count = count_parameters(model)
+    if count < LARGE:
+        return count
+    return 2 * max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
+
+
 def needs(model: str, mllm: str) -> list[Need]:
     """Compute what sampling and training need, in fp32 and in half precision."""
     preset, peaks = find_preset(model), activations(model, mllm)
-    counts = {name: count_parameters(m) for name, m in models(mllm, preset.backbone).items()}
+    built = models(mllm, preset.backbone)
+    counts = {name: count_parameters(module) for name, module in built.items()}
+    in_layers = {name: parameters_in_layers(module) for name, module in built.items()}
     # Weights, reference and two moments in fp32; gradients are among the activations.
     training, look = 16 * counts["aligner"], preset.models.mllm_batch * peaks["look"]
     rows = []
@@ -305,20 +315,22 @@ def needs(model: str, mllm: str) -> list[Need]:
             "image prompt": share * peaks["image tokens"],
             "mllm": share * peaks["answer"],
         }
-        parts = {}  # weights and activations of what is on the GPU together
-        for group, names in GROUPS[preset.backbone].items():
-            weights = 0.0
-            for name in names:
-                weights += 4 * counts[name] * (1.0 if name in ALWAYS_FP32 else share)
-            parts[group] = weights, alive.get(group, 0.0)
-        every_weight = sum(weights for weights, _ in parts.values())
-        frozen = parts["image prompt"][0] + parts["mllm"][0]
         busy = max(alive["image prompt"], share * look, peaks["train"])
-        rows += [
-            Need("sample", dtype, every_weight, max(alive.values())),
-            Need("sample --offload", dtype, *max(parts.values(), key=sum)),
-            Need(f"{TRAIN}, features as they come", dtype, training + frozen, busy),
-        ]
+        for offload, on_gpu in (("", counts), (" --offload layers", in_layers)):
+            parts = {}  # weights and activations of what is on the GPU together
+            for group, names in GROUPS[preset.backbone].items():
+                weights = 0.0
+                for name in names:
+                    weights += 4 * on_gpu[name] * (1.0 if name in ALWAYS_FP32 else share)
+                parts[group] = weights, alive.get(group, 0.0)
+            if not offload:
+                every_weight = sum(weights for weights, _ in parts.values())
+                rows.append(Need("sample", dtype, every_weight, max(alive.values())))
+            at_most = max(parts.values(), key=sum)
+            rows.append(Need(f"sample{offload or ' --offload'}", dtype, *at_most))
+            frozen = parts["image prompt"][0] + parts["mllm"][0]
+            run = f"{TRAIN}, features as they come{offload}"
+            rows.append(Need(run, dtype, training + frozen, busy))
     rows.append(Need(f"{TRAIN}, features from a cache", "fp32", training, peaks["train"]))
     return sorted(rows, key=lambda row: row.run)  # keeps fp32 before half
 

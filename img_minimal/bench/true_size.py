@@ -25,7 +25,12 @@ class Config:
 
     model: str = option("sdxl", "whose shapes", choices=["sdxl", "flux"])
     mllm: str = option("llava-13b", "which MLLM", choices=["llava-13b", "llava-7b"])
-    offload: bool = option(False, "one big model on the GPU at a time")
+    offload: str = option(
+        "none",
+        "what waits in RAM, as for sample.py",
+        choices=["none", "models", "layers", "auto"],
+        bare="models",
+    )
     dtype: str | None = option(None, "default: the preset's", choices=["fp32", "bf16", "fp16"])
     json: str | None = option(None, "where the numbers go (default: true-size-MODEL.json)")
 
@@ -141,12 +146,13 @@ def measure(preset: Preset, mllm: str, steps: int = 20, pairs: int = 160) -> dic
 
     size = preset.finetuning.micro_batch
     settings = replace(preset.finetuning, steps=3, save_every=3, batch_size=size)
-    detector = Detector(img.guide, settings.lora_rank, precision)
-    triplets = triplet_stream(TWINS / "triplets.parquet", 2 * size)
-    data = detector_data(triplets)
-    name = f"3 LoRA steps of the MLLM, batch {size}"
-    with TemporaryDirectory() as folder, measuring(rows, name):
-        train_detector(Run(folder, {}), detector, data, settings)
+    if img.turns.offload != "layers":  # finetuning needs the whole MLLM
+        detector = Detector(img.guide, settings.lora_rank, precision)
+        triplets = triplet_stream(TWINS / "triplets.parquet", 2 * size)
+        data = detector_data(triplets)
+        name = f"3 LoRA steps of the MLLM, batch {size}"
+        with TemporaryDirectory() as folder, measuring(rows, name):
+            train_detector(Run(folder, {}), detector, data, settings)
 
     device, took = img.turns.device, rows[feature_row]["seconds"]
     rate = pairs * operations(preset.name, mllm)["look"] / took

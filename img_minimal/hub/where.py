@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from img_minimal.cli import UserError, check
-from img_minimal.devices import Precision, best_device
+from img_minimal.devices import Precision, Turns, best_device
 from img_minimal.files import read_json
 from img_minimal.hub.weights import WeightsError
 from img_minimal.presets import Preset
@@ -47,6 +47,7 @@ def fetch(preset: Preset, *names: str, inspect: Callable[[Preset], object] = id)
     are preferred where a repository has both and the preset's dtype is half precision. Raises
     UserError if a location cannot be had, WeightsError if its files are damaged.
     """
+    Turns(best_device(), preset.models.offload)  # refuses, before a download, what cannot be
     half = Precision.named(preset.models.dtype, best_device()).weights != torch.float32
     fields = vars(preset.models) | vars(preset.sampling)
     found = {name: fields[name] for name in names if fields[name]}
