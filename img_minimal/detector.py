@@ -192,7 +192,10 @@ class Detector:
 
         longest, shape = max(map(len, answers)), inputs["input_ids"].shape
         for name, value in inputs.items():
-            if value.shape == shape:
+            if value.shape[:2] == shape:
+                kind = self.model.config.model_type
+                advice = f"--stage mllm cannot train a {kind}, whose {name} is no type of tokens"
+                check(value.ndim == 2, f"{advice}; use an MLLM that reads images as tokens")
                 inputs[name] = F.pad(value, (0, longest))
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         labels = torch.full_like(ids, IGNORE)

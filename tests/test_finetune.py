@@ -16,13 +16,16 @@ from refusals import assert_refused
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from img_minimal.data.features import StreamedData
-from img_minimal.data.pairs import START, Triplet, triplet_stream
+from img_minimal.data.load import load_encoder
+from img_minimal.data.pairs import START, Triplet, pair_stream, triplet_stream
 from img_minimal.detector import IGNORE, Detector, Rows, detector_data, train_detector
+from img_minimal.devices import Precision
 from img_minimal.hub.mllms import CHAT, without_videos
 from img_minimal.mllm import MLLM, NOTHING, ask
 from img_minimal.plots import read_rows
 from img_minimal.presets import find_preset
 from img_minimal.run import Run
+from train import train as train_aligner
 
 TWIN = find_preset("tiny-sdxl")
 SMALL = {"steps": 20, "batch_size": 8, "micro_batch": 8, "warmup": 2, "save_every": 10}
@@ -237,3 +240,14 @@ def test_triplets_or_an_mllm_that_cannot_be_read_are_refused(tmp_path, call, fla
     pq.write_table(pa.table(damaged), tmp_path / "empty.parquet")
     command = ("train.py", "--stage", "mllm", "--output-dir", tmp_path / "run")
     assert_refused(call(*command, flag, tmp_path / name), words)
+
+
+def test_an_aligner_is_trained_on_the_features_of_a_new_kind(mllm_of, tmp_path):
+    preset = TWIN.changed(mllm=str(mllm_of("idefics3")))
+    encoder = load_encoder(preset, "mllm", 0)
+    data = StreamedData(pair_stream(TWIN.data.pairs, 24, 24), encoder)
+    settings = replace(TWIN.training, steps=3, batch_size=8, depth=1, heads=1, warmup=1)
+    run = Run(tmp_path / "run", {})
+    aligner = train_aligner(run, data, settings, Precision.named("fp32", torch.device("cpu")))
+    run.lock.close()
+    assert aligner.guidance_width == 32 and aligner.zero_linear.weight.abs().max() > 0
