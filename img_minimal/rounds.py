@@ -61,9 +61,6 @@ from img_minimal.run import Ranks, Run
 
 FIRST_SEED = 2_000_000_000  # of drawn images; no pair and no evaluation has such seeds
 GATE_PROMPTS = 200
-# Columns of rounds/metrics.jsonl.
-COLUMNS = """round kept score damage drawn pairs img_better base_better both_right
-    step_original step_new correction validation_error""".split()
 PAIR_SCHEMA = pa.schema(
     {
         **{"caption": pa.string(), "ranking_id": pa.int64()},
@@ -355,13 +352,8 @@ def write_row(path: Path, rows: list[dict], row: dict) -> None:
     rows.append(row)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "".join(json.dumps(r) + "\n" for r in rows))
-    if row["round"] == 0:
-        print("  ".join(f"{name:>10}" for name in COLUMNS))
-    cells = []
-    for name in COLUMNS:
-        value = row.get(name, "")
-        cells.append(f"{value:>10.4f}" if isinstance(value, float) else f"{value!s:>10}")
-    print("  ".join(cells), flush=True)
+    cells = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items()]
+    print(", ".join(cells), flush=True)
 
 
 def last_row(log: Path) -> dict[str, float]:

@@ -130,12 +130,13 @@ def test_evaluate_refuses_bad_input(call, arguments, words):
     assert_refused(call("evaluate", *arguments), words)
 
 
-def test_evaluate_writes_every_arm_with_its_size_and_interval(call, tmp_path):
+def test_evaluate_writes_every_arm_with_its_size_and_interval_also_with_drafts(call, tmp_path):
     words = ("--prompts", 5, "--split", "validation", "--json", tmp_path / "r.json")
-    done = call("evaluate", *words)
+    done = call("evaluate", *words, "--draft-steps", 5, "--only-wrong")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "r.json").read_text())
-    arms = results["arms"]
+    arms, settings = results["arms"], results["settings"]
+    assert (settings["draft_steps"], settings["only_wrong"]) == (5, True)
     always = "base new_seed best_of_two_mllm best_of_two_oracle perfect_tokens no_guidance".split()
     assert arms.keys() - {"text", "stock_mllm"} == {*always, "img"}
     for arm, guidance in (("text", "text"), ("stock_mllm", "stock")):

@@ -36,8 +36,9 @@ from img_minimal.pipeline import IMG
 ARMS = ("base", "new_seed", "no_guidance", "img")
 LOOK_BATCH = 64  # prompts whose guidance features are held at once, 0.4 GB with LLaVA-13B
 JUDGE_BATCH = 16  # prompts judged at once, with an image of every arm
-# Settings that change no image. All others are recorded, so that no folder mixes two runs.
+# Settings that change no image here. All others are recorded, so that no folder mixes two runs.
 NOT_DRAWING = ("stock_mllm", "stock_aligner", "text_aligner", "offload")
+NOT_DRAWING += ("draft_steps", "only_wrong")  # refused
 Prompts = list[FilePrompt]
 
 
