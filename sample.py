@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 
 from img_minimal.cli import (
     check,
+    check_value,
+    one_line,
     option,
     parse,
     printable,
@@ -48,7 +50,7 @@ class Config:
     sweep: str | None = option(None, "values for the last pass: scale=0,0.2,0.5 or passes=1,3")
     explain: bool = option(True, "decode what the MLLM says; guidance needs no decoding")
     mllm_device: str | None = option(None, "separate device for the MLLM, e.g. cuda:1")
-    serve: bool = option(False, "open a page in the browser instead (pip install gradio)")
+    serve: bool = option(False, "open a page in the browser instead (pip install gradio==6.31.0)")
     output: str = option("outputs/sample", "folder for the pictures")
 
 
@@ -57,7 +59,10 @@ if __name__ == "__main__":
     parse(Config, __doc__, Models, Sampling)
 
 import json
+import os
+from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from PIL.Image import Image
 
@@ -68,6 +73,7 @@ from img_minimal.plots import sheet
 from img_minimal.tiny.grammar import parse as parse_prompt
 from img_minimal.tiny.oracle import judge_pictures
 
+INSTALL = "pip install gradio==6.31.0 && pip install -r requirements.txt"
 SWEPT = {"scale": float, "scale_end": float, "guidance_scale": float, "steps": int, "passes": int}
 
 
@@ -84,7 +90,7 @@ def main() -> int:
     quiet_libraries()
     img = IMG(preset=preset, mllm_device=config.mllm_device)
     if config.serve:
-        serve(img, f"IMG: {preset.name}", prompts)
+        serve(img, config, prompts)
         return 0
     for prompt in dict.fromkeys(prompts):
         unseen, limit = img.backbone.truncated_part(prompt)
@@ -241,44 +247,55 @@ def sweep(
     sheet(rows, path, f"the last pass at several values of {name}")
 
 
-def serve(img: IMG, title: str, examples: list[str]) -> None:
+def serve(img: IMG, config: Config, examples: list[str]) -> None:
     """Open a page in the browser until the program is stopped; only this machine can reach it.
 
-    Raises UserError if Gradio is not installed.
+    Raises UserError if Gradio cannot be imported.
     """
-    page(img, title, examples).launch(server_name="127.0.0.1", inbrowser=True)
-
-
-def page(img: IMG, title: str, examples: list[str]) -> object:
-    """Build the page: prompt and seed, first picture, what the MLLM says, picture drawn again."""
+    # Gradio serves every file below this folder, which by default all programs share.
+    folder = TemporaryDirectory()
+    os.environ["GRADIO_TEMP_DIR"] = os.environ["GRADIO_EXAMPLES_CACHE"] = folder.name
     try:
         import gradio
-    except ImportError:
-        check(False, "--serve needs the package gradio: pip install gradio")
+    except Exception as error:  # an old one beside new packages fails in many ways
+        check(False, f"--serve needs the package gradio ({error}); {INSTALL}")
 
-    def draw(prompt: str, seed: float) -> tuple[Image, str, Image]:
+    def draw(prompt: str | None, seed: object) -> tuple[Image, str, Image]:
         try:
-            out = img(prompt, seed=int(seed))
-        except ValueError as error:
-            raise gradio.Error(str(error)) from None
+            check_value(Config.__dataclass_fields__["seed"], seed)
+            asked = replace(config, prompt=prompt or "", prompt_file=None)
+            [prompt] = read_request(asked, img.backbone.preset.world)
+            gradio.Progress()(0, "drawing")
+            out = img(prompt, seed=seed)
+        except Exception as error:
+            # The page takes messages for HTML; users' mistakes need no traceback in the terminal.
+            words = one_line(error)
+            message = escape(words or repr(error))
+            raise gradio.Error(message, print_exception=words is None) from error
         return out.initial[0], out.said[0], out.images[0]
 
-    return gradio.Interface(
+    page = gradio.Interface(
         draw,
-        inputs=[
-            gradio.Textbox(examples[0], label="prompt"),
-            gradio.Number(0, label="seed", precision=0),
-        ],
+        inputs=[gradio.Textbox(examples[0], label="prompt"), gradio.Number(0, label="seed")],
         outputs=[
-            gradio.Image(label="first picture"),
+            gradio.Image(label="first picture", format="png"),
             gradio.Textbox(label="what the MLLM says"),
-            gradio.Image(label="drawn again"),
+            gradio.Image(label="drawn again", format="png"),
         ],
         examples=[[example, 0] for example in examples],
-        title=title,
+        title=f"IMG: {config.model}",
         description="Draw, look, align, draw again from the same prompt and seed.",
         flagging_mode="never",
+        analytics_enabled=False,
         cache_examples=False,
+    )
+    page.launch(
+        server_name="127.0.0.1",
+        share=False,
+        inbrowser=True,
+        show_error=True,
+        allowed_paths=[folder.name],
+        max_file_size=1,
     )
 
 

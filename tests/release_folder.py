@@ -164,6 +164,16 @@ def write_release(folder: Path) -> None:
     aligner.save(folder / "aligner.safetensors")
 
 
+def diffusers_adapter(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Read the IP-Adapter for diffusers' own `load_ip_adapter`."""
+    adapter = torch.load(folder / "ip-adapter-whole.bin", weights_only=True)
+    # It takes any Resampler for one of four layers: two more that do nothing.
+    for key, value in list(adapter["image_proj"].items()):
+        for i in (2, 3):
+            adapter["image_proj"].setdefault(key.replace("layers.0.", f"layers.{i}."), value * 0)
+    return adapter
+
+
 def locations(folder: Path) -> dict[str, str]:
     """Return the fields of a preset that name these files."""
     names = {

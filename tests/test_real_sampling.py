@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from refusals import refused
-from release_folder import PROMPT, command, new_base, preset
+from release_folder import PROMPT, command, diffusers_adapter, new_base, preset
 from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
@@ -45,11 +45,7 @@ def test_both_images_equal_those_of_diffusers_own_pipeline_and_ip_adapter(releas
 
     assert torch.equal(before, theirs())
     pipe.image_encoder = CLIPVisionModelWithProjection.from_pretrained(release / "image_encoder")
-    adapter = torch.load(release / "ip-adapter-whole.bin", weights_only=True)
-    # diffusers takes any Resampler for one of four layers: two more that do nothing.
-    for key, value in list(adapter["image_proj"].items()):
-        for i in (2, 3):
-            adapter["image_proj"].setdefault(key.replace("layers.0.", f"layers.{i}."), value * 0)
+    adapter = diffusers_adapter(release)
     pipe.load_ip_adapter(adapter, subfolder=None, weight_name=None, image_encoder_folder=None)
     pipe.unet.encoder_hid_proj.image_projection_layers = nn.ModuleList([nn.Identity()])
     pipe.set_ip_adapter_scale(0.2)
