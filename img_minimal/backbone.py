@@ -99,10 +99,6 @@ class Backbone:
     def check_pipe(pipe: DiffusionPipeline, location: str) -> None:
         """Raise WeightsError for parts of a pipeline that do not fit each other."""
 
-    def groups(self) -> list[tuple[nn.Module | DiffusionPipeline, ...]]:
-        """List the models that are on the device together."""
-        return [(self.pipe, self.branch), (self.image_prompt,)]
-
     def draw(
         self,
         prompts: list[str],

@@ -17,9 +17,10 @@ from img_minimal.cli import UserError, check
 
 DTYPES = ("fp32", "bf16", "fp16", "mixed")
 LARGE = 4_000_000_000  # parameters; LLaVA, FLUX's transformer and T5 have more, all others less
-# Bytes besides frozen weights: activations of drawing an image, and what CUDA and the allocator
-# take; in training also FLUX's aligner with its reference, gradients and moments (bench/memory.py).
-DRAWING, TRAINING = 4 * 2**30, 14 * 2**30
+WITHOUT_MEMORY = ("cpu",)  # devices that compute where models wait anyway
+# Bytes to leave free beside a large model, computed by bench/memory.py: in drawing 3 GiB of
+# activations, FLUX's branch and VAE; in training FLUX's aligner with gradients and moments.
+DRAWING, TRAINING = 6 * 2**30, 14 * 2**30
 
 
 def best_device() -> torch.device:
@@ -36,11 +37,6 @@ def known_device(name: str) -> torch.device:
         known = ", ".join(["cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))])
         raise UserError(f"--mllm-device is {name!r}, expected one of: {known}") from None
     return device
-
-
-def has_own_memory(device: torch.device) -> bool:
-    """Return True for a GPU, False for the CPU, which computes where models wait anyway."""
-    return device.type != "cpu"
 
 
 def bf16_is_fast(device: torch.device) -> bool:
@@ -117,25 +113,14 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def weight_bytes(*modules: nn.Module | DiffusionPipeline) -> int:
-    """Count the bytes of the weights of models and of the parts of pipelines."""
-    total = 0
-    for module in modules:
-        parts = [module]
-        if isinstance(module, DiffusionPipeline):
-            parts = [part for part in module.components.values() if isinstance(part, nn.Module)]
-        total += sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-    return total
+def choose_offload(free: float, sizes: Sequence[float], room: float) -> str:
+    """Choose "none", "models" or "layers" for models of these bytes on a GPU with `free` bytes.
 
-
-def choose_offload(free: float, groups: Sequence[float], room: float = DRAWING) -> str:
-    """Choose "none", "models" or "layers" for a GPU with so many bytes free.
-
-    `groups` are the bytes of weights that are used together, `room` is for everything else.
+    `room` is for activations, and for small models that are there with a large one.
     """
-    if sum(groups) + room <= free:
+    if sum(sizes) + room <= free:
         return "none"
-    return "models" if max(groups) + room <= free else "layers"
+    return "models" if max(sizes) + room <= free else "layers"
 
 
 class Turns:
@@ -148,29 +133,28 @@ class Turns:
 
     def __init__(self, device: torch.device, offload: str = "none"):
         """Raise UserError for "layers" on a device without memory of its own."""
-        alone = not has_own_memory(device)
-        advice = "--offload layers needs a GPU, and this computer has none that torch can use"
-        check(not (alone and offload == "layers"), f"{advice}; leave it out")
+        if device.type in WITHOUT_MEMORY:
+            advice = "--offload layers needs a GPU, and torch finds none on this computer"
+            check(offload != "layers", f"{advice}; leave it out")
+            offload = "none" if offload == "auto" else offload
         self.device, self.offload = device, offload
-        if alone and offload == "auto":
-            self.offload = "none"
         # Where models wait.
-        self.home = device if self.offload == "none" else torch.device("cpu")
+        self.home = device if offload == "none" else torch.device("cpu")
         self.resident: tuple[nn.Module | DiffusionPipeline, ...] = ()
 
-    def settle(self, *groups: Sequence[nn.Module | DiffusionPipeline], room: int = DRAWING) -> None:
-        """Choose for "auto", by the GPU's free memory, once everything is loaded.
-
-        `groups` are models that are used together; `room` is as in `choose_offload`.
-        """
+    def settle(self, *models: nn.Module | DiffusionPipeline, room: float = DRAWING) -> None:
+        """Choose for "auto", by the GPU's free memory, once all models are loaded."""
         if self.offload != "auto":
             return
-        free, _ = torch.cuda.mem_get_info(self.device)
-        self.offload = choose_offload(free, [weight_bytes(*group) for group in groups], room)
+        modules = []
+        for model in models:
+            parts = model.components.values() if hasattr(model, "components") else [model]
+            modules += [part for part in parts if isinstance(part, nn.Module)]
+        sizes = [sum(p.nbytes for p in module.parameters()) for module in modules]
+        self.offload = choose_offload(torch.cuda.mem_get_info(self.device)[0], sizes, room)
         if self.offload == "none":
             self.home = self.device
-            for group in groups:
-                self._move(group, self.device)
+            self._move(modules, self.device)
 
     def bring(self, *modules: nn.Module | DiffusionPipeline) -> None:
         """Move modules that are used together to the device; the previous ones make room first."""

@@ -150,12 +150,6 @@ class Flux(Backbone):
     multiple, network = 16, "transformer"
     image_prompts = ImagePrompt
 
-    def groups(self) -> list[tuple[nn.Module, ...]]:
-        """List the models that are on the device together: what reads, what draws, what looks."""
-        texts = self.pipe.text_encoder, self.pipe.text_encoder_2
-        network = self.pipe.transformer, self.pipe.vae, self.branch
-        return [texts, network, (self.image_prompt,)]
-
     def read(self, prompts: list[str]) -> list[Condition]:
         """Encode each text once; then the text encoders make room for the transformer."""
         negative = self.sampling.negative_prompt or ""
@@ -164,14 +158,14 @@ class Flux(Backbone):
             if prompt not in states:
                 states[prompt] = self.encode(prompt)
         self.negative = states[negative]
-        self.turns.bring(*self.groups()[1])
+        self.turns.bring(self.pipe.transformer, self.pipe.vae, self.branch)
         return [states[prompt] for prompt in prompts]
 
     @torch.no_grad()
     def encode(self, prompt: str) -> Condition:
         """Encode a prompt to T5's states and CLIP's pooled embedding."""
         pipe = self.pipe
-        self.turns.bring(*self.groups()[0])
+        self.turns.bring(pipe.text_encoder, pipe.text_encoder_2)
         device = get_module_execution_device(pipe.text_encoder)
         with self.precision.sampling(device):
             encoded = pipe.encode_prompt(prompt, device=device, max_sequence_length=self.text_limit)

@@ -113,10 +113,10 @@ class IMG:
         self.aligner.to(self.turns.home)
         # Guidance by text has no model of its own; an MLLM on its own device stays there.
         self.guide_takes_turns = hasattr(mllm, "model") and mllm_device is None
-        groups = [*self.backbone.groups(), (self.aligner,)]
+        models = [self.backbone.branch, self.backbone.image_prompt, self.aligner]
         if self.guide_takes_turns:
-            groups.append((mllm.model.to(self.turns.home),))
-        self.turns.settle(*groups)
+            models.append(mllm.model.to(self.turns.home))
+        self.turns.settle(self.backbone.pipe, *models)
         self.passes, self.mllm_batch = preset.sampling.passes, preset.models.mllm_batch
         self.clock = Clock()  # seconds of each step so far
 
@@ -356,7 +356,7 @@ def open_guide(
         dtype = Precision.named(models.dtype, device or turns.device).mllm
         guide = MLLM.from_pretrained(models.mllm, dtype, home, find_questions(models.questions))
     if backbone is None:  # in training, where it stays on the device, and so does the image encoder
-        turns.settle((guide.model,), room=TRAINING)
+        turns.settle(guide.model, room=TRAINING)
         turns.bring(guide.model)
     return guide
 

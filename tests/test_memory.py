@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from img_minimal import devices
 from img_minimal.bench import __main__ as bench
 from img_minimal.bench.memory import GIB, TRAIN, counting, needs, table, usable
-from img_minimal.devices import Precision, Turns, choose_offload, weight_bytes
+from img_minimal.devices import Precision, Turns, choose_offload
 from img_minimal.pipeline import IMG, open_guide
 
 
@@ -107,7 +107,7 @@ def held(monkeypatch) -> list[int]:
         monkeypatch.setattr(group, name, change)
     monkeypatch.setattr(group_offloading, "TorchDeviceBackend", MagicMock())
     monkeypatch.setattr(devices, "apply_group_offloading", apply)
-    monkeypatch.setattr(devices, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(devices, "WITHOUT_MEMORY", ())
     monkeypatch.setattr(devices, "LARGE", 0)
     return counts
 
@@ -143,12 +143,13 @@ def test_layers_need_a_device_with_memory(release):
 )
 def test_auto_chooses_by_the_memory_that_is_free(monkeypatch, free, chosen):
     assert choose_offload(free, [7, 25, 5], room=4) == chosen
-    groups = [(nn.Linear(size, 1, bias=False),) for size in (7, 25, 5)]
-    monkeypatch.setattr(devices, "has_own_memory", lambda device: True)
+    models = [nn.Linear(size, 1, bias=False) for size in (7, 25, 5)]
+    pipe = SimpleNamespace(components={"unet": models[0], "scheduler": None})
+    monkeypatch.setattr(devices, "WITHOUT_MEMORY", ())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * free, 0))
     turns = Turns(torch.device("cpu"), "auto")
-    turns.settle(*groups, room=4 * 4)
-    assert turns.offload == chosen and weight_bytes(*groups[0]) == 4 * 7
+    turns.settle(pipe, *models[1:], room=4 * 4)
+    assert turns.offload == chosen
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -323,14 +323,17 @@ def needs(model: str, mllm: str) -> list[Need]:
                 for name in names:
                     weights += 4 * on_gpu[name] * (1.0 if name in ALWAYS_FP32 else share)
                 parts[group] = weights, alive.get(group, 0.0)
+            frozen, at_most = (
+                parts["image prompt"][0] + parts["mllm"][0],
+                max(parts.values(), key=sum),
+            )
+            rows += [
+                Need(f"sample{offload or ' --offload'}", dtype, *at_most),
+                Need(f"{TRAIN}, features as they come{offload}", dtype, training + frozen, busy),
+            ]
             if not offload:
                 every_weight = sum(weights for weights, _ in parts.values())
                 rows.append(Need("sample", dtype, every_weight, max(alive.values())))
-            at_most = max(parts.values(), key=sum)
-            rows.append(Need(f"sample{offload or ' --offload'}", dtype, *at_most))
-            frozen = parts["image prompt"][0] + parts["mllm"][0]
-            run = f"{TRAIN}, features as they come{offload}"
-            rows.append(Need(run, dtype, training + frozen, busy))
     rows.append(Need(f"{TRAIN}, features from a cache", "fp32", training, peaks["train"]))
     return sorted(rows, key=lambda row: row.run)  # keeps fp32 before half
 
