@@ -50,10 +50,10 @@ far above the borders: then the terms pay by length alone, as a larger scale wou
 **Toy worlds** (lower right) try the same number where pairs differ. A sample has mistakes and a
 layout; h sees the mistakes through noise; an image is right if less than half of every mistake is
 left. The terms pay where winners are only better than losers (half-way, or one mistake gone), where
-labels are noisy, and where the injection is weak. They do not pay where winners are exact, and not
-where training was short, which refutes a guess: a regression that knows little takes short steps on
-purpose. A *learned* judge is another matter: a linear scorer fitted to the pairs likes the longer
-step in every world, whatever the oracle says.
+labels are noisy, and where the injection is weak. They do not pay where winners are exact, nor,
+against a guess of ours, where training was short: a regression that knows little takes short steps
+on purpose, and b* stays 1. A *learned* judge is another matter: a linear scorer fitted to the pairs
+likes the longer step in every world, whatever the oracle says.
 
 The paper's pairs are two images of one prompt, of which people like one better. Such winners are
 better and not exact, and two pictures differ in everything: averaged over pairs, places cancel, and
