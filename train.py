@@ -122,7 +122,8 @@ def train(
 
     for _, batch in zip(run.steps(state, settings.steps, settings.save_every, measure), batches):
         # Forward: f(c) and, without gradients, f_ref(c).
-        h, mask = batch.guidance.to(device).float(), batch.mask.to(device)
+        h, mask = batch.padded()
+        h, mask = h.to(device).float(), mask.to(device)
         c_l, c_w = batch.loser.to(device), batch.winner.to(device)
         f_ref = None
         with precision.training(device):
@@ -160,9 +161,10 @@ def validate(aligner: ImplicitAligner, data: Features) -> dict[str, float]:
     wrong = ~data.is_identity
     if not wrong.any():
         return {}
-    sample_bytes = 4 * data.guidance[0].numel()
-    batch_size = min(250, int(5e8 / sample_bytes) + 1)  # half a gigabyte of guidance in fp32
-    f = align(aligner, data.loser, data.guidance, data.mask, passes=1, batch_size=batch_size)
+    sample_bytes = 4 * int(data.lengths.max()) * data.guidance.shape[1]
+    size = min(250, int(5e8 / sample_bytes) + 1)  # half a gigabyte of guidance in fp32
+    batches = [data[index] for index in torch.arange(len(data)).split(size)]
+    f = torch.cat([align(aligner, b.loser, *b.padded(), passes=1) for b in batches])
     after, before = squared_distance(data.winner, f), squared_distance(data.winner, data.loser)
     identity_samples = after[data.is_identity]
     return {

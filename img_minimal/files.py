@@ -99,6 +99,12 @@ def short_hash(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
+def version(path: Path) -> list[int]:
+    """Return size and time of a file, which change when it is replaced."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
 def identity(value: object) -> object:
     """Return the fingerprint of an existing path, and any other value unchanged."""
     if isinstance(value, str) and value and Path(value).exists():

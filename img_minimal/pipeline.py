@@ -37,6 +37,7 @@ from img_minimal.mllm import (
     TextGuidance,
     find_questions,
     guidance_features,
+    padded,
 )
 from img_minimal.presets import Models, Preset, find_preset
 
@@ -279,7 +280,8 @@ class IMG:
     ) -> tuple[Tensor, Tensor]:
         """Look (step 2): guidance features h (B, L, H) and mask (B, L). A seed draws a question."""
         guide = self._bring_guide()
-        return guidance_features(guide, images, prompts, seeds, self.mllm_batch, progress)
+        look = guidance_features(guide, images, prompts, seeds, self.mllm_batch, progress)
+        return padded(*look)
 
     def finds_wrong(self, guidance: Tensor, mask: Tensor) -> list[bool]:
         """Return True for each image, by its guidance features, that the MLLM finds wrong."""

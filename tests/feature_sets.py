@@ -17,10 +17,11 @@ def some_features(count: int = 60, seed: int = 1) -> Features:
     """Draw features whose winners are a function of their losers; the last 10 count as identity."""
     generator = torch.Generator().manual_seed(seed)
     loser = torch.randn(count, 4, WIDTHS[0], generator=generator)
-    length = torch.randint(3, 8, (count, 1), generator=generator)
+    lengths = torch.randint(3, 8, (count,), generator=generator)
     return Features(
-        guidance=torch.randn(count, 7, WIDTHS[1], generator=generator).bfloat16(),
-        mask=torch.arange(7)[None] < length,
+        guidance=torch.randn(int(lengths.sum()), WIDTHS[1], generator=generator).bfloat16(),
+        lengths=lengths,
+        longest=torch.full((count,), 7),
         loser=loser,
         winner=loser.flip(-1),
         validation=torch.arange(count) % 6 == 0,

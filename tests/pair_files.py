@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -86,12 +87,16 @@ def write_as(kind: str, folder: Path, table: list[dict]) -> Path:
     return folder
 
 
-def write_tar(path: Path, table: list[dict]) -> None:
-    """Write Pick-a-Pic in webdataset's format; members of odd rows have an extension."""
+def write_tar(path: Path, table: list[dict], folders: Sequence[str] = ()) -> None:
+    """Write Pick-a-Pic in webdataset's format; members of odd rows have an extension.
+
+    `folders` go before the names of each row.
+    """
     with tarfile.open(path, "w") as file:
         for k, row in enumerate(table):
             for name, value in row.items():
                 content = value if isinstance(value, bytes) else str(value).encode()
-                member = tarfile.TarInfo(f"{k:06d}.{name}" + ".txt" * (k % 2))
+                folder = folders[k] + "/" if folders and folders[k] else ""
+                member = tarfile.TarInfo(f"{folder}{k:06d}.{name}" + ".txt" * (k % 2))
                 member.size = len(content)
                 file.addfile(member, io.BytesIO(content))

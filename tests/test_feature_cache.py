@@ -1,12 +1,13 @@
 """Features of a stream: kept in a cache of bounded size, or computed chunk by chunk."""
 
 import json
+import os
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from pair_files import number, read_pairs, rows, tie, write
+from pair_files import jpeg, number, read_pairs, rows, tie, write
 from refusals import refused
 
 from img_minimal.data.features import CachedData, FeatureCache, Features, StreamedData
@@ -29,10 +30,12 @@ class FakeEncoder:
 
     def __call__(self, pairs: list[Pair], chunk: int = 0) -> Features:
         self.prompts += [p.prompt for p in pairs]
-        length = 4 + chunk % 2  # chunks pad to their own longest
+        length = 4 + chunk % 2
+        prompts = [int(p.prompt.split()[1]) for p in pairs]
         return Features(
-            guidance=filled([int(p.prompt.split()[1]) for p in pairs], length, 5).bfloat16(),
-            mask=torch.ones(len(pairs), length, dtype=torch.bool),
+            guidance=filled(prompts, length, 5).flatten(0, 1).bfloat16(),
+            lengths=torch.full((len(pairs),), length),
+            longest=torch.full((len(pairs),), length),
             loser=filled([number(p.loser) for p in pairs], 3, 6),
             winner=filled([number(p.winner) for p in pairs], 3, 6),
             validation=torch.tensor([p.validation for p in pairs]),
@@ -108,14 +111,15 @@ def test_shards_of_a_cache_are_one_sequence(tmp_path, source):
     index = torch.tensor([21, 0, 7, 7, 4, 5])
     a, b = one[index], several[index]
     assert torch.equal(a.loser, b.loser) and torch.equal(a.winner, b.winner)
-    assert b.guidance.shape[1] == 5 and torch.equal(a.guidance, b.guidance[:, :4])
-    assert b.mask.sum(1).tolist() == [4, 4, 5, 5, 4, 5], "shorter shards are padded, and masked"
+    h, mask = b.padded()
+    assert torch.equal(a.padded()[0], h[:, :4]) and h.shape[1] == 5
+    assert mask.sum(1).tolist() == [4, 4, 5, 5, 4, 5], "shorter samples are padded, and masked"
 
 
 def test_three_jobs_fill_the_cache_that_one_fills(tmp_path, source):
     for rank in (2, 0, 1, 0):
         cache = FeatureCache(tmp_path / "three" / "cache", MADE_WITH, 1e9)
-        cache.collect(pair_stream(source, 5), FakeEncoder(), (rank, 3))
+        cache.collect(pair_stream(source, 5), FakeEncoder, (rank, 3))
     assert cache.complete
     cached(tmp_path / "one" / "cache", source, size=5)
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
@@ -147,6 +151,39 @@ def test_a_flipped_bit_in_a_shard_is_found_and_named(tmp_path, source, damage):
     file.write_bytes(data)
     with refused(f"{file.name}: damaged", "delete it and run again"):
         cached(tmp_path / "cache", source)
+
+
+def test_pictures_replaced_under_the_same_names_are_found_and_absent_ones_are_not_needed(tmp_path):
+    folder, rows = tmp_path / "pairs", []
+    (folder / "sub").mkdir(parents=True)
+    for k in range(3):
+        (folder / "sub" / f"{k}.png").write_bytes(jpeg(k))
+        rows.append({"prompt": f"prompt {k}", "path1": f"sub/{k}.png", "path2": "sub/0.png"})
+    (folder / "train.json").write_text(json.dumps(rows))
+    before = cached(tmp_path / "cache", folder / "train.json", size=2).data[torch.arange(3)]
+    (folder / "sub" / "1.png").unlink()
+    cached(tmp_path / "cache", folder / "train.json", size=2)
+    (folder / "sub" / "2.png").write_bytes(jpeg(9))
+    with refused("00001.safetensors: made with another", "sub/2.png", "delete it and run again"):
+        cached(tmp_path / "cache", folder / "train.json", size=2)
+    (tmp_path / "cache" / "00001.safetensors").unlink()
+    after = cached(tmp_path / "cache", folder / "train.json", size=2).data[torch.arange(3)]
+    assert before.winner[2, 0, 0] == 2 and after.winner[2, 0, 0] == 9
+
+
+def test_a_long_sample_makes_no_other_longer_and_its_batch_alone_is_padded_to_it():
+    lengths = torch.tensor([3, 90, 4, 3])
+    h = torch.arange(1.0, 101.0)[:, None].bfloat16()
+    values = torch.zeros(4, 1, 2)
+    flags = torch.zeros(4, dtype=torch.bool)
+    features = Features(h, lengths, torch.full((4,), 90), values, values, flags, flags)
+    assert features.guidance.numel() == 100, "90 times 4 if all were padded"
+    for index, shape in (([2, 0], 8), ([1, 3], 90)):  # else at most twice its own longest
+        batch = features[torch.tensor(index)]
+        padded, mask = batch.padded()
+        assert padded.shape == mask.shape + (1,) == (2, shape, 1)
+        assert mask.sum(1).tolist() == lengths[index].tolist()
+        assert torch.equal(padded[mask], batch.guidance) and not padded[~mask].any()
 
 
 @pytest.mark.parametrize(
@@ -193,5 +230,8 @@ def test_a_cache_depends_on_everything_that_features_depend_on(tmp_path):
     encoder = preset.changed(image_encoder=str(tmp_path / "encoder"))
     assert changed(encoder) == {"the image encoder", "image size"}
     assert changed() == set()
+    [table] = source.glob("*.parquet")
+    os.utime(table, ns=(0, 0))  # as if it was replaced by one of the same size
+    assert changed() == {"the pairs"}
     write(source, rows(4))
     assert changed() == {"the pairs"}

@@ -14,6 +14,7 @@ from threading import Thread
 import pytest
 import torch
 from mllm_folders import edit
+from pair_files import rows, write
 from refusals import refused
 from release_folder import PROMPT, flags, locations
 
@@ -39,8 +40,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
-        parts = self.path.split("?")[0].strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
+        path = self.path.split("?")[0].strip("/").removeprefix("datasets/")
+        parts = path.split("/")
+        if parts[:2] in (["api", "models"], ["api", "datasets"]):
             return self.describe(self.root / parts[2] / parts[3], "tree" in parts)
         file = self.root.joinpath(*parts[:2], *parts[4:])  # owner/name/resolve/revision/path
         if parts[0] == "gated":
@@ -64,6 +66,11 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(200, body, Content_Type="application/json")
 
     def answer(self, code: int, body: bytes = b"", **headers: str) -> None:
+        wanted = self.headers.get("Range")
+        if wanted and code == 200:
+            first, last = map(int, wanted.removeprefix("bytes=").split("-"))
+            headers["Content_Range"] = f"bytes {first}-{last}/{len(body)}"
+            code, body = 206, body[first : last + 1]
         self.send_response(code)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -98,7 +105,10 @@ def test_an_architecture_that_would_take_minutes_to_build_is_refused(tmp_path, s
 
 @pytest.fixture(scope="module")
 def hub(release, tmp_path_factory) -> Iterator[dict]:
-    """Serve the release, and yield the environment of a program with a cache of its own."""
+    """Serve the release, and yield the environment of a program with a cache of its own.
+
+    Its variable `root` is the folder of what is served.
+    """
     root = tmp_path_factory.mktemp("hub")
     (root / "org").mkdir()
     (root / "org" / "release").symlink_to(release, target_is_directory=True)
@@ -119,6 +129,7 @@ def hub(release, tmp_path_factory) -> Iterator[dict]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     Thread(target=server.serve_forever, daemon=True).start()
     yield os.environ | {
+        "root": str(root),
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HOME": str(tmp_path_factory.mktemp("cache")),
         "HF_HUB_OFFLINE": "0",
@@ -253,6 +264,37 @@ def test_a_folder_that_is_named_like_an_owner_hides_no_repository(tmp_path, monk
 def test_a_mistyped_local_path_is_found_before_anything_is_fetched():
     with refused("/nowhere/llava", "--mllm"):  # the others would fail otherwise, without a network
         fetch(find_preset("sdxl").changed(mllm="/nowhere/llava"), "aligner", "base", "mllm")
+
+
+def test_pairs_of_the_hub_are_streamed_from_any_chunk_and_no_further_than_needed(hub, tmp_path):
+    tables = [rows(20, 20 * k) for k in range(3)]
+    tables[1][3]["jpg_0"] = b"<html>"
+    tables[2][4]["label_1"] = None
+    for name in ("pairs", "prompts"):
+        write(Path(hub["root"]) / "org" / name, *tables)
+    program = """
+import json
+from itertools import islice
+from img_minimal.data.pairs import pair_stream, prompts_of
+stream = pair_stream("org/pairs", size=8, seed=1)
+chunks = list(stream.chunks())
+again = next(stream.chunks(chunks[4].position))
+prompts = list(islice(prompts_of(pair_stream("org/prompts")), 3))
+found = [[pair.prompt for pair in chunk.items] for chunk in [*chunks, again]]
+print(json.dumps([found, stream.skips(), prompts]))
+"""
+    result = python(hub, "-c", program)
+    assert result.returncode == 0, result.stderr
+    [*chunks, again], skips, prompts = json.loads(result.stdout)
+    assert [len(chunk) for chunk in chunks] == [8] * 7 + [2] and again == chunks[4]
+    expected = {f"prompt {k}" for k in range(60)} - {"prompt 23", "prompt 44"}
+    assert {prompt for chunk in chunks for prompt in chunk} == expected
+    assert (
+        skips == "rows skipped: 1 with damaged images, 1 without label_1"
+        and set(prompts) < expected
+    )
+    read = {path for path in Hub.asked if "org/prompts/" in path and path.endswith(".parquet")}
+    assert len(read) <= 2, "of three files, the first for its columns"
 
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]

@@ -5,6 +5,7 @@ import signal
 import time
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from refusals import refused
 import train as script
 from img_minimal import cli, run
 from img_minimal.cli import UserError
+from img_minimal.data.features import Batches, CachedData
 from img_minimal.data.pairs import pair_stream
 from img_minimal.devices import Precision
 from img_minimal.plots import read_rows
@@ -210,6 +212,29 @@ def test_the_command_that_resumes_can_be_pasted_into_a_shell(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.argv", words)
     assert Ranks().again() == f"{said} --resume"
+
+
+def test_a_run_resumed_on_another_number_of_ranks_sees_the_same_global_batches():
+    def batches_of(rank: int, world: int) -> Batches:
+        ranks = Ranks()
+        ranks.rank, ranks.world = rank, world
+        return CachedData.batches(data, 8, 3, ranks)
+
+    data = Data(some_features())
+    whole = batches_of(0, 1)
+    states, expected = [], []
+    for batch in islice(whole, 20):  # more than two epochs
+        states.append(whole.state_dict())
+        expected.append(batch.loser)
+    for world in (1, 2, 4):
+        for step in (2, 5, 6):
+            ranks = [batches_of(rank, world) for rank in range(world)]
+            for batches in ranks:
+                batches.load_state_dict(states[step])
+            for losers, *shares in zip(expected[step + 1 :], *ranks):
+                together = torch.stack([share.loser for share in shares], dim=1).flatten(0, 1)
+                assert torch.equal(together, losers)
+            assert batches.state_dict() == states[-1]
 
 
 @pytest.mark.parametrize("shard", ["3", "4/4", "a/b", "-1/2", "1/0", "1/2/3", ""])

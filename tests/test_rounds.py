@@ -1,5 +1,6 @@
 """Rounds: an aligner makes pairs, learns from a mixture of them, and has to pass a gate."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from feature_sets import Data, some_features
+from pair_files import rows, write
 from PIL import Image
 
 import train as script
 from img_minimal.aligner import ImplicitAligner
+from img_minimal.data import tables
 from img_minimal.data.features import Part, Shards
 from img_minimal.data.pairs import START, StreamPosition, held_back, pair_stream
 from img_minimal.evaluate.judges import ClipJudges, Oracle
@@ -110,6 +113,23 @@ def test_only_prompts_that_are_trained_on_are_drawn_and_held_back_ones_guard_the
     assert not any(map(held_back, trained)) and {parse(p).split for p in trained} == {"train"}
     spared = training_prompts(TWIN.data, 40, seed=0, validation=True)
     assert all(map(held_back, spared))
+
+
+@pytest.mark.parametrize("validation, expected", [(False, 30), (True, 250)])
+def test_prompts_of_a_table_are_read_until_there_are_enough(
+    tmp_path, monkeypatch, validation, expected
+):
+    data = replace(TWIN.data, pairs=str(write(tmp_path, *(rows(100, 100 * k) for k in range(5)))))
+    read, count = tables.READERS[".parquet"], Counter()
+
+    def counted(*arguments: object) -> Iterator[dict]:
+        for row in read(*arguments):
+            count["rows"] += 1
+            yield row
+
+    monkeypatch.setitem(tables.READERS, ".parquet", counted)
+    assert len(training_prompts(data, 5, seed=0, validation=validation)) == 5
+    assert count["rows"] < expected, "a random choice of 4 times as many"
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ def test_triplets_are_read_and_those_with_damaged_images_or_without_words_skippe
     [chunk] = stream.chunks()
     triplets = [(number(t.image), t.prompt, t.instruction) for t in chunk.items]
     assert triplets == [(0, "x", "remove 0"), (3, "x", "remove 3")]
-    assert stream.skips() == "rows skipped: 1 with damaged images, 1 without words"
+    assert stream.skips() == "rows skipped: 1 with damaged images, 1 without edit_prompt"
 
 
 def test_a_damaged_file_stops_the_stream_and_names_what_to_repair(tmp_path):

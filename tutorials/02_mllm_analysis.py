@@ -40,7 +40,7 @@ from img_minimal.data.pairs import triplet_stream
 from img_minimal.detector import MAX_HELD_OUT, Detector
 from img_minimal.evaluate.intervals import bootstrap_ratio, mean_interval, ranking_interval, said
 from img_minimal.files import to_pil
-from img_minimal.mllm import MLLM, guidance_features
+from img_minimal.mllm import MLLM, guidance_features, padded
 from img_minimal.pipeline import open_guide
 from img_minimal.plots import BLUE, GREY, ORANGE
 from img_minimal.tiny.grammar import benchmark
@@ -93,7 +93,8 @@ x = {}
 with step("look"):
     questions = range(seed, seed + count)
     for name, guide in guides.items():
-        h, mask = guidance_features(guide, pictures, captions, questions, progress=name)
+        look = guidance_features(guide, pictures, captions, questions, progress=name)
+        h, mask = padded(*look)
         h = h.float() * mask[..., None]
         lengths = mask.sum(1)
         mean = h.sum(1) / lengths[:, None]

@@ -169,8 +169,6 @@ def features(report: Report, pairs: int = 256) -> None:
         "MLLM": partial(guidance_features, encoder.guide, *look),
     }
     report.in_turn(f"features of {pairs} pairs of the twin", calls)
-    padding = 1 - encoder(items).mask.float().mean().item()
-    report.remarks.append(f"Padding is {padding:.1%} of the guidance features.")
 
 
 def sampling(report: Report, count: int = 4, steps: int = TWIN.sampling.steps) -> None:

@@ -33,9 +33,9 @@ from img_minimal.data.pairs import (
     StreamPosition,
     prefetch,
 )
-from img_minimal.files import read_json, write_whole
+from img_minimal.files import read_json, version, write_whole
 from img_minimal.hub.weights import read_metadata, read_weights, write_weights
-from img_minimal.mllm import GuidanceEncoder, cat_padded, guidance_features
+from img_minimal.mllm import GuidanceEncoder, guidance_features, padded
 from img_minimal.run import Ranks
 
 QUESTION_SEEDS = 1_000_003  # between the first seeds of two chunks' questions
@@ -50,10 +50,14 @@ PREFERENCE = "pair with a preference; label_0 and label_1 must be 1 and 0"
 
 @dataclass
 class Features:
-    """N samples: inputs of the aligner (guidance, mask, loser) and its target (winner)."""
+    """N samples: inputs of the aligner (guidance, loser) and its target (winner).
 
-    guidance: Tensor  # (N, L, H) bf16
-    mask: Tensor  # (N, L)
+    Guidance lies end to end, so that one large image makes no chunk of Qwen's 90 times as large.
+    """
+
+    guidance: Tensor  # (sum of lengths, H) bf16
+    lengths: Tensor  # (N,)
+    longest: Tensor  # (N,): the greatest length of the sample's chunk
     loser: Tensor  # (N, K, D): c_l, the tokens to correct
     winner: Tensor  # (N, K, D): c_w
     validation: Tensor  # (N,): held out
@@ -63,16 +67,21 @@ class Features:
         return len(self.loser)
 
     def __getitem__(self, index: Tensor | slice) -> "Features":
-        return Features(*(value[index] for value in self.state_dict().values()))
+        ends = self.lengths.cumsum(0)
+        spans = zip((ends - self.lengths)[index].tolist(), ends[index].tolist())
+        pieces = [self.guidance[start:end] for start, end in spans]
+        others = [value[index] for value in list(vars(self).values())[1:]]
+        return Features(torch.cat([self.guidance[:0], *pieces]), *others)
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        """Concatenate samples, with guidance padded to the longest."""
-        joined = {}
-        for name in parts[0].state_dict():
-            join = cat_padded if name in ("guidance", "mask") else torch.cat
-            joined[name] = join([getattr(part, name) for part in parts])
-        return cls(**joined)
+        """Concatenate samples."""
+        states = [part.state_dict().values() for part in parts]
+        return cls(*map(torch.cat, zip(*states)))
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Return guidance (N, L, H) and its mask (N, L); batches of a chunk have equal shapes."""
+        return padded(self.guidance, self.lengths, int(self.longest.max()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors by name; `Features(**state)` is the inverse."""
@@ -80,16 +89,17 @@ class Features:
 
     @property
     def sample_bytes(self) -> int:
-        """Memory of one sample."""
-        return sum(value[:1].nbytes for value in self.state_dict().values()) or 1
+        """Memory of one sample, on average."""
+        return 1 + sum(value.nbytes for value in vars(self).values()) // max(1, len(self))
 
     def check_finite(self) -> None:
         """Raise UserError naming the first sample with a NaN or an infinity."""
         advice = "check the model that made them, delete the feature cache and run again"
-        for name in ("guidance", "loser", "winner"):
-            for k, sample in enumerate(getattr(self, name)):
+        guidance = self.guidance.split(self.lengths.tolist())
+        for k, tensors in enumerate(zip(guidance, self.loser, self.winner)):
+            for name, tensor in zip(("guidance", "loser", "winner"), tensors):
                 message = f"the {name} features of sample {k} are not finite; {advice}"
-                check(sample.isfinite().all(), message)
+                check(tensor.isfinite().all(), message)
 
 
 @dataclass
@@ -118,12 +128,13 @@ class Encoder:
         seeds = range(first_seed, first_seed + len(samples))
         winner, loser = self.tokens(samples)
         losers, prompts = [s.loser for s in samples], [s.prompt for s in samples]
-        guidance, mask = guidance_features(
+        guidance, lengths = guidance_features(
             self.guide, losers, prompts, seeds, self.mllm_batch, progress="guidance features"
         )
+        longest = torch.full_like(lengths, int(lengths.max()))
         validation = torch.tensor([sample.validation for sample in samples])
         is_identity = torch.arange(len(samples)) >= len(pairs)
-        features = Features(guidance, mask, loser, winner, validation, is_identity)
+        features = Features(guidance, lengths, longest, loser, winner, validation, is_identity)
         features.check_finite()
         return features
 
@@ -182,14 +193,11 @@ class Shards:
 
     def __getitem__(self, index: Tensor) -> Features:
         """Read the samples of `index` (B,) into memory."""
-        shard = torch.bucketize(index, self.ends, right=True)  # (B,)
-        pieces, positions = [], []
-        for k in shard.unique().tolist() or [0]:
-            inside = (shard == k).nonzero().flatten()
-            first = int(self.ends[k]) - len(self.parts[k])
-            pieces.append(self.parts[k][index[inside] - first])
-            positions.append(inside)
-        return Features.join(pieces)[torch.cat(positions).argsort()]
+        shards, pieces = torch.bucketize(index, self.ends, right=True), []
+        for k, part in enumerate(self.parts):
+            pieces.append(part[index[shards == k] - (self.ends[k] - len(part))])
+        order = shards.argsort(stable=True).argsort()
+        return Features.join(pieces)[order]
 
 
 class FeatureCache:
@@ -234,10 +242,12 @@ class FeatureCache:
         every_pair = len(self.files) == self.note.get("shards")
         return bool(self.files) and (every_pair or self.room <= self.note.get("full", -1))
 
-    def collect(self, stream: Stream[Pair], encode: Callable, share: Share = EVERYTHING) -> None:
+    def collect(
+        self, stream: Stream[Pair], encoder: Callable[[], Encoder], share: Share = EVERYTHING
+    ) -> None:
         """Compute the missing shards, until the stream ends or the cache is full.
 
-        `encode(pairs, chunk number)` makes features. With a `share` of the chunks, several
+        `encoder` is called when features are missing. With a `share` of the chunks, several
         processes fill one folder. Raises UserError if not even the first chunk fits.
         """
         rank, world = share
@@ -258,7 +268,7 @@ class FeatureCache:
             position = chunk.next_position
             if chunk.position.chunk % world != rank:
                 continue
-            state = encode(chunk.items, chunk.position.chunk).state_dict()
+            state = encoder()(chunk.items, chunk.position.chunk).state_dict()
             size = sum(value.nbytes for value in state.values()) + 4096  # of the file's header
             if size > self.room:
                 pairs, room = len(chunk.items), max(0.0, self.room)
@@ -271,26 +281,34 @@ class FeatureCache:
                 )
                 self._write_note(full=self.room)
                 return
-            note = {"after": asdict(position), "digest": digest(state, position)}
+            images = [p.winner for p in chunk.items] + [p.loser for p in chunk.items]
+            files = {str(image.file): version(image.file) for image in images if image.file}
+            note = {"after": asdict(position), "digest": digest(state, position), "files": files}
             write_weights(file, state, {"note": json.dumps(note)})
 
     def open(self) -> Shards:
-        """Map all shards. Raises UserError if one is damaged, or if there is none."""
+        """Map all shards.
+
+        Raises UserError if one is damaged or there is none, or if an image file was replaced.
+        """
         check(self.files, f"{self.folder}: holds no features; there was no pair to compute them of")
         parts = []
         for file in tqdm(self.files, desc="checking features", leave=False, delay=2):
-            position, expected = self._read_note(file)
+            position, expected, images = self._read_note(file)
+            for image, made_with in images.items():
+                same = not Path(image).exists() or version(Path(image)) == made_with
+                check(same, f"{file}: made with another {image}; delete it and run again")
             state = read_weights(file)
             same = digest(state, position) == expected
             check(same, f"{file}: damaged (its digest is another); delete it and run again")
             parts.append(Features(**state))
         return Shards(parts)
 
-    def _read_note(self, file: Path) -> tuple[StreamPosition, str]:
-        """Read a shard's digest, and the position of the chunk after it."""
+    def _read_note(self, file: Path) -> tuple[StreamPosition, str, dict]:
+        """Read a shard's note: position of the chunk after it, digest, and files of its images."""
         try:
             note = json.loads(read_metadata(file)["note"])
-            return StreamPosition(**note["after"]), note["digest"]
+            return StreamPosition(**note["after"]), note["digest"], note["files"]
         except (SafetensorError, TypeError, LookupError, ValueError) as error:
             kind = type(error).__name__
             raise UserError(f"{file}: damaged ({kind}); delete it and run again") from None
@@ -342,7 +360,7 @@ class CachedData:
         with ranks.together():
             if not cache.complete:
                 print(f"computing frozen features of {stream.source}, once", flush=True)
-                cache.collect(stream, lambda pairs, chunk: encoder()(pairs, chunk), share)
+                cache.collect(stream, encoder, share)
         self.data = cache.open()
         self.widths, self.unseen = self.data.widths, _validation_samples(self.data)
         held_out = f"{self.data.validation.sum()} of them for validation"
@@ -434,10 +452,11 @@ class Batches:
                 self.position = part.position
                 total, chunk = len(part.samples), part.position.chunk
                 per_epoch = max(1, total // self.batch_size) if total else 0
-                seed = self.seed + ORDER_SEEDS * chunk
+                seed = (self.seed + ORDER_SEEDS * chunk) * EPOCH_SEEDS + self.epoch
+                order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
                 while self.batch < per_epoch:
-                    step = self.epoch * per_epoch + self.batch
-                    index = batch_indices(step, self.batch_size, part.samples, seed)[rank::world]
+                    batch = slice(self.batch * self.batch_size, (self.batch + 1) * self.batch_size)
+                    index = part.samples[order[batch]][rank::world]
                     fair = len(index) * world == min(self.batch_size, total)
                     check(fair, f"{total} samples: too few for {world} processes to share")
                     self.batch += 1
@@ -458,12 +477,3 @@ class Batches:
         """Restore a `state_dict`."""
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.position = StreamPosition(**state["position"])
-
-
-def batch_indices(step: int, batch_size: int, samples: Tensor, seed: int) -> Tensor:
-    """Choose the samples of a step: a function of its number, so that any step can be resumed."""
-    per_epoch = max(1, len(samples) // batch_size)
-    epoch, batch = divmod(step, per_epoch)
-    generator = torch.Generator().manual_seed(seed * EPOCH_SEEDS + epoch)
-    order = torch.randperm(len(samples), generator=generator)
-    return samples[order[batch * batch_size : (batch + 1) * batch_size]]

@@ -7,8 +7,9 @@ from img_minimal.backbone import open_backbone, open_image_prompt
 from img_minimal.cli import writable_folder
 from img_minimal.data.features import CachedData, Encoder, FeatureCache, StreamedData
 from img_minimal.data.pairs import pair_stream
+from img_minimal.data.tables import training_files
 from img_minimal.devices import best_device
-from img_minimal.files import model_name, short_hash
+from img_minimal.files import fingerprint, model_name, short_hash, version
 from img_minimal.hub.mllms import read_settings
 from img_minimal.hub.where import fetch
 from img_minimal.mllm import find_questions
@@ -67,7 +68,7 @@ def compute_features(
     stream = pair_stream(data.pairs, preset.training.chunk, data.max_pairs, seed)
     encoder = cache(lambda: load_encoder(preset, guidance, seed))
     features = open_cache(preset, guidance, seed, cache_gb)
-    features.collect(stream, lambda pairs, number: encoder()(pairs, number), share)
+    features.collect(stream, encoder, share)
     shards = sorted(features.folder.glob("[0-9]*.safetensors"))
     summary = f"{len(shards)} shards in {features.folder}"
     return summary + (", all there are" if features.complete else "")
@@ -76,9 +77,11 @@ def compute_features(
 def open_cache(preset: Preset, guidance: str, seed: int, cache_gb: float) -> FeatureCache:
     """Open the feature cache of a preset, with everything its features depend on."""
     models, data, guide = preset.models, preset.data, preset.guide(guidance)
-    source = data.pairs.replace("/", "--")
-    if Path(data.pairs).exists():
-        source = Path(data.pairs).stem
+    pairs, source, path = data.pairs, data.pairs.replace("/", "--"), Path(data.pairs)
+    if path.exists():
+        source = path.stem
+        files = [(fingerprint(file), version(file)) for file in training_files(path)]
+        pairs = f"{path.name} {short_hash(files)}"
     name = f"{preset.name}-{guidance}-{source}-{data.max_pairs or 'all'}-seed{seed}"
     sizes = [_image_size(models.image_encoder, "--image-encoder")]
     if guidance != "text":
@@ -88,7 +91,7 @@ def open_cache(preset: Preset, guidance: str, seed: int, cache_gb: float) -> Fea
         "the image encoder": model_name(models.image_encoder),
         "the IP-Adapter": model_name(models.ip_adapter),
         "the Resampler": model_name(models.resampler or models.ip_adapter),
-        "the pairs": model_name(data.pairs),
+        "the pairs": pairs,
         "at most this many pairs": str(data.max_pairs),
         "this many pairs in a chunk": str(preset.training.chunk),
         "a share of identity samples": str(data.identity_share),

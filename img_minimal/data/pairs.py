@@ -11,23 +11,30 @@ Unusable rows are skipped and counted by reason.
 """
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from math import inf
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Event, Thread
+from queue import Queue
+from threading import Thread
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from PIL.Image import Image
 
 from img_minimal.cli import UserError, warn
-from img_minimal.data.tables import DAMAGE, Layout, first_line, open_table
+from img_minimal.data.tables import (
+    DAMAGE,
+    OUTSIDE,
+    Layout,
+    Skipped,
+    find_inside,
+    first_line,
+    open_table,
+)
 from img_minimal.files import decode
 
 Item = TypeVar("Item")
@@ -43,10 +50,6 @@ DECODED_AT_ONCE = 64  # rows, in threads
 DAMAGED = "with damaged images"
 TOO_LONG = f"with more than {LONGEST_TEXT} characters of text"
 UNLABELLED = "whose labels are no preference (1 and 0)"
-
-
-class Skipped(Exception):
-    """Raised for rows that cannot be used, with the reason under which they are counted."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ class Stream(Generic[Item]):
         rank, world = share
         self.source, self.size = source, size
         # This rank's part of the limit, which may be no item at all.
-        self.limit = (limit + world - 1 - rank) // world if limit else inf
+        self.limit = (limit + world - 1 - rank) // world if limit else sys.maxsize
         self.table = open_table(source, layouts)
         self.parse = layouts[self.table.layout]
         generator = torch.Generator().manual_seed(seed)
@@ -211,34 +214,21 @@ class Stream(Generic[Item]):
         self.files = files[rank::world] if enough else files
         self.row_share = EVERYTHING if enough else share
         self.skipped = Counter()  # rows by reason
-        self.warned = 0  # rows with damaged images that the user has been told of
 
     def chunks(self, position: StreamPosition = START) -> Iterator[Chunk[Item]]:
         """Yield chunks from `position` to the end of the source.
 
         Images with the same bytes are decoded once per chunk.
         """
-        if position.items >= self.limit:
-            return
         decoder = ImageDecoder(self.table.root)
-        items = []
-        for file, row, item in self._items(position, decoder):
-            items.append(item)
-            count = position.items + len(items)
-            if len(items) == self.size or count == self.limit:
-                self._warn()
-                next_position = StreamPosition(position.chunk + 1, file, row + 1, count)
-                yield Chunk(items, position, next_position)
-                if count == self.limit:
-                    return
-                items = []
-                position = next_position
-                decoder.images.clear()
-        self._warn()
-        if items:
-            count = position.items + len(items)
-            end = StreamPosition(position.chunk + 1, len(self.files), 0, count)
-            yield Chunk(items, position, end)
+        items = islice(self._items(position, decoder), self.limit - position.items)
+        while batch := list(islice(items, self.size or None)):
+            file, row, _ = batch[-1]
+            count = position.items + len(batch)
+            next_position = StreamPosition(position.chunk + 1, file, row + 1, count)
+            yield Chunk([item for *_, item in batch], position, next_position)
+            position = next_position
+            decoder.images.clear()
 
     def _items(
         self, position: StreamPosition, decoder: "ImageDecoder"
@@ -250,6 +240,8 @@ class Stream(Generic[Item]):
                 parsed = pool.map(lambda row: self._item(row[2], decoder), batch)
                 for (file, row, _), item in zip(batch, parsed):
                     if isinstance(item, str):
+                        if item in (DAMAGED, OUTSIDE) and not self.skipped[item]:
+                            warn(f"{self.source}: skips rows {item}")
                         self.skipped[item] += 1
                     else:
                         yield file, row, item
@@ -277,17 +269,18 @@ class Stream(Generic[Item]):
     def _item(self, row: dict, decoder: "ImageDecoder") -> Item | str:
         """Parse a row to an item, or return the reason why it is skipped."""
         try:
+            for column in self.table.layout:
+                cell = row.get(column)
+                if cell is None:
+                    raise Skipped(f"without {column}")
+                if isinstance(cell, Skipped):
+                    raise cell
             return self.parse(row, decoder)
         except Skipped as reason:
             return str(reason)
         # PIL's decoders raise nearly anything for bad bytes, and a cell may hold no bytes at all.
         except Exception:
             return DAMAGED
-
-    def _warn(self) -> None:
-        if self.skipped[DAMAGED] > self.warned:
-            self.warned = self.skipped[DAMAGED]
-            warn(f"{self.source}: skipped {self.warned} rows with damaged images so far")
 
     def skips(self) -> str:
         """Describe the rows skipped so far: "rows skipped: 120 ties, 1 with damaged images"."""
@@ -297,30 +290,27 @@ class Stream(Generic[Item]):
 
 def prefetch(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     """Yield the same chunks, while a thread prepares the next one."""
-    queue: Queue = Queue(maxsize=1)
-    closed = Event()
 
-    def fill() -> None:
-        try:
-            for chunk in chunks:
-                queue.put(chunk)
-                if closed.is_set():
-                    return
-            queue.put(None)
-        except BaseException as error:  # raised again where the chunk is wanted
-            queue.put(error)
+    def ask() -> Queue:
+        """Let a thread put the next chunk into a queue; None at the end, or an error."""
+        answer = Queue()
 
-    # A daemon, so that a stopped run does not wait for a chunk that is still downloading.
-    Thread(target=fill, daemon=True).start()
-    try:
-        while (chunk := queue.get()) is not None:
-            if isinstance(chunk, BaseException):
-                raise chunk
-            yield chunk
-    finally:
-        closed.set()
-        with suppress(Empty):
-            queue.get_nowait()  # lets a waiting thread end
+        def work() -> None:
+            try:
+                answer.put(next(chunks, None))
+            except BaseException as error:  # raised again where the chunk is wanted
+                answer.put(error)
+
+        # A daemon, so that a stopped run does not wait for a chunk that is still downloading.
+        Thread(target=work, daemon=True).start()
+        return answer
+
+    answer = ask()
+    while (chunk := answer.get()) is not None:
+        if isinstance(chunk, BaseException):
+            raise chunk
+        answer = ask()
+        yield chunk
 
 
 def prompts_of(stream: Stream[Pair]) -> Iterator[str]:
@@ -336,32 +326,34 @@ class ImageDecoder:
     """Decode cells of image columns to RGB; equal bytes are decoded once.
 
     A cell holds encoded bytes, a path, or both in a dict ("bytes", "path"). Paths are relative to
-    `root`, `root/images` or `root/train`. The `digest` of an image identifies its bytes: two
-    threads may decode the same bytes at the same time, to two objects.
+    `root`, `root/images` or `root/train`, and become an image's `file`. Its `digest` identifies its
+    bytes: two threads may decode the same bytes at the same time, to two objects.
     """
 
     def __init__(self, root: Path | None = None):
-        self.root = root
-        self.images = {}  # by digest
+        self.root = root and root.resolve()
+        self.images = {}  # by file and digest
 
     def __call__(self, cell: Any) -> Image:
-        """Decode a cell. Raises OSError if it holds no image."""
+        """Decode a cell. Raises OSError if it holds no image, and Skipped for a file outside."""
         if isinstance(cell, dict):
             cell = cell.get("bytes") or cell.get("path")
+        file = None
         if isinstance(cell, str) and self.root is not None:
-            cell = self._read(cell)
+            file = self._find(cell)
+            cell = file.read_bytes()
         if not cell or not isinstance(cell, bytes):
             raise OSError("no image")
-        digest = hashlib.sha256(cell).digest()
-        if image := self.images.get(digest):
+        key = file, hashlib.sha256(cell).digest()
+        if image := self.images.get(key):
             return image
         image = decode(cell)
-        image.digest = digest
-        return self.images.setdefault(digest, image)
+        image.file, image.digest = key
+        return self.images.setdefault(key, image)
 
-    def _read(self, name: str) -> bytes | None:
-        for folder in ("", "images", "train"):
-            path = self.root / folder / name
+    def _find(self, name: str) -> Path:
+        paths = [find_inside(self.root, Path(folder, name)) for folder in ("", "images", "train")]
+        for path in filter(None, paths):
             if path.is_file():
-                return path.read_bytes()
-        return None
+                return path
+        raise Skipped(OUTSIDE) if None in paths else OSError("no such file")

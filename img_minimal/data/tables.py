@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from img_minimal.cli import UserError, check
+from img_minimal.cli import UserError, check, warn
 
 # Raised by readers for damaged files; pyarrow's own errors are subclasses of these.
 DAMAGE = (
@@ -28,7 +28,9 @@ DAMAGE = (
 # Words in names of files and folders that tell which rows they hold.
 EVALUATION = {"validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 TRAINING = {"train", "training"}
-DATASETS_NOTES = ("state.json", "dataset_info.json", "dataset_dict.json")
+# Names of what is no data, and of what lies in it: .ipynb_checkpoints, ._train.parquet, __MACOSX,
+# Spark's _temporary, $RECYCLE.BIN, the notes of `datasets`.
+NO_DATA = re.compile(r"(^|/)(\.[^./]|__|_temporary|\$|(state|dataset_info|dataset_dict)\.json$)")
 REMOVED = ("yuvalkirstain/pickapic_v1", "yuvalkirstain/pickapic_v2")
 INSTEAD_OF_REMOVED = (
     "--pairs with a copy that you have (parquet or webdataset tars), or with another set: "
@@ -36,6 +38,12 @@ INSTEAD_OF_REMOVED = (
     "HPDv3"
 )
 Layout = tuple[str, ...]
+FIRST_ROWS = 20  # of JSON or a tar, which tell the columns, since a row may lack one
+OUTSIDE = "with files outside of the data set"
+
+
+class Skipped(Exception):
+    """Raised for rows that cannot be used, with the reason under which they are counted."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +61,14 @@ def open_table(source: str, layouts: Collection[Layout]) -> Table:
 
     Raises UserError in one line if there is no such table.
     """
-    wanted = "expected the columns " + ", or ".join(", ".join(layout) for layout in layouts)
-    formats = ", in " + ", ".join(READERS)
+    columns = ", or ".join(", ".join(layout) for layout in layouts)
+    wanted = f"expected the columns {columns}, in {', '.join(READERS)}"
     path = Path(source).expanduser()
     if not path.exists():
         looks_local = path.is_absolute() or path.suffix.lower() in READERS
         hub_id = source.count("/") == 1 and not looks_local
-        check(hub_id, f"{source}: no such file or folder; {wanted}{formats}")
+        check(hub_id, f"{source}: no such file or folder; {wanted}")
         return _open_hub(source, layouts, wanted)
-    wanted += formats
     files = training_files(path)
     check(files, f"{source}: holds no training table; {wanted}")
     columns = [_read_columns(file, wanted) for file in files]
@@ -119,20 +126,40 @@ def training_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    files = []
+    files = {}  # with the words of their names
     for file in sorted(path.rglob("*")):
-        if file.is_file() and not file.name.startswith(".") and file.name not in DATASETS_NOTES:
-            files.append(file)
+        name = file.relative_to(path).as_posix()
+        if NO_DATA.search(name):
+            continue
+        if file.is_file():
+            files[file] = set(re.split(r"[^a-z]+", name.lower()))
+        elif file.is_symlink():
+            warn(f"{file}: a linked folder, which is not read; name {file.resolve()} itself")
     suffixes = {file.suffix.lower() for file in files}
     suffix = next((suffix for suffix in READERS if suffix in suffixes), None)
-    candidates, training = [], []
-    for file in files:
-        words = set(re.split(r"[^a-z]+", file.relative_to(path).as_posix().lower()))
+    candidates = []
+    for file, words in files.items():
         if file.suffix.lower() == suffix and not words & EVALUATION:
             candidates.append(file)
-            if words & TRAINING:
-                training.append(file)
-    return training or candidates
+    return [file for file in candidates if files[file] & TRAINING] or candidates
+
+
+def find_inside(root: Path, name: str | Path) -> Path | None:
+    """Resolve a path that data name; None if it leaves the resolved folder `root`.
+
+    A data set must not read the rest of the disk, by an absolute path, "../" or a link. In the
+    hub's cache all files are links to another folder of their repository.
+    """
+    repository = root.as_posix().split("/snapshots/")[0]
+    path = (root / name).resolve()
+    return path if path.is_relative_to(repository) else None
+
+
+def _as_row(cells: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a row of (column, cell). Raises UserError if two columns have one name."""
+    row = dict(cells)
+    check(len(row) == len(cells), f"two of the columns {', '.join(row)} have one name")
+    return row
 
 
 def _read_columns(path: Path, wanted: str) -> list[str]:
@@ -141,10 +168,13 @@ def _read_columns(path: Path, wanted: str) -> list[str]:
     check(suffix in READERS, f"{path}: is no table; {wanted}")
     try:
         if suffix == ".parquet":
-            return pq.read_schema(path).names
-        if suffix == ".arrow":
-            return _open_arrow(path).schema.names
-        return list(next(READERS[suffix](path, (), 0), ()))
+            schema = pq.read_schema(path)
+        elif suffix == ".arrow":
+            schema = _open_arrow(path).schema
+        else:
+            rows = islice(READERS[suffix](path, (), 0), FIRST_ROWS)
+            return list(dict.fromkeys(chain.from_iterable(rows)))
+        return list(_as_row([(name, None) for name in schema.names]))
     except DAMAGE as error:
         raise _unreadable(path, error, wanted) from None
 
@@ -191,45 +221,36 @@ def _read_tar(path: Path, layout: Layout, first: int) -> Iterator[dict]:
 
 
 def _tar_rows(path: Path) -> Iterator[dict]:
-    """Yield rows of webdataset: consecutive members called KEY.COLUMN or KEY.COLUMN.EXTENSION."""
-    row, row_key = {}, None
+    """Yield rows of webdataset: consecutive members called KEY.COLUMN or KEY.COLUMN.EXTENSION.
+
+    Cells are bytes as they stand, whatever they look like.
+    """
+    cells, row_key, root = [], None, path.resolve()
     with tarfile.open(path, "r|*") as file:
         for member in file:
-            if not member.isfile():
+            if NO_DATA.search(member.name) or not member.isfile():
                 continue
             folder, _, name = member.name.rpartition("/")
             key, _, column = name.partition(".")
-            column = column.split(".")[0]
-            if row and (folder, key) != row_key:
-                yield row
-                row = {}
+            if cells and (folder, key) != row_key:
+                yield _as_row(cells)
+                cells = []
             row_key = folder, key
             content = file.extractfile(member).read()
-            row[column] = content if column.startswith("jpg") else _parse_cell(content)
-    if row:
-        yield row
-
-
-def _parse_cell(content: bytes) -> Any:
-    """Convert a tar member to a number or text if it is one."""
-    try:
-        text = content.decode()
-        return float(text)
-    except UnicodeDecodeError:
-        return content
-    except ValueError:
-        return text
+            cell = content if find_inside(root, member.name) else Skipped(OUTSIDE)
+            cells.append((column.split(".")[0], cell))
+    if cells:
+        yield _as_row(cells)
 
 
 def _read_json(path: Path, layout: Layout, first: int) -> Iterator[dict]:
     """Yield rows of a list of objects (.json), or of one object per line (.jsonl)."""
+    decode = json.JSONDecoder(object_pairs_hook=_as_row).decode
     with path.open(encoding="utf-8-sig") as file:
         if path.suffix.lower() == ".jsonl":
-            rows = map(json.loads, filter(str.strip, file))
+            rows = map(decode, filter(str.strip, file))
         else:
-            rows = json.load(file)
-        if isinstance(rows, dict):
-            raise ValueError("expected a list of rows, found an object")
+            rows = decode(file.read())
         for row in islice(rows, first, None):
             if not isinstance(row, dict):
                 raise ValueError(f"expected a row as an object, found {type(row).__name__}")
