@@ -294,7 +294,6 @@ def serve(img: IMG, config: Config, examples: list[str]) -> None:
         share=False,
         inbrowser=True,
         show_error=True,
-        allowed_paths=[folder.name],
         max_file_size=1,
     )
 
