@@ -370,9 +370,11 @@ def guide_location(guide: GuidanceEncoder | None) -> str:
 
 def warn_of_other_guide(aligner: ImplicitAligner, location: str) -> None:
     """Say in one line if an aligner is known to have been trained with another guide."""
+    if not (location and aligner.guide):
+        return
     name = model_name(location)
     # A copy in another folder has the same fingerprint, which comes last.
-    if location and aligner.guide and aligner.guide.split()[-1] != name.split()[-1]:
+    if aligner.guide.split()[-1] != name.split()[-1]:
         found = f"this aligner was trained with {aligner.guide}, and is guided by {name}"
         warn(f"{found}; unless these are the same model, its corrections will be wrong")
 

@@ -83,9 +83,6 @@ def open_cache(preset: Preset, guidance: str, seed: int, cache_gb: float) -> Fea
         files = [(fingerprint(file), version(file)) for file in training_files(path)]
         pairs = f"{path.name} {short_hash(files)}"
     name = f"{preset.name}-{guidance}-{source}-{data.max_pairs or 'all'}-seed{seed}"
-    sizes = [_image_size(models.image_encoder, "--image-encoder")]
-    if guidance != "text":
-        sizes.append(_image_size(guide, "--mllm"))
     provenance = {
         "the MLLM" if guidance != "text" else "the base": model_name(guide),
         "the image encoder": model_name(models.image_encoder),
@@ -98,14 +95,14 @@ def open_cache(preset: Preset, guidance: str, seed: int, cache_gb: float) -> Fea
         "the questions, one drawn for each sample": short_hash(find_questions(models.questions)),
         # As asked for: what it resolves to on this machine differs in rounding only.
         "dtype": models.dtype or f"the default of {best_device().type}",
-        "image size": " and ".join(sizes),
+        "image size": _image_size(models.image_encoder, "--image-encoder"),
         "seed": str(seed),
     }
     return FeatureCache(writable_folder(data.cache_dir) / name, provenance, cache_gb * 1e9)
 
 
 def _image_size(location: str, flag: str) -> str:
-    """Read the side of a model's input images from its config.json; CLIPs and LLaVAs nest it."""
+    """Read the side of a model's input images from its config.json; whole CLIPs nest it."""
     settings = read_settings(location, flag)
     size, vision = settings.get("image_size"), settings.get("vision_config")
     if not size and isinstance(vision, dict):
