@@ -5,28 +5,44 @@ pipeline plus an IP-Adapter in two halves: the *image prompt* turns images into 
 lets the network attend to them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.torch_utils import get_module_execution_device
 from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from img_minimal.cli import check
-from img_minimal.devices import Precision, Turns, best_device
-from img_minimal.files import check_finite, read_json
+from img_minimal.devices import Precision, Turns, best_device, compute_dtype
+from img_minimal.files import as_pictures, check_finite, read_json
 from img_minimal.hub.weights import WeightsError, opening
-from img_minimal.presets import Models, Preset
+from img_minimal.presets import Models, Preset, Sampling
 
 CLASSES = {"sdxl": "SDXL", "flux": "Flux"}
-PIPELINES = {"StableDiffusionXLPipeline": "sdxl", "FluxPipeline": "flux"}
+PREFIXES = {"StableDiffusionXL": "sdxl", "Flux": "flux"}  # of the pipelines' names
+NETWORKS = {"sdxl": "UNet2DConditionModel", "flux": "FluxTransformer2DModel"}
+# Arguments of a pipeline's call that hold a value for each prompt.
+TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
+EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")
+EMBEDS += tuple(f"negative_{name}" for name in EMBEDS)
+TENSORS = (*EMBEDS, "latents", "masked_image_latents")
+PER_PROMPT = {*TEXTS, *TENSORS, "image", "mask_image", "control_image"}
+# Arguments that IMG decides; it has its own image prompt.
+OWN = {"self", "kwargs", "prompt", "generator", "num_inference_steps", "num_images_per_prompt"}
+OWN |= {"output_type", "return_dict", "ip_adapter_image", "ip_adapter_image_embeds"}
+OWN |= {f"negative_{name}" for name in OWN if name.startswith("ip_adapter")}
+# Whole numbers, or torch's generators; one generator draws all images together, as in diffusers.
+Seeds = list[int] | list[torch.Generator] | torch.Generator
+LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 class ImagePrompt(nn.Module):
@@ -63,14 +79,15 @@ class ImagePrompt(nn.Module):
 class Backbone:
     """A frozen text-to-image model that can also attend to image tokens.
 
-    `sampling` holds the current settings of drawing; `turns` decides what is on the device.
+    `sampling` holds the current settings of drawing; `turns` decides what is on the device. Drawing
+    is the pipeline's own call, so its scheduler, VAE, LoRAs, hooks and caches stay its own.
     Subclasses add
 
         open_pipe(models, precision)      load the diffusers pipeline
         open_branch(models, network)      load the adapter's branch for it
-        read(prompts)                     prepare each prompt for `draw_batch`
-        draw_batch(texts, generators, tokens, scales, bar)
-                                          draw (B, 3, H, W), guided by (negative, positive) tokens
+        read(prompts, call)               arguments of the call that say what to draw
+        attending(inputs, tokens, weight) context in which the pipeline's call attends to
+                                          (negative, positive) tokens; may change its `inputs`
         text_states(prompts)              the text encoder's states (B, L, text_width)
         truncated_part(prompt)            the end that the text encoders do not see, and their limit
     """
@@ -90,6 +107,8 @@ class Backbone:
         self.pipe, self.image_prompt, self.branch = pipe, image_prompt, branch
         self.preset, self.sampling, self.turns = preset, preset.sampling, turns
         self.precision = image_prompt.precision
+        # One drawing at a time: a pipeline keeps its state, and a network its tokens.
+        self.lock = LOCKS.setdefault(getattr(pipe, self.network), RLock())
 
     @staticmethod
     def check_folder(base: Path) -> None:
@@ -102,32 +121,34 @@ class Backbone:
     def draw(
         self,
         prompts: list[str],
-        seeds: list[int],
+        seeds: Seeds,
         tokens: Tensor | None = None,
         *,
         scale: float | None = None,
         scale_end: float | None = None,
+        call: dict[str, Any] | None = None,
         progress: str | None = None,
     ) -> Tensor:
         """Draw one image per prompt: (B, 3, H, W) in [0, 1] on the CPU.
 
-        Each image has its own CPU generator, so a seed gives the same noise alone and in a batch,
-        in the first pass and in the second, on every device. `tokens` (B, N, D) are weighted by
-        `scale` in the first step and `scale * scale_end` in the last one, linearly in between; in
+        Each seed has its own CPU generator, so it gives the same noise alone and in a batch, in the
+        first pass and in the second, on every device. `tokens` (B, N, D) are weighted by `scale` in
+        the network's first call and `scale * scale_end` in its last one, linearly in between; in
         the unconditional half of classifier-free guidance the tokens of "no image" take their
-        place. Raises UserError if an image is not finite.
+        place. `call` are further arguments of the pipeline's call, see `select`. Raises UserError
+        for lengths and sizes that do not fit, or if an image is not finite.
         """
-        sampling, device = self.sampling, self.turns.device
+        sampling, device, count = self.sampling, self.turns.device, len(prompts)
+        check_seeds(seeds, count)
+        self.check_size(sampling)
         scale = sampling.scale if scale is None else scale
         scale_end = sampling.scale_end if scale_end is None else scale_end
-        scales = torch.linspace(scale, scale * scale_end, sampling.steps).tolist()
         guided = tokens is not None and scale != 0
-        expected = (len(prompts), *self.token_shape)
+        expected = (count, *self.token_shape)
         if guided and tokens.shape != expected:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected {expected}")
-        negative = self.negative_tokens().to(device) if guided else None
-        texts = self.read(prompts)
-        starts = range(0, len(prompts), sampling.draw_batch)
+        together = isinstance(seeds, torch.Generator)
+        starts = range(0, count, count if together else sampling.draw_batch)
         bar = tqdm(
             total=len(starts) * sampling.steps,
             desc=progress,
@@ -136,20 +157,95 @@ class Backbone:
             delay=1,
         )
         images = []
-        for start in starts:
-            batch = slice(start, start + sampling.draw_batch)
-            self.first_image = start  # its number, for messages
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
-            both = None
-            if guided:
-                positive = tokens[batch].to(device)
-                both = negative.to(positive).expand_as(positive), positive
-            with torch.no_grad(), self.precision.sampling(device):
-                drawn = self.draw_batch(texts[batch], generators, both, scales, bar)
-            check_finite(drawn, start)
-            images.append(drawn.float().cpu())
-        bar.close()
+        with self.lock, bar:
+            negative = self.negative_tokens().to(device) if guided else None
+            inputs = self.read(prompts, call or {})
+            for start in starts:
+                rows = range(count)[start : start + starts.step]
+                both = None
+                if guided:
+                    positive = tokens[list(rows)].to(device)
+                    both = negative.to(positive).expand_as(positive), positive
+                chosen = select(inputs, rows, count)
+                for name in chosen.keys() & {*TENSORS}:
+                    if isinstance(chosen[name], list):
+                        chosen[name] = torch.cat(chosen[name]).to(device)
+                chosen["generator"] = seeds if together else [generator(seeds[i]) for i in rows]
+                scales = scale, scale * scale_end
+                with torch.no_grad(), self.precision.sampling(device):
+                    drawn = self.draw_batch(chosen, both, scales, start, bar)
+                check_finite(drawn, start)
+                images.append(drawn.float().cpu())
         return torch.cat(images)
+
+    def draw_batch(
+        self,
+        inputs: dict[str, Any],
+        tokens: tuple[Tensor, Tensor] | None,
+        scales: tuple[float, float],
+        first: int,
+        bar: tqdm,
+    ) -> Tensor:
+        """Draw a batch (B, 3, H, W) by the pipeline's call, guided by `tokens`: those of "no image"
+        and of the images. `first` numbers the first image in messages."""
+        weight = torch.tensor(scales[0])  # of the tokens, read in every call of the network
+        theirs = inputs.pop("callback_on_step_end", None)
+        names = inputs.pop("callback_on_step_end_tensor_inputs", [])
+        names = ["latents", *getattr(theirs, "tensor_inputs", names)]
+
+        def after_step(pipe: DiffusionPipeline, step: int, timestep: object, tensors: dict) -> dict:
+            bar.update()
+            changed = theirs(pipe, step, timestep, tensors) if theirs else {}
+            calls = pipe.num_timesteps  # more than steps where the scheduler's order is 2
+            if step + 1 < calls:
+                weight.fill_(torch.linspace(*scales, calls)[step + 1])
+                if not getattr(pipe, "_interrupt", False):
+                    return changed
+            latents = changed.get("latents", tensors["latents"])
+            check_finite(latents, first)
+            # The VAE may be in another dtype than the network.
+            return changed | {"latents": latents.to(pipe.vae.dtype)}
+
+        sampling = self.sampling
+        own = {
+            "num_inference_steps": sampling.steps,
+            "guidance_scale": sampling.guidance_scale,
+            "height": sampling.height,
+            "width": sampling.width,
+            "output_type": "pt",
+            "callback_on_step_end": after_step,
+            "callback_on_step_end_tensor_inputs": names,
+        }
+        with self.attending(inputs, tokens, weight):
+            return self.pipe(**own, **inputs).images
+
+    def arguments(self, call: dict[str, Any], count: int) -> dict[str, Any]:
+        """Return further arguments of the pipeline's call, with a text for each of `count` prompts.
+
+        Raises UserError for an argument that the call does not take or IMG decides itself, and for
+        another number of texts.
+        """
+        kind, result = type(self.pipe).__name__, {}
+        for name, value in call.items():
+            taken = name in call_parameters(self.pipe) | {*TEXTS} and name not in OWN
+            check(taken, f"unknown argument {name!r}; expected a setting, or one of {kind}'s call")
+            if name in TEXTS and (isinstance(value, str) or len(value) == 1):
+                value = [value if isinstance(value, str) else value[0]] * count
+            if isinstance(value, Tensor) and (value.ndim == 4 or name in TENSORS):
+                value = list(value.split(1))
+            if name in TEXTS or name in EMBEDS:
+                found = f"{name} has {len(value)} entries"
+                check(len(value) == count, f"{found}, expected one for each prompt: {count}")
+            result[name] = value
+        return result
+
+    @classmethod
+    def check_size(cls, sampling: Sampling) -> None:
+        """Raise UserError for sizes that the model would cut."""
+        for name, size in (("height", sampling.height), ("width", sampling.width)):
+            fits = size is None or size % cls.multiple == 0
+            words = f"this model draws multiples of {cls.multiple}; try 1024"
+            check(fits, f"--{name} is {size}, {words}")
 
     @property
     def token_shape(self) -> tuple[int, int]:
@@ -162,7 +258,8 @@ class Backbone:
         size = self.preset.models.encode_batch
         tokens = []
         for k in range(0, len(images), size):
-            tokens.append(self.image_prompt.tokens(images[k : k + size]).cpu())
+            pictures = as_pictures(images[k : k + size])
+            tokens.append(self.image_prompt.tokens(pictures).cpu())
         return torch.cat(tokens)
 
     def negative_tokens(self) -> Tensor:
@@ -187,17 +284,18 @@ def open_backbone(
     each other.
     """
     kind = backbone_class(preset.backbone)
-    models, sampling = preset.models, preset.sampling
-    for name, size in (("height", sampling.height), ("width", sampling.width)):
-        fits = size is None or size % kind.multiple == 0
-        check(fits, f"--{name} is {size}, this model draws multiples of {kind.multiple}; try 1024")
+    models = preset.models
+    kind.check_size(preset.sampling)
     if pipe is None:
         turns = Turns(best_device(), models.offload)
         precision = Precision.named(models.dtype, turns.device)
     else:
         network = getattr(pipe, kind.network)
-        turns = Turns(get_module_execution_device(network))
-        precision = Precision(network.dtype, network.dtype, network.dtype)
+        own = getattr(network, "encoder_hid_proj", None)
+        check(own is None, "this pipeline has an IP-Adapter; call pipe.unload_ip_adapter() first")
+        # The pipeline's own, for offloaded modules lie on the meta device.
+        turns, dtype = Turns(pipe._execution_device), compute_dtype(network)
+        precision = Precision(dtype, dtype, dtype)
     image_prompt = kind.image_prompts.open(models, precision, turns.home)
     loaded()
     if pipe is None:
@@ -241,3 +339,48 @@ def unseen_end(tokenizer: Any, prompt: str, limit: int) -> str:
     starts = [start for start, _ in offsets]
     # Both counts include the begin and end tokens; the last token seen is the end token.
     return prompt[starts[limit - 1] :] if len(starts) > limit else ""
+
+
+def pipeline_kind(pipe: object) -> str:
+    """Return "sdxl" or "flux" for a pipeline that IMG can go around. Raises UserError."""
+    names = [base.__name__ for base in type(pipe).__mro__]
+    takes = call_parameters(pipe)
+    for prefix, kind in PREFIXES.items():
+        network = getattr(pipe, backbone_class(kind).network, None)
+        network = getattr(network, "_orig_mod", network)  # as torch.compile wraps it
+        fits = type(network).__name__ == NETWORKS[kind] and "callback_on_step_end" in takes
+        # Perturbed-attention guidance has three halves.
+        if any(name.startswith(prefix) for name in names) and fits and "pag_scale" not in takes:
+            return kind
+    expected = "SDXL's and FLUX.1's pipelines (text, img2img, inpaint, ControlNet)"
+    check(False, f"IMG goes around {expected}, and this is a {names[0]}")
+
+
+def call_parameters(pipe: object) -> set[str]:
+    """Return the names of the arguments that a pipeline's call takes."""
+    return set(signature(type(pipe).__call__).parameters)
+
+
+def check_seeds(seeds: Seeds, count: int) -> None:
+    """Raise UserError unless there is a whole number or a generator for each of `count` prompts."""
+    if isinstance(seeds, torch.Generator):
+        return
+    check(len(seeds) == count, f"{count} prompts and {len(seeds)} seeds; expected one for each")
+    for seed in seeds:
+        whole = hasattr(seed, "__index__") and 0 <= int(seed) < 2**63
+        fits = whole or isinstance(seed, torch.Generator)
+        check(fits, f"a seed is {seed!r}, expected a whole number from 0 on or a torch.Generator")
+
+
+def generator(seed: int | torch.Generator) -> torch.Generator:
+    """Return the generator of a seed's noise."""
+    return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(int(seed))
+
+
+def select(inputs: dict[str, Any], rows: Sequence[int], count: int) -> dict[str, Any]:
+    """Pick these rows of all arguments that list a value for each of `count` prompts."""
+    chosen = dict(inputs)
+    for name in inputs.keys() & PER_PROMPT:
+        if isinstance(inputs[name], list) and len(inputs[name]) == count:
+            chosen[name] = [inputs[name][i] for i in rows]
+    return chosen

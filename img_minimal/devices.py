@@ -113,6 +113,13 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """Return the dtype that a module computes in; quantized weights may be stored in another."""
+    stored = [module.dtype, *(p.dtype for p in module.parameters())]
+    computing = (torch.float32, torch.float16, torch.bfloat16)
+    return next((dtype for dtype in stored if dtype in computing), torch.float32)
+
+
 def choose_offload(free: float, sizes: Sequence[float], room: float) -> str:
     """Choose "none", "models" or "layers" for models of these bytes on a GPU with `free` bytes.
 

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from img_minimal.cli import UserError, is_stream, partial_of, remove_partial
+from img_minimal.cli import UserError, check, is_stream, partial_of, remove_partial
 
 JSON_KINDS = {dict: "an object", list: "a list"}
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others may start programs
@@ -231,7 +231,7 @@ def decode(data: bytes) -> Image.Image:
         if max(image.size) > MAX_ASPECT * min(image.size):
             raise OSError(f"{size} is a line, not a picture")
         image.load()
-        return _upright_rgb(image)
+        return flattened(image)
     except UnidentifiedImageError:  # its message names a buffer in memory
         raise OSError("not a readable picture") from None
     except (OSError, MemoryError):
@@ -240,19 +240,43 @@ def decode(data: bytes) -> Image.Image:
         raise OSError(f"not a readable picture ({error or type(error).__name__})") from None
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def flattened(image: Image.Image) -> Image.Image:
+    """Convert a picture to RGB as a viewer shows it: EXIF rotation, white behind transparency.
+
+    Raises UserError for pixels of 32 bits, which have no fixed range.
+    """
     with suppress(Exception):  # EXIF that cannot be read turns nothing
         image = ImageOps.exif_transpose(image)
-    # 16 bits and more are rescaled, where a plain conversion would clip.
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535 if values.max() > 255 else 255
-        scaled = (values.clip(0, top) * (255 / top)).round().astype(np.uint8)
-        return Image.fromarray(scaled).convert("RGB")
+    if image.mode.startswith("I;16"):  # a plain conversion would clip
+        scaled = (np.asarray(image, dtype=np.float64) * (255 / 65535)).round()
+        image = Image.fromarray(scaled.astype(np.uint8))
+    known = image.mode not in ("I", "F")
+    check(known, "a picture has pixels of 32 bits, whose range is unknown; expected 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def as_pictures(images: Image.Image | Tensor | Sequence[Image.Image | Tensor]) -> list[Image.Image]:
+    """Make RGB pictures of PIL images, files' or own, and of tensors: (B, 3, H, W) or (3, H, W).
+
+    Raises UserError for tensors other than uint8 or floats in [0, 1].
+    """
+    alone = isinstance(images, Image.Image) or (isinstance(images, Tensor) and images.ndim == 3)
+    expected = "expected PIL images, or a tensor (B, 3, H, W) of uint8 or of floats in [0, 1]"
+    pictures = []
+    for image in [images] if alone else images:
+        if isinstance(image, Tensor):
+            found = f"{image.dtype} {tuple(image.shape)} from {image.min():g} to {image.max():g}"
+            image = image / 255 if image.dtype == torch.uint8 else image
+            fits = image.is_floating_point() and image.ndim == 3 and len(image) == 3
+            fits = fits and (image.sub(0.5).abs() <= 0.501).all()
+            check(fits, f"a picture is {found}, {expected}")
+            [image] = to_pil([image])
+        check(isinstance(image, Image.Image), f"a picture is {image!r:.60}, {expected}")
+        pictures.append(flattened(image))
+    return pictures
 
 
 def cached_images(paths: list[Path], draw: Callable[[], Tensor], advice: str) -> list[Image.Image]:

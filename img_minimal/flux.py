@@ -5,30 +5,28 @@ the 19 double-stream blocks adds, after its MLP and to the image stream alone,
 
     scale * Attention(Q, K_image, V_image)       Q: the block's query of the image, before RoPE
 
-Drawing follows the authors': Euler steps along the flow, true classifier-free guidance from step 1
-on, and their shift of the schedule. Its first picture is therefore not FluxPipeline's.
+Drawing is FluxPipeline's own call with two things of the authors': true classifier-free guidance
+from step 1 on, and their shift of an Euler schedule. Its first picture is therefore not
+FluxPipeline's, unless `authors_sampler` is False and `true_cfg_scale` 1.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.embeddings import ImageProjection
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from img_minimal import backbone
-from img_minimal.backbone import Backbone, unseen_end
+from img_minimal.backbone import EMBEDS, Backbone, unseen_end
 from img_minimal.cli import check
-from img_minimal.devices import Precision
-from img_minimal.files import check_finite
+from img_minimal.devices import Precision, compute_dtype
 from img_minimal.hub.adapters import (
     XLABS_V1,
     check_encoder_width,
@@ -45,6 +43,10 @@ Condition = tuple[
     Tensor, Tensor
 ]  # T5's states (1, 512, E), unmasked; CLIP's pooled embedding (1, W)
 
+# The transformer's inputs that have an entry for each image.
+DOUBLED = {"hidden_states", "timestep", "guidance", "encoder_hidden_states", "pooled_projections"}
+DOUBLED |= {"controlnet_block_samples", "controlnet_single_block_samples"}
+
 # 1. Image -> tokens
 
 
@@ -53,7 +55,7 @@ class ImagePrompt(backbone.ImagePrompt):
 
     @classmethod
     def open(cls, models: Models, precision: Precision, device: torch.device) -> Self:
-        """Load from local files: the encoder in the weights' dtype, the projection in fp32."""
+        """Load from local files, in fp32: in half precision tokens err more than the release's."""
         state, _ = read_xlabs_adapter(models.ip_adapter)
         width, rows = state["norm.weight"].shape[0], state["image_embeds.weight"].shape[0]
         if rows != TOKENS * width:
@@ -62,7 +64,8 @@ class ImagePrompt(backbone.ImagePrompt):
         with torch.device("meta"):  # no initial values, which the file would replace
             head = ImageProjection(state["image_embeds.weight"].shape[1], width, TOKENS)
         fill(head, state, models.ip_adapter)
-        encoder, processor = open_vision_encoder(models.image_encoder, precision)
+        exact = replace(precision, weights=torch.float32)
+        encoder, processor = open_vision_encoder(models.image_encoder, exact)
         found, expected = encoder.config.projection_dim, head.image_embeds.in_features
         check_encoder_width(models.image_encoder, found, expected, "CLIP ViT-L/14")
         return cls(encoder, processor, head.float(), precision).to(device)
@@ -112,7 +115,7 @@ def new_branch(
             token_width,
             (TOKENS,),
             device=transformer.device,
-            dtype=transformer.dtype,
+            dtype=compute_dtype(transformer),
         )
     return branch
 
@@ -144,107 +147,138 @@ def set_scale(branch: nn.ModuleDict, scale: float | Tensor) -> None:
 # 3. Drawing
 
 
+@contextmanager
+def guide(
+    transformer: FluxTransformer2DModel, negative: dict[str, Tensor], scale: float, skipped: int
+) -> Iterator[None]:
+    """Guide the transformer's calls by `negative` inputs: T5's states, and CLIP's embedding.
+
+        v = v_neg + scale (v_pos - v_neg)       v = v_pos in the first `skipped` calls
+
+    Both halves go through the transformer in one call, the negative first. The pipeline around it
+    sees an unguided one, so this serves every pipeline of FLUX.
+    """
+    calls = 0
+
+    def double(module: nn.Module, args: tuple, inputs: dict) -> tuple[tuple, dict]:
+        doubled = {}
+        for name in DOUBLED & inputs.keys():
+            value = inputs[name]
+            if isinstance(value, Tensor):
+                doubled[name] = torch.cat([negative.get(name, value), value])
+            elif value is not None:  # a ControlNet's residuals
+                doubled[name] = [torch.cat([residual] * 2) for residual in value]
+        return args, inputs | doubled
+
+    def combine(module: nn.Module, args: tuple, output: tuple[Tensor]) -> tuple[Tensor]:
+        nonlocal calls
+        calls += 1
+        v_neg, v = output[0].chunk(2)
+        return (v if calls <= skipped else v_neg + scale * (v - v_neg),)
+
+    hooks = [
+        transformer.register_forward_pre_hook(double, with_kwargs=True),
+        transformer.register_forward_hook(combine),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def authors_scheduler(
+    scheduler: FlowMatchEulerDiscreteScheduler,
+) -> FlowMatchEulerDiscreteScheduler:
+    """Copy a scheduler, with the authors' shift of its line.
+
+    They measure the length of an image in latent pixels over 256, a 64th of its patches, so both
+    ends of the line move by 64. At 1024 x 1024 this makes mu .4675 instead of 1.15, which changes
+    pictures.
+    """
+    names = "base_image_seq_len", "max_image_seq_len"
+    longer = {name: 64 * scheduler.config[name] for name in names}
+    return type(scheduler).from_config(scheduler.config, **longer)
+
+
 class Flux(Backbone):
-    """Draw with the models of a FluxPipeline, in the authors' way."""
+    """Draw with a FluxPipeline's own call, guided in the authors' way.
+
+    `guidance_scale` is the embedding that FLUX.1-dev was distilled with, for both halves.
+    """
 
     multiple, network = 16, "transformer"
     image_prompts = ImagePrompt
 
-    def read(self, prompts: list[str]) -> list[Condition]:
+    def read(self, prompts: list[str], call: dict[str, Any]) -> dict[str, Any]:
         """Encode each text once; then the text encoders make room for the transformer."""
-        negative = self.sampling.negative_prompt or ""
-        states = {}
-        for prompt in [*prompts, negative]:
-            if prompt not in states:
-                states[prompt] = self.encode(prompt)
-        self.negative = states[negative]
+        sampling, inputs, known = self.sampling, dict(call), {}
+        negative = [sampling.negative_prompt or ""] * len(prompts)
+        texts = {"": prompts, "negative_": inputs.pop("negative_prompt", negative)}
+        for kind, first in texts.items():
+            second = inputs.pop(f"{kind}prompt_2", first)
+            if f"{kind}prompt_embeds" in inputs or (kind and sampling.true_cfg_scale == 1):
+                continue
+            conditions = []
+            for pair in zip(first, second):
+                if pair not in known:
+                    known[pair] = self.encode(*pair, call.get("max_sequence_length"))
+                conditions.append(known[pair])
+            names = f"{kind}prompt_embeds", f"{kind}pooled_prompt_embeds"
+            inputs |= zip(names, map(list, zip(*conditions)))
         self.turns.bring(self.pipe.transformer, self.pipe.vae, self.branch)
-        return [states[prompt] for prompt in prompts]
+        return inputs
 
     @torch.no_grad()
-    def encode(self, prompt: str) -> Condition:
+    def encode(
+        self, prompt: str, prompt_2: str | None = None, limit: int | None = None
+    ) -> Condition:
         """Encode a prompt to T5's states and CLIP's pooled embedding."""
-        pipe = self.pipe
+        pipe, device = self.pipe, self.turns.device
         self.turns.bring(pipe.text_encoder, pipe.text_encoder_2)
-        device = get_module_execution_device(pipe.text_encoder)
+        limit = limit or self.text_limit
         with self.precision.sampling(device):
-            encoded = pipe.encode_prompt(prompt, device=device, max_sequence_length=self.text_limit)
+            encoded = pipe.encode_prompt(prompt, prompt_2, device, max_sequence_length=limit)
         return encoded[:2]
 
-    def draw_batch(
-        self,
-        texts: list[Condition],
-        generators: list[torch.Generator],
-        tokens: tuple[Tensor, Tensor] | None,
-        scales: list[float],
-        bar: tqdm,
-    ) -> Tensor:
-        """Draw a batch (B, 3, H, W), guided by `tokens`: those of "no image" and of the images.
+    @contextmanager
+    def attending(
+        self, inputs: dict[str, Any], tokens: tuple[Tensor, Tensor] | None, weight: Tensor
+    ) -> Iterator[None]:
+        """Let the transformer attend to the tokens, and guide it as the authors do.
 
-            x_(i+1) = x_i + (sigma_(i+1) - sigma_i) v(x_i, sigma_i)     noise x_0, sigma from 1 to 0
-            v = v_neg + s (v_pos - v_neg)                               s = true_cfg_scale
-            v = v_pos                                                   in step 0
-
-        `guidance_scale` is the embedding that FLUX.1-dev was distilled with, for both halves. The
-        authors' demo draws its noise on the GPU, so the same seed gives another picture there.
+        The authors' demo draws its noise on the GPU, so the same seed gives another picture there.
         """
-        pipe, sampling, device, size = self.pipe, self.sampling, self.turns.device, len(texts)
-        transformer, dtype = pipe.transformer, pipe.transformer.dtype
-        native = pipe.default_sample_size * pipe.vae_scale_factor
-        height, width = sampling.height or native, sampling.width or native
-        channels = transformer.config.in_channels // 4
-        x, img_ids = pipe.prepare_latents(size, channels, height, width, dtype, device, generators)
-        # Both halves of the guidance go through the transformer in one call, the negative first.
-        both = []
-        for negative, *positive in zip(self.negative, *texts):
-            expanded = negative.expand(size, *negative.shape[1:])
-            both.append(torch.cat([expanded, *positive]).to(device, dtype))
-        states, pooled = both
-        inputs = {
-            "encoder_hidden_states": states,
-            "pooled_projections": pooled,
-            "img_ids": img_ids,
-            "txt_ids": torch.zeros(states.shape[1], 3).to(img_ids),
-            "guidance": torch.full([2 * size], sampling.guidance_scale, device=device),
-            "return_dict": False,
-        }
-        injected = nullcontext()
-        if tokens:
-            hidden = torch.cat(tokens)[:, None].to(dtype)
-            inputs["joint_attention_kwargs"] = {"ip_hidden_states": [hidden]}
-            injected = inject(transformer, self.branch)
-
-        sigmas = self.schedule(x.shape[1])
-        with injected:
-            for i, (sigma, following) in enumerate(zip(sigmas, sigmas[1:])):
-                set_scale(self.branch, scales[i])
-                timestep = sigma.expand(2 * size).to(dtype)
-                (v,) = transformer(torch.cat([x, x]), timestep=timestep, **inputs)
-                v_neg, v = v.chunk(2)
-                if i > 0:
-                    v = v_neg + sampling.true_cfg_scale * (v - v_neg)
-                x = (x.float() + (following - sigma) * v).to(dtype)
-                bar.update()
-        latents = pipe._unpack_latents(x, height, width, pipe.vae_scale_factor)
-        latents = latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-        decoded = pipe.vae.decode(latents.to(pipe.vae.dtype)).sample
-        check_finite(decoded, self.first_image)
-        return pipe.image_processor.postprocess(decoded, output_type="pt")
-
-    def schedule(self, patches: int) -> Tensor:
-        """Return sigma_0 = 1, ..., sigma_steps = 0, (steps + 1,), shifted as the authors do.
-
-        They measure the length of an image in latent pixels over 256, a 64th of its patches, so
-        both ends of the scheduler's line move by 64. At 1024 x 1024 this makes mu .4675 instead of
-        1.15, which changes pictures.
-        """
-        scheduler, steps = self.pipe.scheduler, self.sampling.steps
-        config = scheduler.config
-        ends = 64 * config.base_image_seq_len, 64 * config.max_image_seq_len
-        mu = calculate_shift(patches, *ends, config.base_shift, config.max_shift)
-        sigmas = torch.linspace(1, 1 / steps, steps).tolist()
-        scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=self.turns.device)
-        return scheduler.sigmas.to(self.turns.device)
+        pipe, sampling = self.pipe, self.sampling
+        where = {"device": self.turns.device, "dtype": self.precision.weights}
+        for name in inputs.keys() & {*EMBEDS}:
+            inputs[name] = inputs[name].to(**where)
+        conditions = "encoder_hidden_states", "pooled_projections"
+        negative = [inputs.pop(name, None) for name in EMBEDS[2:]]
+        scheduler, theirs = pipe.scheduler, sampling.authors_sampler
+        with ExitStack() as contexts:
+            if self.turns.offload != "none":  # the pipeline computes where its first model lies
+                for name in ("text_encoder", "text_encoder_2"):
+                    contexts.callback(setattr, pipe, name, getattr(pipe, name))
+                    setattr(pipe, name, None)
+            if theirs and type(scheduler) is FlowMatchEulerDiscreteScheduler:
+                contexts.callback(setattr, pipe, "scheduler", scheduler)
+                pipe.scheduler = authors_scheduler(scheduler)
+                line = torch.linspace(1, 1 / sampling.steps, sampling.steps)
+                inputs.setdefault("sigmas", line.tolist())
+            guides = negative[0] is not None and sampling.true_cfg_scale != 1
+            if guides:
+                both = dict(zip(conditions, negative))
+                guided = guide(pipe.transformer, both, sampling.true_cfg_scale, int(theirs))
+                contexts.enter_context(guided)
+            if tokens:
+                hidden = torch.cat(tokens) if guides else tokens[1]
+                own = inputs.get("joint_attention_kwargs") or {}
+                own = own | {"ip_hidden_states": [hidden[:, None].to(**where)]}
+                inputs["joint_attention_kwargs"] = own
+                set_scale(self.branch, weight)
+                contexts.enter_context(inject(pipe.transformer, self.branch))
+            yield
 
     @property
     def text_width(self) -> int:
@@ -285,6 +319,6 @@ class Flux(Backbone):
         check_guidance_embedding(transformer.config, "this pipeline")
         _, state = read_xlabs_adapter(models.ip_adapter)
         branch = new_branch(transformer, state["0.to_k_ip.0.weight"].shape[1])
-        state = {key: value.to(transformer.dtype) for key, value in state.items()}
-        fill(branch, state, models.ip_adapter)
+        dtype = compute_dtype(transformer)
+        fill(branch, {key: value.to(dtype) for key, value in state.items()}, models.ip_adapter)
         return branch

@@ -7,7 +7,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from os import PathLike
 
@@ -19,15 +19,19 @@ from tqdm import tqdm
 
 from img_minimal.aligner import ImplicitAligner, align
 from img_minimal.backbone import (
-    PIPELINES,
     Backbone,
+    Seeds,
     announced_token_width,
     check_adapter,
+    check_seeds,
+    generator,
     open_backbone,
+    pipeline_kind,
+    select,
 )
 from img_minimal.cli import check, warn
 from img_minimal.devices import TRAINING, Precision, Turns, best_device, known_device
-from img_minimal.files import Clock, from_pil, model_name, to_pil
+from img_minimal.files import Clock, as_pictures, from_pil, model_name, to_pil
 from img_minimal.hub.mllms import announced_width
 from img_minimal.hub.weights import opening
 from img_minimal.hub.where import fetch
@@ -39,8 +43,10 @@ from img_minimal.mllm import (
     guidance_features,
     padded,
 )
-from img_minimal.presets import Models, Preset, find_preset
+from img_minimal.presets import Models, Preset, Sampling, find_preset
 
+# A negative prompt may also be a list, one for each prompt.
+SETTINGS = {field.name for field in fields(Sampling)} - {"negative_prompt"}
 ADAPTER = ("ip_adapter", "resampler", "image_encoder")  # what turns images into tokens
 
 
@@ -139,51 +145,49 @@ class IMG:
         prompt: str | list[str],
         seed: int = 0,
         *,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        draft_steps: int | None = None,
-        only_wrong: bool | None = None,
+        num_images_per_prompt: int = 1,
         one_look: bool = False,
+        **more: object,
     ) -> IMGOutput:
         """Draw, look, align, draw again. Names are diffusers'; defaults are the preset's.
 
-        Several prompts get consecutive seeds from `seed`, or from the seed of a `generator`, on.
-        Three ways to draw less, which combine: `draft_steps`, `only_wrong` and `one_look` as in
-        `stages`. With `one_look`, pass one prompt several times; there is one initial image.
+        Several images get consecutive seeds from `seed` on, or the noise of the `generator`, which
+        is advanced as in diffusers; the second drawing starts from the same noise. `more` are
+        settings of `Sampling` (guidance_scale, height, negative_prompt, scale, draft_steps, ...),
+        and whatever else the pipeline's own call takes, for both drawings: image, strength, eta,
+        clip_skip, callback_on_step_end, ... With prompt_embeds, the MLLM still reads `prompt`; of
+        a list, each prompt gets one. With `one_look` (see `stages`), there is one initial image.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        first = seed if generator is None else generator.initial_seed()
-        seeds = [first + k for k in range(len(prompts))]
-        settings = {
-            "steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "negative_prompt": negative_prompt,
-            "height": height,
-            "width": width,
-            "draft_steps": draft_steps,
-            "only_wrong": only_wrong,
-        }
-        given = {name: value for name, value in settings.items() if value is not None}
-        with self.drawing(**given):
-            initial, last = map(to_pil, self.stages(prompts, seeds, one_look=one_look))
+        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        more = {"steps": num_inference_steps, **more}
+        more = {name: value for name, value in more.items() if value is not None}
+        settings = {name: more.pop(name) for name in SETTINGS & more.keys()}
+        call = self.backbone.arguments(more, len(prompts))
+        rows = [i for i in range(len(prompts)) for _ in range(num_images_per_prompt)]
+        call = select(call, rows, len(prompts))
+        prompts = [prompts[i] for i in rows]
+        seeds = consecutive(seed, len(prompts)) if generator is None else generator
+        with self.drawing(**settings):
+            stages = self.stages(prompts, seeds, one_look=one_look, call=call)
+        initial, last = map(to_pil, stages)
         said = [""] * len(initial)
         if hasattr(self.guide, "explain"):
-            said = self.explain(initial, prompts[: len(initial)], seeds[: len(initial)])
+            asked = question_seeds(seeds, len(initial))
+            said = self.explain(initial, prompts[: len(initial)], asked)
         return IMGOutput(initial, said, last)
 
     def stages(
         self,
         prompts: list[str],
-        seeds: list[int],
+        seeds: Seeds,
         *,
         rounds: int = 1,
         one_look: bool = False,
         whole: bool = False,
         start: list[Image] | None = None,
+        call: dict[str, object] | None = None,
         progress: bool = False,
     ) -> list[list[Tensor]]:
         """Draw the first images and those of each round: `rounds + 1` lists of (3, H, W).
@@ -193,67 +197,78 @@ class IMG:
         are not drawn. With `only_wrong`, what the MLLM finds right is not corrected. With
         `one_look`, the first image alone is looked at until the last round, which draws all seeds.
         """
-        if one_look and len(set(prompts)) > 1:
-            raise ValueError("one look serves the seeds of one prompt, and these are several")
-        sampling, count = self.backbone.sampling, len(prompts)
+        sampling, count, call = self.backbone.sampling, len(prompts), call or {}
+        check_drawing(prompts, seeds, sampling, one_look, call)
         looked = 1 if one_look else count
-        draft = sampling.draft_steps or sampling.steps
+        # Steps and number of the images of each stage.
+        plan = [(sampling.draft_steps or sampling.steps, looked)] * rounds
+        plan.append((sampling.steps, count))
+        kept: dict[int, Tensor] | None = None
+        if whole or start is not None:
+            plan[0] = plan[-1]
+        if start is not None:
+            kept = {i: from_pil([image])[0] for i, image in enumerate(as_pictures(start))}
         tokens: list[Tensor | None] = [None] * looked  # what the latest images were drawn with
-        if start is None:
-            steps, drawn = (sampling.steps, count) if whole else (draft, looked)
-            first = self.draw_each(
-                prompts[:drawn], seeds, [None] * drawn, steps, "initial" * progress
-            )
-        else:
-            steps, first = sampling.steps, [from_pil([image])[0] for image in start]
-        stages = [first]
-        for k in range(rounds):
-            pictures = to_pil(stages[-1][:looked])
-            asked = [seed + k for seed in seeds[:looked]]
-            with self.clock("look"):
-                guidance, mask = self.guidance(pictures, prompts[:looked], asked)
-                wrong = [True] * looked
-                if sampling.only_wrong:
-                    wrong = self.finds_wrong(guidance, mask)
-            with self.clock("align"):
-                aligned = self.correct(self.backbone.tokens(pictures), guidance, mask)
-            tokens = [new if bad else old for new, old, bad in zip(aligned, tokens, wrong)]
-
-            # A right image that has all its steps stays; a right draft is drawn whole.
-            before, (steps, drawn) = steps, (draft, looked)
-            if k == rounds - 1:
-                steps, drawn = sampling.steps, count
-            kept = {}
-            if steps == before:
-                kept = {i: stages[-1][i] for i, bad in enumerate(wrong) if not bad}
+        if not isinstance(seeds, torch.Generator):
+            seeds = [generator(seed) for seed in seeds]
+        stages, noise, asked = [], renewed(seeds), question_seeds(seeds, looked)
+        for k, (steps, drawn) in enumerate(plan):
+            if k:
+                pictures = to_pil(stages[-1][:looked])
+                asked_now = [seed + k - 1 for seed in asked]
+                aligned, wrong = self._look(pictures, prompts[:looked], asked_now)
+                tokens = [new if bad else old for new, old, bad in zip(aligned, tokens, wrong)]
+                # A right image that has all its steps stays; a right draft is drawn whole.
+                kept = {}
+                if steps == plan[k - 1][0]:
+                    kept = {i: stages[-1][i] for i, bad in enumerate(wrong) if not bad}
+            label = f"round {k}" if k else "initial"
+            given = seeds if k == 0 else renewed(noise)
             each = tokens * drawn if one_look else tokens
-            label = f"round {k + 1}" * progress
-            stages.append(self.draw_each(prompts[:drawn], seeds, each, steps, label, kept))
+            label *= progress
+            stages.append(self.draw_each(prompts, given, each[:drawn], steps, label, kept, call))
         return stages
+
+    def _look(
+        self, pictures: list[Image], prompts: list[str], seeds: list[int]
+    ) -> tuple[Tensor, list[bool]]:
+        """Look and align: tokens (B, N, D), and True for each picture that is to be corrected."""
+        with self.clock("look"):
+            guidance, mask = self.guidance(pictures, prompts, seeds)
+            wrong = [True] * len(pictures)
+            if self.backbone.sampling.only_wrong:
+                wrong = self.finds_wrong(guidance, mask)
+        with self.clock("align"):
+            return self.correct(self.backbone.tokens(pictures), guidance, mask), wrong
 
     def draw_each(
         self,
         prompts: list[str],
-        seeds: list[int],
+        seeds: Seeds,
         tokens: list[Tensor | None],
         steps: int,
         progress: str = "",
         kept: dict[int, Tensor] | None = None,
+        call: dict[str, object] | None = None,
     ) -> list[Tensor]:
-        """Draw those images that are not `kept`, each with its tokens or without any."""
+        """Draw the images that are not `kept`, each with its tokens or without: one for each."""
         images, step = dict(kept or {}), "draw" if kept is None else "draw again"
         with self.clock(step), self.drawing(steps=steps, draft_steps=None):
             for guided in (False, True):
                 chosen = []
-                for i in range(len(prompts)):
+                for i in range(len(tokens)):
                     if i not in images and (tokens[i] is not None) == guided:
                         chosen.append(i)
                 if chosen:
                     given = torch.stack([tokens[i] for i in chosen]) if guided else None
-                    texts, noise = [prompts[i] for i in chosen], [seeds[i] for i in chosen]
-                    drawn = self.backbone.draw(texts, noise, given, progress=progress or None)
+                    texts, noise = [prompts[i] for i in chosen], seeds
+                    if not isinstance(seeds, torch.Generator):
+                        noise = [seeds[i] for i in chosen]
+                    own = select(call or {}, chosen, len(prompts))
+                    label = progress or None
+                    drawn = self.backbone.draw(texts, noise, given, call=own, progress=label)
                     images |= zip(chosen, drawn)
-        return [images[i] for i in range(len(prompts))]
+        return [images[i] for i in range(len(tokens))]
 
     def align(
         self,
@@ -262,14 +277,12 @@ class IMG:
         seeds: Sequence[int] | int = 0,
         passes: int | None = None,
     ) -> Tensor:
-        """Look and align (steps 2, 3): PIL images or (B, 3, H, W) in [0, 1] -> tokens (B, N, D)."""
-        if isinstance(images, Tensor):
-            images = to_pil(images)
-        images = images if isinstance(images, list) else [images]
-        prompts = [prompts] * len(images) if isinstance(prompts, str) else prompts
-        seeds = [seeds + k for k in range(len(images))] if isinstance(seeds, int) else seeds
-        guidance, mask = self.guidance(images, prompts, seeds)
-        return self.correct(self.backbone.tokens(images), guidance, mask, passes)
+        """Look and align (steps 2, 3): images, see `as_pictures` -> tokens (B, N, D)."""
+        pictures = as_pictures(images)
+        prompts = [prompts] * len(pictures) if isinstance(prompts, str) else prompts
+        seeds = seeds if isinstance(seeds, Sequence) else consecutive(seeds, len(pictures))
+        guidance, mask = self.guidance(pictures, prompts, seeds)
+        return self.correct(self.backbone.tokens(pictures), guidance, mask, passes)
 
     def guidance(
         self,
@@ -279,6 +292,7 @@ class IMG:
         progress: str | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Look (step 2): guidance features h (B, L, H) and mask (B, L). A seed draws a question."""
+        images = check_questions(images, prompts, seeds)
         guide = self._bring_guide()
         look = guidance_features(guide, images, prompts, seeds, self.mllm_batch, progress)
         return padded(*look)
@@ -294,16 +308,19 @@ class IMG:
     ) -> Tensor:
         """Align (step 3): tokens (B, N, D) -> f(h, c), (B, N, D)."""
         self.turns.bring(self.aligner)
-        return align(self.aligner, tokens, guidance, mask, passes or self.passes)
+        passes = self.passes if passes is None else passes
+        return align(self.aligner, tokens, guidance, mask, passes)
 
     def explain(self, images: list[Image], prompts: list[str], seeds: Sequence[int]) -> list[str]:
         """Decode what the MLLM says about images. For inspection only."""
+        images = check_questions(images, prompts, seeds)
         return self._bring_guide().explain(images, prompts, seeds)
 
     def satisfaction(
         self, images: list[Image], prompts: list[str], seeds: Sequence[int]
     ) -> list[float]:
         """Compute the log-probability that the MLLM says "nothing" is wrong with each image."""
+        images = check_questions(images, prompts, seeds)
         return self._bring_guide().satisfaction(images, prompts, seeds, self.mllm_batch)
 
     def better(
@@ -321,13 +338,14 @@ class IMG:
     @contextmanager
     def drawing(self, **changes: object) -> Iterator[None]:
         """Use other settings of `Sampling`, e.g. scale or passes, within this context."""
-        sampling, passes = self.backbone.sampling, self.passes
-        self.backbone.sampling = replace(sampling, **changes)
-        self.passes = changes.get("passes", passes)
-        try:
-            yield
-        finally:
-            self.backbone.sampling, self.passes = sampling, passes
+        with self.backbone.lock:
+            sampling, passes = self.backbone.sampling, self.passes
+            self.backbone.sampling = replace(sampling, **changes)
+            self.passes = changes.get("passes", passes)
+            try:
+                yield
+            finally:
+                self.backbone.sampling, self.passes = sampling, passes
 
     def _bring_guide(self) -> GuidanceEncoder:
         if self.guide_takes_turns:
@@ -396,11 +414,62 @@ def find_preset_for(pipe: object, preset: Preset | str | None) -> Preset:
         return pipe.preset
     kind = None
     if pipe is not None and not isinstance(pipe, Backbone):
-        name = type(pipe).__name__
-        kind = PIPELINES.get(name)
-        check(kind, f"IMG goes around {' or '.join(PIPELINES)}, and this is a {name}")
+        kind = pipeline_kind(pipe)
     if not isinstance(preset, Preset):
         preset = find_preset(preset or kind or "tiny-sdxl")
     message = f"preset {preset.name!r} is for {preset.backbone}, and the pipeline is of {kind}"
     check(kind in (None, preset.backbone), message)
     return preset
+
+
+def consecutive(seed: int, count: int) -> list[int]:
+    """Return `count` seeds from `seed` on."""
+    check_seeds([seed], 1)
+    return [seed + k for k in range(count)]
+
+
+def renewed(noise: torch.Generator | list[torch.Generator]) -> Seeds:
+    """Copy generators, whose states drawing changes."""
+    if isinstance(noise, torch.Generator):
+        return noise.clone_state()
+    return [each.clone_state() for each in noise]
+
+
+def question_seeds(seeds: Seeds, count: int) -> list[int]:
+    """Return a number for each of the first `count` images, by which the MLLM is asked."""
+    if isinstance(seeds, torch.Generator):
+        return consecutive(seeds.initial_seed(), count)
+    return [generator(seed).initial_seed() for seed in seeds[:count]]
+
+
+def check_request(prompts: Sequence[str], seeds: Seeds) -> None:
+    """Raise UserError unless there are prompts, all of words, and as many seeds."""
+    check(len(prompts) > 0, "there are no prompts; say what to draw")
+    for prompt in prompts:
+        words = isinstance(prompt, str) and prompt.strip()
+        check(words, f"a prompt is {prompt!r}, expected words that say what to draw")
+    check_seeds(seeds, len(prompts))
+
+
+def check_questions(
+    images: Sequence[Image], prompts: Sequence[str], seeds: Sequence[int]
+) -> list[Image]:
+    """Return images as pictures. Raises UserError unless each has a prompt and a seed."""
+    counts = f"{len(images)} images and {len(prompts)} prompts"
+    check(len(images) == len(prompts), f"{counts}; expected one for each")
+    check_request(prompts, seeds)
+    return as_pictures(images)
+
+
+def check_drawing(
+    prompts: list[str], seeds: Seeds, sampling: Sampling, one_look: bool, call: dict[str, object]
+) -> None:
+    """Raise UserError for a request that cannot be drawn as it says."""
+    check_request(prompts, seeds)
+    several = one_look and len(set(prompts)) > 1
+    check(not several, "one look serves the seeds of one prompt, and these are several")
+    some = isinstance(seeds, torch.Generator) and (one_look or sampling.only_wrong)
+    advice = "for one_look or only_wrong pass a list, one for each"
+    check(not some or len(prompts) == 1, f"one generator draws all images together; {advice}")
+    fixed = sampling.draft_steps and call.keys() & {"sigmas", "timesteps"}
+    check(not fixed, "draft_steps and given sigmas or timesteps exclude each other; drop one")

@@ -69,6 +69,7 @@ class Sampling(Settings):
         REQUIRED, "classifier-free guidance scale (FLUX: embedded)", most=1000
     )
     true_cfg_scale: float = 1.0  # FLUX's classifier-free guidance, on top of the embedded one
+    authors_sampler: bool = True  # FLUX: the authors' shift, and true guidance from step 1 on
     negative_prompt: str | None = option(
         None, "what not to draw (default: zeros for SDXL, the empty prompt for FLUX)"
     )

@@ -11,8 +11,8 @@ Module names are those of the public IP-Adapter files.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Self
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,11 @@ from diffusers.models.attention_processor import Attention
 from einops import rearrange
 from PIL.Image import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from img_minimal import backbone
 from img_minimal.aligner import PerceiverLayers, layer_sizes
 from img_minimal.backbone import Backbone, unseen_end
-from img_minimal.devices import Precision
-from img_minimal.files import check_finite
+from img_minimal.devices import Precision, compute_dtype
 from img_minimal.hub.adapters import (
     check_encoder_width,
     check_sdxl,
@@ -179,18 +177,18 @@ def cross_attentions(unet: UNet2DConditionModel) -> dict[str, Attention]:
 def new_branch(unet: UNet2DConditionModel, token_width: int | None = None) -> nn.ModuleDict:
     """Create the image keys and values, `{N}.to_k_ip` and `{N}.to_v_ip`, of each cross-attention.
 
-    Where `token_width` is the text's (the default), they start as copies of the text's projections,
-    so that tokens near the text's embeddings mean something from the first step on.
+    Without a `token_width` they start as copies of the text's projections, so that tokens near the
+    text's embeddings mean something from the first step on.
     """
+    dtype, device = compute_dtype(unet), next(unet.parameters()).device
     branch = nn.ModuleDict()
     for number, attn in cross_attentions(unet).items():
         branch[number] = nn.ModuleDict()
         for name, text in (("to_k_ip", attn.to_k), ("to_v_ip", attn.to_v)):
-            width, weight = token_width or text.in_features, text.weight
-            image = nn.Linear(width, text.out_features, bias=False, device=weight.device)
-            image.to(weight.dtype)
-            if width == text.in_features and not weight.is_meta:
-                image.load_state_dict({"weight": weight.detach()})
+            width = token_width or text.in_features
+            image = nn.Linear(width, text.out_features, False, device=device, dtype=dtype)
+            if token_width is None and not text.weight.is_meta:
+                image.load_state_dict({"weight": text.weight.detach()})
             branch[number][name] = image
     return branch
 
@@ -216,7 +214,8 @@ class DecoupledAttention:
     ) -> Tensor:
         """Compute spatial features (B, S, C) from text (B, T, E): (B, S, C).
 
-        Raises ValueError if B is not the tokens' batch.
+        Raises ValueError if B is neither the tokens' batch nor half of it. Half a batch are the
+        positive ones, where classifier-free guidance is off or has ended.
         """
         check_batch(len(hidden_states), len(self.keys))
         query, *text_and_image = self.project(attn, hidden_states, encoder_hidden_states)
@@ -230,14 +229,14 @@ class DecoupledAttention:
 
         scale = self.scale
         if isinstance(scale, Tensor):
-            scale = scale.to(image)[:, None, None] if scale.ndim else scale.item()
+            scale = scale.to(image)[-len(image) :, None, None] if scale.ndim else scale.item()
         linear, dropout = attn.to_out
         return dropout(linear(merge_heads(text) + scale * merge_heads(image)))
 
     def project(self, attn: Attention, hidden_states: Tensor, text: Tensor) -> list[Tensor]:
         """Compute the query (B, heads, S, d), and keys and values of text and image, per head."""
         query = attn.to_q(hidden_states)
-        keys, values = self.keys.to(query.dtype), self.values.to(query.dtype)
+        keys, values = (x[-len(query) :].to(query.dtype) for x in (self.keys, self.values))
         projected = query, attn.to_k(text), attn.to_v(text), keys, values
         return [rearrange(x, "b n (h d) -> b h n d", h=attn.heads) for x in projected]
 
@@ -264,8 +263,8 @@ def merge_heads(heads: Tensor) -> Tensor:
 
 
 def check_batch(batch: int, tokens: int) -> None:
-    """Raise ValueError unless the UNet's batch is the tokens'."""
-    if batch != tokens:
+    """Raise ValueError unless the UNet's batch is the tokens' or its positive half."""
+    if tokens not in (batch, 2 * batch):
         raise ValueError(
             f"the UNet sees a batch of {batch}, but there are image tokens for {tokens}: with "
             "classifier-free guidance the batch is doubled, so pass torch.cat([negative, positive])"
@@ -329,52 +328,24 @@ class SDXL(Backbone):
 
     image_prompts = ImagePrompt
 
-    def read(self, prompts: list[str]) -> list[str]:
-        """Return the prompts, which the pipeline encodes itself."""
+    def read(self, prompts: list[str], call: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments that say what to draw; the pipeline encodes texts itself."""
         self.turns.bring(self.pipe, self.branch)
-        return prompts
+        inputs = {"prompt": prompts}
+        if self.sampling.negative_prompt is not None:
+            inputs["negative_prompt"] = [self.sampling.negative_prompt] * len(prompts)
+        for text in ("prompt", "negative_prompt"):
+            if f"{text}_embeds" in call:
+                inputs.pop(text, None)
+        return inputs | call
 
-    def draw_batch(
-        self,
-        texts: list[str],
-        generators: list[torch.Generator],
-        tokens: tuple[Tensor, Tensor] | None,
-        scales: list[float],
-        bar: tqdm,
-    ) -> Tensor:
-        """Draw a batch (B, 3, H, W), guided by `tokens`: those of "no image" and of the images."""
-        pipe, sampling = self.pipe, self.sampling
-        scale = torch.tensor(scales[0])  # read by the injected attention in every step
-
-        def after_step(_: object, step: int, timestep: object, tensors: dict) -> dict:
-            bar.update()
-            # Schedulers of order 2 call the UNet twice in most steps.
-            calls = pipe.num_timesteps
-            if step + 1 < calls:
-                scale.fill_(scales[round((step + 1) / (calls - 1) * (len(scales) - 1))])
-                return {}
-            check_finite(tensors["latents"], self.first_image)
-            # The VAE may be in another dtype than the UNet.
-            return {"latents": tensors["latents"].to(pipe.vae.dtype)}
-
-        pipe._guidance_scale = sampling.guidance_scale  # decides if the batch is doubled
-        injected = nullcontext()
-        if tokens:
-            both = torch.cat(tokens) if pipe.do_classifier_free_guidance else tokens[1]
-            injected = inject(pipe.unet, self.branch, both, scale)
-        negative = sampling.negative_prompt
-        with injected:
-            return pipe(
-                prompt=texts,
-                negative_prompt=None if negative is None else [negative] * len(texts),
-                num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance_scale,
-                height=sampling.height,
-                width=sampling.width,
-                generator=generators,
-                output_type="pt",
-                callback_on_step_end=after_step,
-            ).images
+    def attending(
+        self, inputs: dict[str, Any], tokens: tuple[Tensor, Tensor] | None, weight: Tensor
+    ) -> AbstractContextManager:
+        """Let the UNet attend to the tokens. Without guidance, it takes the positive half."""
+        if tokens is None:
+            return nullcontext()
+        return inject(self.pipe.unet, self.branch, torch.cat(tokens), weight)
 
     @property
     def text_width(self) -> int:
@@ -423,7 +394,8 @@ class SDXL(Backbone):
     def open_branch(models: Models, unet: UNet2DConditionModel) -> nn.ModuleDict:
         """Load the adapter's branch for this UNet."""
         _, state, _ = read_ip_adapter(models)
+        dtype = compute_dtype(unet)
         token_width = next(iter(state.values())).shape[1]
         branch = new_branch(unet, token_width)
-        fill(branch, {key: value.to(unet.dtype) for key, value in state.items()}, models.ip_adapter)
+        fill(branch, {key: value.to(dtype) for key, value in state.items()}, models.ip_adapter)
         return branch

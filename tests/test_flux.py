@@ -2,9 +2,11 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from flux_folder import WIDTH, locations, new_adapter, preset, public_names
 from mllm_folders import edit
 from pair_files import rows, write
@@ -19,7 +21,7 @@ from img_minimal.backbone import open_backbone
 from img_minimal.bench.memory import models
 from img_minimal.devices import count_parameters
 from img_minimal.files import to_pil
-from img_minimal.flux import inject, set_scale
+from img_minimal.flux import authors_scheduler, inject, set_scale
 from img_minimal.pipeline import IMG
 from img_minimal.presets import find_preset
 
@@ -100,12 +102,28 @@ def test_the_presets_numbers_are_those_of_the_authors_demo():
     [(512, 512, 0.459375), (1024, 1024, 0.4675), (1360, 768, 0.467331), (2048, 2048, 0.5)],
 )
 def test_the_schedule_is_shifted_as_the_authors_shift_it(img, width, height, mu):
-    with img.drawing(steps=30):
-        sigmas = img.backbone.schedule(width * height // 256)
-    t = torch.linspace(1, 1 / 30, 30, dtype=torch.float64)
-    shift = torch.tensor(mu).exp()
-    assert len(sigmas) == 31 and sigmas[-1] == 0
-    assert (sigmas[:-1].double() - shift / (shift + 1 / t - 1)).abs().max() < 2e-4
+    config = authors_scheduler(img.backbone.pipe.scheduler).config
+    names = "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"
+    assert calculate_shift(width * height // 256, *map(config.get, names)) == pytest.approx(
+        mu, abs=2e-4
+    )
+
+
+@pytest.mark.parametrize("more", [{}, {"sigmas": [1.0, 0.7, 0.2]}, {"max_sequence_length": 8}])
+def test_one_setting_draws_fluxpipelines_own_first_picture(flux, img, more):
+    """Without the authors' sampler, and with true guidance as FluxPipeline has it, in all steps."""
+    pipe, asked = img.backbone.pipe, {"num_inference_steps": 3, "height": 64, "width": 32}
+    for scale in (1.0, 2.0):
+        theirs = {"true_cfg_scale": scale, "negative_prompt": "a cross", "guidance_scale": 3.5}
+        theirs |= {"max_sequence_length": 24, "output_type": "pt", **asked, **more}
+        expected = to_pil(pipe(PROMPT, generator=torch.Generator().manual_seed(5), **theirs).images)
+        options = {"authors_sampler": False, "true_cfg_scale": scale, "negative_prompt": "a cross"}
+        ours = img(PROMPT, 5, **options, **asked, **more).initial
+        assert np.abs(
+            np.asarray(ours[0], float) - np.asarray(to_pil(expected)[0], float)
+        ).max() <= (scale > 1)
+    with img.drawing(height=100, width=64), refused("--height is 100", "multiples of 16"):
+        img(PROMPT)
 
 
 @torch.no_grad()

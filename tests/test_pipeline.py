@@ -48,7 +48,7 @@ def test_a_seeds_picture_is_asked_about_and_aligned_alone_as_in_a_batch(twin, im
     [
         (None, [1.0, 0.8, 0.6, 0.4, 0.2]),
         # Calls the UNet twice in every step but the last.
-        (HeunDiscreteScheduler, [1.0, 1.0, 0.8, 0.6, 0.6, 0.6, 0.4, 0.2, 0.2]),
+        (HeunDiscreteScheduler, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]),
     ],
 )
 def test_the_scale_of_the_image_tokens_falls_linearly_over_the_calls_of_each_batch(
@@ -81,7 +81,10 @@ def test_img_opens_in_its_three_ways_and_gives_the_same_images_every_time(twin):
 
 def test_settings_that_could_have_no_effect_are_refused(twin):
     for words, settings in (
-        ("StableDiffusionXLPipeline or FluxPipeline, and this is a str", {"pipe": "sdxl"}),
+        (
+            "SDXL's and FLUX.1's pipelines (text, img2img, inpaint, ControlNet)",
+            {"pipe": "sdxl"},
+        ),
         ("'scale' is a setting of this backbone", {"pipe": twin.backbone, "scale": 0.3}),
         ("guidance by text needs no mllm", {"preset": PRESET, "guidance": "text", "mllm": "x"}),
         ("unknown setting 'colour'", {"preset": PRESET, "colour": 1}),

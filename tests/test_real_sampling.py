@@ -32,12 +32,13 @@ def same(first: dict, second: dict) -> bool:
 
 
 @torch.no_grad()
-def test_both_images_equal_those_of_diffusers_own_pipeline_and_ip_adapter(release, img):
-    before, after = map(torch.stack, img.stages([PROMPT], [3]))
+@pytest.mark.parametrize("more", [{}, {"eta": 0.5, "guidance_rescale": 0.4, "clip_skip": 1}])
+def test_both_images_equal_those_of_diffusers_own_pipeline_and_ip_adapter(release, img, more):
+    before, after = map(torch.stack, img.stages([PROMPT], [3], call=more))
     tokens, negative = img.align(before, [PROMPT], [3]), img.backbone.image_prompt.negative()
 
     pipe = StableDiffusionXLPipeline.from_pretrained(release / "base", add_watermarker=False)
-    asked = {"prompt": PROMPT, "num_inference_steps": 2, "guidance_scale": 7.5}
+    asked = {"prompt": PROMPT, "num_inference_steps": 2, "guidance_scale": 7.5, **more}
 
     def theirs(**more: object) -> torch.Tensor:
         noise = torch.Generator().manual_seed(3)
