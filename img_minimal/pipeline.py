@@ -65,7 +65,10 @@ class IMGOutput:
 class IMG:
     """The whole method: `img = IMG(preset="tiny-sdxl")`, then `img("a red circle", seed=0).images`.
 
-    Around a pipeline of your own: `IMG(pipe)`, or `IMG(pipe, mllm="llava-hf/...", aligner="...")`.
+    Around a pipeline of your own: `IMG(pipe)`, or `IMG(pipe, mllm="llava-hf/...", aligner="...")`;
+    SDXL's and FLUX.1's, for text, img2img, inpainting or ControlNet. Calls from several threads, of
+    one IMG or of several around one network, take turns. A call of the pipeline itself does not
+    wait for them: it must not run at the same time, for it shares scheduler and network.
     """
 
     def __init__(
@@ -171,11 +174,11 @@ class IMG:
         seeds = consecutive(seed, len(prompts)) if generator is None else generator
         with self.drawing(**settings):
             stages = self.stages(prompts, seeds, one_look=one_look, call=call)
-        initial, last = map(to_pil, stages)
-        said = [""] * len(initial)
-        if hasattr(self.guide, "explain"):
-            asked = question_seeds(seeds, len(initial))
-            said = self.explain(initial, prompts[: len(initial)], asked)
+            initial, last = map(to_pil, stages)
+            said = [""] * len(initial)
+            if hasattr(self.guide, "explain"):
+                asked = question_seeds(seeds, len(initial))
+                said = self.explain(initial, prompts[: len(initial)], asked)
         return IMGOutput(initial, said, last)
 
     def stages(
