@@ -76,13 +76,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from img_minimal.evaluate.arms import Arms, print_lengths
-from img_minimal.optimizer import warmup_constant_decay
 from img_minimal.pipeline import IMG
 from img_minimal.plots import BLUE, GREEN, GREY, ORANGE, PINK
 from img_minimal.preference import ReferenceRefresh, best_length, preference_loss
 from img_minimal.tiny.grammar import benchmark
 
-steps, grid, toy_steps = (40, 12, 20) if options.quick else (400, 60, 300)
+grid, toy_steps = (12, 20) if options.quick else (60, 300)
 # One sample (B 1, N 1, D 2). f starts off the line: an aligner serves many samples.
 WINNER = torch.tensor([[[1, 0]]], dtype=torch.float64)
 LOSER = torch.tensor([[[0, 0]]], dtype=torch.float64)
@@ -95,44 +94,20 @@ OBJECTIVES = {
 LENGTHS = {"L_base": 1.0, "L_base + DPO + SPIN": 1.16, "L_base + DPO": 1.33}  # after real training
 
 
-# %% 1. The gradient as a field over the plane, and where descents come to rest
-def downhill(f: Tensor, f_ref: Tensor, c_w: Tensor, c_l: Tensor, **terms) -> tuple[Tensor, dict]:
-    """Compute -grad L at every f (B, N, D), each a sample of its own, and the loss's metrics."""
+# %% 1. The gradient over the plane, and where it comes to rest
+def downhill(f: Tensor, **terms: bool) -> Tensor:
+    """Compute -grad L at every f (B, 1, 2), each a sample of its own."""
     f = f.detach().requires_grad_()
-    points = [point.expand_as(f) for point in (f_ref, c_w, c_l)]
-    loss, metrics = preference_loss(f, *points, **terms)
+    points = [point.expand_as(f) for point in (START, WINNER, LOSER)]
+    loss, _ = preference_loss(f, *points, norm="sum", **terms)
     (gradient,) = torch.autograd.grad(loss * len(f), f)  # the loss averages over samples
-    return -gradient, metrics
+    return -gradient
 
 
-def rest(follow: bool, **terms) -> float:
-    """Descend from START; return how long the step from c_l ends, in |c_w - c_l|.
-
-    f_ref follows f at every step, or by the rule of ten wins in a row.
-    """
-    f = f_ref = START
-    rule = ReferenceRefresh(10)
-    factor = warmup_constant_decay(steps, warmup=1, hold=0.4, floor=0.02)
-    for number in range(steps):
-        direction, metrics = downhill(f, f_ref, WINNER, LOSER, norm="sum", **terms)
-        f = f + 0.05 * factor(number) * direction
-        if follow or rule.update(metrics["error"], metrics["reference_error"]):
-            f_ref = f
-    return f[0, 0, 0].item()
-
-
-LAMBDAS = (0.5, 1, 2, 4)
+LAMBDAS = np.linspace(0, 4, 50)
 DERIVED = {"L_base + DPO": lambda w: 1 + w / 2, "L_base + DPO + SPIN": lambda w: 1 + w / (2 + w)}
-rests = {}
-print(f"length of the step after {steps} steps of descent, by λ:   ", *LAMBDAS, sep="  ")
 for title, derived in DERIVED.items():
-    rests[f"{title}, derived"] = [derived(weight) for weight in LAMBDAS]
-    for name, follow in (("f_ref = f", True), ("k = 10", False)):
-        with step("descents"):
-            found = [rest(follow, weight=weight, **OBJECTIVES[title]) for weight in LAMBDAS]
-        rests[f"{title}, {name}"] = found
-for name, lengths in rests.items():
-    print(f"  {name:46}", *[f"{length:.2f}" for length in lengths])
+    print(f"{title}, λ 1: a step of {derived(1):.2f} lengths, {LENGTHS[title]} after training")
 
 # %% 2. b* of the shipped aligner, for the twin's wrong images, as tokens and as drawn
 img = IMG(preset=preset)
@@ -241,7 +216,7 @@ X, Y = np.meshgrid(np.linspace(-0.75, 2.05, grid), np.linspace(-1.05, 1.25, grid
 plane = torch.tensor(np.stack([X, Y], -1)).view(-1, 1, 2)
 plane = torch.cat([plane, START])
 for axis, (name, objective) in zip(upper, OBJECTIVES.items()):
-    total, _ = downhill(plane, START, WINNER, LOSER, norm="sum", **objective)
+    total = downhill(plane, **objective)
     wind = total - 2 * (WINNER - plane)  # what the preference terms add
     *sizes, at_start = wind.norm(dim=-1)[:, 0]
     sizes = np.reshape(sizes, X.shape)
@@ -257,14 +232,11 @@ for axis, (name, objective) in zip(upper, OBJECTIVES.items()):
         axis.plot(*point[0, 0], "o", color=colour, ms=11, mec="white")
         axis.annotate(label, point[0, 0], xytext=(5, 7), textcoords="offset points")
     axis.set(title=name, xlabel="first element of f", ylabel="second element", aspect="equal")
-for name, lengths in rests.items():
-    colour = PINK if "SPIN" in name else ORANGE
-    if "derived" in name:
-        left.plot(LAMBDAS, lengths, color=colour, label=name)
-    else:
-        left.plot(LAMBDAS, lengths, "o" if "f_ref" in name else "x", color=colour, label=name)
-left.axhline(1, color=GREEN, label="L_base: at the winner")
-left.set(title="Where f comes to rest", xlabel="λ", ylabel="length of the step, in |c_w - c_l|")
+for (title, derived), colour in zip(DERIVED.items(), (ORANGE, PINK)):
+    left.plot(LAMBDAS, derived(LAMBDAS), color=colour, label=title)
+    left.plot(1, LENGTHS[title], "o", color=colour, label="the twin, after training")
+left.axhline(1, color=GREEN, label="L_base")
+left.set(title="Where f comes to rest", xlabel="λ", ylabel="length of the step, in steps of L_base")
 s = np.linspace(0, 2, 50)
 for name, colour in zip(INJECTIONS, (BLUE, GREEN)):
     if "all" in twin[name]:
@@ -279,7 +251,7 @@ middle.set(
     ylabel="error left along the step (0: none, 1: all)",
     ylim=(0, 1.05),
 )
-for objective, colour in (("L_base + DPO", ORANGE), ("L_base + DPO + SPIN", PINK)):
+for objective, colour in zip(DERIVED, (ORANGE, PINK)):
     chosen = [point for point in points if point[0] == objective]
     right.plot([p[2] for p in chosen], [p[3] for p in chosen], "o", color=colour, label=objective)
 for objective, name, x, gain in points:
