@@ -143,7 +143,7 @@ def test_ablations_are_those_that_the_tutorial_prints(tmp_path):
     printed = run("tutorials/08_ablations.py", "--output", str(tmp_path)).splitlines()
     rows = [cells(row) for row in section("Ablations").splitlines() if row.startswith("|")]
     rows = [row for row in rows if row[0] != "row" and set(row[0]) != {"-"}]
-    assert len(rows) == 20
+    assert len(rows) >= 20
     for title, *numbers in rows:
         shown = [number for number in numbers if number != "–"]
         lines = [line for line in printed if line.startswith(title)]
