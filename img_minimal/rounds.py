@@ -5,7 +5,7 @@
     train   from the current aligner, f_ref = f, on original pairs and those of the last two rounds
     gate    keep the new aligner if held-back prompts score no worse and no more images break
 
-Both are drawn whole, whatever --draft-steps says: x0 is a candidate, and not only looked at.
+Both are drawn whole, whatever `draft_steps` is: x0 is a candidate, and not only looked at.
 
     x1 is better      loser x0, winner x1     what worked, once more
     x0 is better      loser x1, winner x0     the next aligner learns not to break images

@@ -1,6 +1,7 @@
 """The budget curve counts what was drawn, and compares every way with whole IMG."""
 
 import pytest
+import torch
 
 from img_minimal.evaluate import budget
 from img_minimal.pipeline import IMG
@@ -57,3 +58,9 @@ def test_four_images_are_compared_with_each_other(rows):
     assert look["all_right"] + look["all_wrong"] <= 1
     line = budget.line("a way", look)
     assert line.startswith("a way") and "1.12" in line
+
+
+def test_a_network_that_is_called_by_names_is_counted_too(twin):
+    ways = budget.Budget(twin, benchmark(1), seed=0)
+    ways._count(None, (), {"hidden_states": torch.zeros(3, 1)})
+    assert ways.evaluations == 3

@@ -56,7 +56,7 @@ class Budget:
     def rows(self) -> Iterator[tuple[str, dict]]:
         """Yield each way's name and results as soon as it is drawn."""
         network = getattr(self.img.backbone.pipe, self.img.backbone.network)
-        with network.register_forward_pre_hook(self._count):
+        with network.register_forward_pre_hook(self._count, with_kwargs=True):
             for name, (images, cost) in self.ways():
                 if name == BASE:
                     drawing = cost
@@ -144,8 +144,9 @@ class Budget:
             row["all_right"], row["all_wrong"] = strict.all(1).mean(), 1 - strict.any(1).mean()
         return row
 
-    def _count(self, network: object, inputs: tuple[Tensor, ...]) -> None:
-        self.evaluations += len(inputs[0])
+    def _count(self, network: object, inputs: tuple, named: dict) -> None:
+        latents, *_ = *inputs, *named.values()
+        self.evaluations += len(latents)
 
 
 HEAD = f"{'':58} {'strict [95 %]':20} {'minus whole IMG':24} {'win rate over the base':29} "

@@ -37,8 +37,7 @@ ARMS = ("base", "new_seed", "no_guidance", "img")
 LOOK_BATCH = 64  # prompts whose guidance features are held at once, 0.4 GB with LLaVA-13B
 JUDGE_BATCH = 16  # prompts judged at once, with an image of every arm
 # Settings that change no image here. All others are recorded, so that no folder mixes two runs.
-NOT_DRAWING = ("stock_mllm", "stock_aligner", "text_aligner", "offload")
-NOT_DRAWING += ("draft_steps", "only_wrong")  # refused
+NOT_DRAWING = "stock_mllm stock_aligner text_aligner offload draft_steps only_wrong".split()
 Prompts = list[FilePrompt]
 
 
