@@ -4,7 +4,7 @@
     python sample.py --prompt "two yellow triangles left of a red square" --seed 7 --rounds 2
     python sample.py --prompt-file prompts.txt --negative-prompt "a green cross"
     python sample.py --image mine.png --prompt "a red circle"     start from your own picture
-    python sample.py --num-images 8 --one-look --draft-steps 7    variants of one picture, for 8.7 drawings
+    python sample.py --num-images 8 --one-look --draft-steps 7    eight alike, for 8.7 drawings
     python sample.py --sweep scale=0,0.8,1.6                      vary the last pass
     python sample.py --model sdxl --prompt "a robot penguin wearing a top hat" --offload
 
