@@ -173,7 +173,7 @@ def one_line(error: BaseException) -> str | None:
     """Return the message for a user error, or None for a bug, whose traceback is needed."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's, recognised without importing torch
         return (
-            "the GPU's memory is full; try --offload, --dtype fp16 or bf16, or close other "
+            "the GPU's memory is full; try --offload layers, --dtype fp16 or bf16, or close other "
             "programs that use the GPU"
         )
     cause: BaseException | None = error

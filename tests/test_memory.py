@@ -19,6 +19,7 @@ from img_minimal import devices
 from img_minimal.bench import __main__ as bench
 from img_minimal.bench.memory import GIB, TRAIN, counting, needs, table, usable
 from img_minimal.devices import Precision, Turns, choose_offload
+from img_minimal.mllm import guidance_features
 from img_minimal.pipeline import IMG, open_guide
 
 
@@ -71,8 +72,8 @@ def test_a_model_leaves_the_device_before_another_comes():
 def held(monkeypatch) -> list[int]:
     """Pretend that the CPU is a GPU and every model large; list how many layers it holds.
 
-    Weights that wait are NaN here, so nothing can compute with them. Transfers go through streams,
-    with the next layer fetched ahead, as on CUDA.
+    Weights that wait are NaN here, so nothing can compute with them; rotary buffers may wait, which
+    transformers moves where they are used. The next layer is fetched ahead, as on CUDA.
     """
     group, cpu = group_offloading.ModuleGroup, torch.device("cpu")
     onload, offload = group.onload_, group.offload_
@@ -80,8 +81,8 @@ def held(monkeypatch) -> list[int]:
 
     def wait(tensor: Tensor, _: bool) -> Tensor:
         weights.setdefault(tensor, tensor.data)
-        nan = torch.nan if tensor.is_floating_point() else 0
-        return torch.full_like(tensor.data, nan)
+        waits = isinstance(tensor, nn.Parameter)
+        return torch.full_like(tensor.data, torch.nan) if waits else tensor.data
 
     def fetch(self: object, tensor: Tensor, *_: object) -> None:
         tensor.data = weights[tensor]
@@ -114,17 +115,18 @@ def held(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_in_layers_no_bit_changes_and_at_most_four_layers_are_on_the_device(flux, held, dtype):
-    picture, tokens, results = [Image.new("RGB", (64, 64), "red")], torch.ones(1, 4, 48), []
+    picture, tokens, results = [Image.new("RGB", (64, 64), "blue")], torch.ones(1, 4, 48), []
     for offload in ("none", "layers"):
         img = IMG(preset=flux_folder.preset(flux, dtype=dtype, steps=2, offload=offload))
         drawn = img.backbone.draw([PROMPT], [0], tokens)
-        h, mask = img.guide.guidance(picture, [PROMPT], [0])
-        words = img.guide.explain(picture, [PROMPT], [0], max_new_tokens=2)
+        h, mask = img.guidance(picture, [PROMPT], [0])
+        words = img.guide.explain(picture, ["three green squares"], [1], 4)
         results.append([drawn, h, img.correct(tokens, h, mask), words])
         results[-1].append(img.finds_wrong(h, mask))
-        assert bool(held) == (offload == "layers")
+        assert img.guide.model.lm_head.weight.isnan().all() == (offload == "layers"), "it waits"
     guide = open_guide(img.backbone.preset.models, "mllm")  # as train.py does
-    results.append([drawn, guide.guidance(picture, [PROMPT], [0])[0], *results[1][2:]])
+    h, _ = guidance_features(guide, picture, [PROMPT], [0])
+    results.append([drawn, h, *results[1][2:]])
     for streamed in results[1:]:
         for expected, found in zip(results[0], streamed, strict=True):
             assert expected == found if isinstance(found, list) else torch.equal(expected, found)

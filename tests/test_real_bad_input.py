@@ -85,7 +85,7 @@ def test_files_of_different_models_are_refused_before_anything_big_is_loaded(
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory.\nmore lines"), "--offload, --dtype"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nmore lines"), "--offload layers, --dtype"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 99 bytes"), "--dtype bf16"),
         (RuntimeError("a mistake in the program"), None),  # ours is not hidden
     ],

@@ -323,10 +323,8 @@ def needs(model: str, mllm: str) -> list[Need]:
                 for name in names:
                     weights += 4 * on_gpu[name] * (1.0 if name in ALWAYS_FP32 else share)
                 parts[group] = weights, alive.get(group, 0.0)
-            frozen, at_most = (
-                parts["image prompt"][0] + parts["mllm"][0],
-                max(parts.values(), key=sum),
-            )
+            at_most = max(parts.values(), key=sum)
+            frozen = parts["image prompt"][0] + parts["mllm"][0]
             rows += [
                 Need(f"sample{offload or ' --offload'}", dtype, *at_most),
                 Need(f"{TRAIN}, features as they come{offload}", dtype, training + frozen, busy),
