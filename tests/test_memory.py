@@ -19,7 +19,6 @@ from img_minimal import devices
 from img_minimal.bench import __main__ as bench
 from img_minimal.bench.memory import GIB, TRAIN, counting, needs, table, usable
 from img_minimal.devices import Precision, Turns, choose_offload
-from img_minimal.mllm import guidance_features
 from img_minimal.pipeline import IMG, open_guide
 
 
@@ -125,7 +124,7 @@ def test_in_layers_no_bit_changes_and_at_most_four_layers_are_on_the_device(flux
         results[-1].append(img.finds_wrong(h, mask))
         assert img.guide.model.lm_head.weight.isnan().all() == (offload == "layers"), "it waits"
     guide = open_guide(img.backbone.preset.models, "mllm")  # as train.py does
-    h, _ = guidance_features(guide, picture, [PROMPT], [0])
+    h = guide.guidance(picture, [PROMPT], [0])[0].bfloat16()  # as they are kept
     results.append([drawn, h, *results[1][2:]])
     for streamed in results[1:]:
         for expected, found in zip(results[0], streamed, strict=True):
