@@ -206,6 +206,11 @@ def measure(metrics: Path) -> dict[str, float]:
     return means
 
 
+def marks(arms: Arms, name: str) -> str:
+    """Write which images of an arm are right, as "1101..."."""
+    return "".join(str(int(mark)) for mark in arms.marks("strict")[name])
+
+
 def draw_both_ways(arms: Arms, img: IMG | None) -> dict[str, dict]:
     """Draw again in both ways: which images are right, and b* as drawn.
 
@@ -216,7 +221,7 @@ def draw_both_ways(arms: Arms, img: IMG | None) -> dict[str, dict]:
     for name, scales in INJECTIONS.items():
         with arms.img.drawing(**scales):
             images = arms.draw(name, tokens)
-        drawn["right"][name] = "".join(str(int(mark)) for mark in arms.marks("strict")[name])
+        drawn["right"][name] = marks(arms, name)
         if img:
             drawn["best_length"][name] = arms.best_lengths(tokens, images).get("all")
     return drawn
@@ -229,10 +234,8 @@ def predict() -> None:
     for name, best in drawn["best_length"].items():
         for title, length in LENGTHS.items() if best else ():
             border = (1 + length) / 2
-            sign = "pays" if best["low"] > border else "does not pay"
-            if best["low"] <= border <= best["high"]:
-                sign = "may pay or not"
-            note[f"{title}, {name}"] = f"{sign}: b* {said(best, '.2f')}, border {border:.3f}"
+            side = "above" if best["value"] > border else "below"
+            note[f"{title}, {name}"] = f"b* {said(best, '.2f')} is {side} {border:.3f}"
     write_whole(folder / "prediction.json", json.dumps(note, indent=1) + "\n")
 
 
@@ -240,8 +243,7 @@ def judge_row(row: Row, seed: int) -> dict:
     """Train a row's aligner unless an earlier call has; judge what it draws."""
     arms = draw_base("test")
     if row.guidance == "base":
-        marks = "".join(str(int(mark)) for mark in arms.marks("strict")["base"])
-        return {"right": dict.fromkeys(INJECTIONS, marks), "best_length": {}}
+        return {"right": dict.fromkeys(INJECTIONS, marks(arms, "base"))}
     if row.guidance == "none":
         return draw_both_ways(arms, None)
     drawn = draw_both_ways(arms, trained(row, seed))
@@ -290,9 +292,9 @@ def gather(results: dict, injection: str) -> dict[str, dict[int, np.ndarray]]:
     for title, row in ROWS.items():
         seeds = {}
         for seed in range(results["settings"]["seeds"]):
-            marks = results["right"].get(row.result(seed), {}).get(injection)
-            if marks:
-                seeds[seed] = np.array(list(marks)).astype(float)
+            found = results["right"].get(row.result(seed), {}).get(injection)
+            if found:
+                seeds[seed] = np.array(list(found)).astype(float)
         if seeds:
             right[title] = seeds
     return right
@@ -316,7 +318,7 @@ def print_table(right: dict, results: dict, injection: str) -> tuple[dict, dict]
         with step("intervals"):
             values = np.concatenate(list(seeds.values()))
             shares[title] = mean_interval(values, captions * len(seeds))
-        dots[title] = [marks.mean() for marks in seeds.values()]
+        dots[title] = [strict.mean() for strict in seeds.values()]
         each = " ".join(f"{share:.3f}" for share in dots[title])
         best = results["best_length"].get(ROWS[title].result(0), {}).get(injection)
         cells = f"{each:18}  {minus(seeds, right[FULL], captions):29}"
