@@ -64,7 +64,10 @@ GROUPS = {
 }
 TRAIN = "train the aligner"
 DRAFT = 0.3  # of the denoising steps, in the rows of drafts
-ALWAYS_FP32 = ("vae", "resampler", "projection", "aligner")
+ALWAYS_FP32 = {
+    "sdxl": ("vae", "resampler", "aligner"),
+    "flux": ("vae", "image_encoder", "projection", "aligner"),
+}
 
 
 # The public models' settings, where they differ from the libraries' defaults
@@ -308,11 +311,12 @@ def needs(model: str, mllm: str) -> list[Need]:
     in_layers = {name: parameters_in_layers(module) for name, module in built.items()}
     # Weights, reference and two moments in fp32; gradients are among the activations.
     training, look = 16 * counts["aligner"], preset.models.mllm_batch * peaks["look"]
-    rows = []
+    rows, exact = [], ALWAYS_FP32[preset.backbone]
     for dtype, share in (("fp32", 1.0), ("fp16, bf16", 0.5)):
+        encoding = 1.0 if "image_encoder" in exact else share
         alive = {
             "diffusion": max(share * peaks["step"], peaks["decode"]),
-            "image prompt": share * peaks["image tokens"],
+            "image prompt": encoding * peaks["image tokens"],
             "mllm": share * peaks["answer"],
         }
         busy = max(alive["image prompt"], share * look, peaks["train"])
@@ -321,7 +325,7 @@ def needs(model: str, mllm: str) -> list[Need]:
             for group, names in GROUPS[preset.backbone].items():
                 weights = 0.0
                 for name in names:
-                    weights += 4 * on_gpu[name] * (1.0 if name in ALWAYS_FP32 else share)
+                    weights += 4 * on_gpu[name] * (1.0 if name in exact else share)
                 parts[group] = weights, alive.get(group, 0.0)
             at_most = max(parts.values(), key=sum)
             frozen = parts["image prompt"][0] + parts["mllm"][0]
@@ -347,8 +351,9 @@ def table(model: str, mllm: str) -> str:
         "| model | million parameters | GiB, fp32 run | GiB, half-precision run |",
         "|---|---|---|---|",
     ]
-    for name, module in models(mllm, find_preset(model).backbone).items():
-        count, half = count_parameters(module), 4 if name in ALWAYS_FP32 else 2
+    backbone = find_preset(model).backbone
+    for name, module in models(mllm, backbone).items():
+        count, half = count_parameters(module), 4 if name in ALWAYS_FP32[backbone] else 2
         title = mllm if name == "mllm" else name.replace("_", " ")
         gib = f"{4 * count / GIB:.2f} | {half * count / GIB:.2f}"
         lines.append(f"| {title} | {count / 1e6:,.1f} | {gib} |")

@@ -82,7 +82,7 @@ def random_img(preset: Preset, mllm: str) -> IMG:
         built = build(mllm, name, turns.home)
     for part, module in built.items():
         module.eval().requires_grad_(False)
-        if part in ALWAYS_FP32:
+        if part in ALWAYS_FP32[name]:
             module.float()
     branch, encoder = built.pop("branch"), built.pop("image_encoder")
     aligner, model = built.pop("aligner"), built.pop("mllm")
