@@ -5,9 +5,8 @@ pipeline plus an IP-Adapter in two halves: the *image prompt* turns images into 
 lets the network attend to them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -26,22 +25,11 @@ from img_minimal.devices import Precision, Turns, best_device, compute_dtype
 from img_minimal.files import as_pictures, check_finite, read_json
 from img_minimal.hub.weights import WeightsError, opening
 from img_minimal.presets import Models, Preset, Sampling
+from img_minimal.request import TENSORS, Seeds, call_parameters, check_seeds, generator, select
 
 CLASSES = {"sdxl": "SDXL", "flux": "Flux"}
 PREFIXES = {"StableDiffusionXL": "sdxl", "Flux": "flux"}  # of the pipelines' names
 NETWORKS = {"sdxl": "UNet2DConditionModel", "flux": "FluxTransformer2DModel"}
-# Arguments of a pipeline's call that hold a value for each prompt.
-TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
-EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")
-EMBEDS += tuple(f"negative_{name}" for name in EMBEDS)
-TENSORS = (*EMBEDS, "latents", "masked_image_latents")
-PER_PROMPT = {*TEXTS, *TENSORS, "image", "mask_image", "control_image"}
-# Arguments that IMG decides; it has its own image prompt.
-OWN = {"self", "kwargs", "prompt", "generator", "num_inference_steps", "num_images_per_prompt"}
-OWN |= {"output_type", "return_dict", "ip_adapter_image", "ip_adapter_image_embeds"}
-OWN |= {f"negative_{name}" for name in OWN if name.startswith("ip_adapter")}
-# Whole numbers, or torch's generators; one generator draws all images together, as in diffusers.
-Seeds = list[int] | list[torch.Generator] | torch.Generator
 LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
@@ -219,26 +207,6 @@ class Backbone:
         with self.attending(inputs, tokens, weight):
             return self.pipe(**own, **inputs).images
 
-    def arguments(self, call: dict[str, Any], count: int) -> dict[str, Any]:
-        """Return further arguments of the pipeline's call, with a text for each of `count` prompts.
-
-        Raises UserError for an argument that the call does not take or IMG decides itself, and for
-        another number of texts.
-        """
-        kind, result = type(self.pipe).__name__, {}
-        for name, value in call.items():
-            taken = name in call_parameters(self.pipe) | {*TEXTS} and name not in OWN
-            check(taken, f"unknown argument {name!r}; expected a setting, or one of {kind}'s call")
-            if name in TEXTS and (isinstance(value, str) or len(value) == 1):
-                value = [value if isinstance(value, str) else value[0]] * count
-            if isinstance(value, Tensor) and (value.ndim == 4 or name in TENSORS):
-                value = list(value.split(1))
-            if name in TEXTS or name in EMBEDS:
-                found = f"{name} has {len(value)} entries"
-                check(len(value) == count, f"{found}, expected one for each prompt: {count}")
-            result[name] = value
-        return result
-
     @classmethod
     def check_size(cls, sampling: Sampling) -> None:
         """Raise UserError for sizes that the model would cut."""
@@ -354,33 +322,3 @@ def pipeline_kind(pipe: object) -> str:
             return kind
     expected = "SDXL's and FLUX.1's pipelines (text, img2img, inpaint, ControlNet)"
     check(False, f"IMG goes around {expected}, and this is a {names[0]}")
-
-
-def call_parameters(pipe: object) -> set[str]:
-    """Return the names of the arguments that a pipeline's call takes."""
-    return set(signature(type(pipe).__call__).parameters)
-
-
-def check_seeds(seeds: Seeds, count: int) -> None:
-    """Raise UserError unless there is a whole number or a generator for each of `count` prompts."""
-    if isinstance(seeds, torch.Generator):
-        return
-    check(len(seeds) == count, f"{count} prompts and {len(seeds)} seeds; expected one for each")
-    for seed in seeds:
-        whole = hasattr(seed, "__index__") and 0 <= int(seed) < 2**63
-        fits = whole or isinstance(seed, torch.Generator)
-        check(fits, f"a seed is {seed!r}, expected a whole number from 0 on or a torch.Generator")
-
-
-def generator(seed: int | torch.Generator) -> torch.Generator:
-    """Return the generator of a seed's noise."""
-    return seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(int(seed))
-
-
-def select(inputs: dict[str, Any], rows: Sequence[int], count: int) -> dict[str, Any]:
-    """Pick these rows of all arguments that list a value for each of `count` prompts."""
-    chosen = dict(inputs)
-    for name in inputs.keys() & PER_PROMPT:
-        if isinstance(inputs[name], list) and len(inputs[name]) == count:
-            chosen[name] = [inputs[name][i] for i in rows]
-    return chosen

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from img_minimal import backbone
-from img_minimal.backbone import EMBEDS, Backbone, unseen_end
+from img_minimal.backbone import Backbone, unseen_end
 from img_minimal.cli import check
 from img_minimal.devices import Precision, compute_dtype
 from img_minimal.hub.adapters import (
@@ -37,6 +37,7 @@ from img_minimal.hub.adapters import (
 )
 from img_minimal.hub.weights import WeightsError, fill, opening
 from img_minimal.presets import Models
+from img_minimal.request import EMBEDS
 
 TOKENS = 4  # of the adapter's version 1; version 2 has 16, and IMG's aligner was trained for 4
 Condition = tuple[

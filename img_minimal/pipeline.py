@@ -20,14 +20,10 @@ from tqdm import tqdm
 from img_minimal.aligner import ImplicitAligner, align
 from img_minimal.backbone import (
     Backbone,
-    Seeds,
     announced_token_width,
     check_adapter,
-    check_seeds,
-    generator,
     open_backbone,
     pipeline_kind,
-    select,
 )
 from img_minimal.cli import check, warn
 from img_minimal.devices import TRAINING, Precision, Turns, best_device, known_device
@@ -44,6 +40,17 @@ from img_minimal.mllm import (
     padded,
 )
 from img_minimal.presets import Models, Preset, Sampling, find_preset
+from img_minimal.request import (
+    Seeds,
+    call_arguments,
+    check_drawing,
+    check_questions,
+    consecutive,
+    generator,
+    question_seeds,
+    renewed,
+    select,
+)
 
 # A negative prompt may also be a list, one for each prompt.
 SETTINGS = {field.name for field in fields(Sampling)} - {"negative_prompt"}
@@ -167,7 +174,7 @@ class IMG:
         more = {"steps": num_inference_steps, **more}
         more = {name: value for name, value in more.items() if value is not None}
         settings = {name: more.pop(name) for name in SETTINGS & more.keys()}
-        call = self.backbone.arguments(more, len(prompts))
+        call = call_arguments(self.backbone.pipe, more, len(prompts))
         rows = [i for i in range(len(prompts)) for _ in range(num_images_per_prompt)]
         call = select(call, rows, len(prompts))
         prompts = [prompts[i] for i in rows]
@@ -423,56 +430,3 @@ def find_preset_for(pipe: object, preset: Preset | str | None) -> Preset:
     message = f"preset {preset.name!r} is for {preset.backbone}, and the pipeline is of {kind}"
     check(kind in (None, preset.backbone), message)
     return preset
-
-
-def consecutive(seed: int, count: int) -> list[int]:
-    """Return `count` seeds from `seed` on."""
-    check_seeds([seed], 1)
-    return [seed + k for k in range(count)]
-
-
-def renewed(noise: torch.Generator | list[torch.Generator]) -> Seeds:
-    """Copy generators, whose states drawing changes."""
-    if isinstance(noise, torch.Generator):
-        return noise.clone_state()
-    return [each.clone_state() for each in noise]
-
-
-def question_seeds(seeds: Seeds, count: int) -> list[int]:
-    """Return a number for each of the first `count` images, by which the MLLM is asked."""
-    if isinstance(seeds, torch.Generator):
-        return consecutive(seeds.initial_seed(), count)
-    return [generator(seed).initial_seed() for seed in seeds[:count]]
-
-
-def check_request(prompts: Sequence[str], seeds: Seeds) -> None:
-    """Raise UserError unless there are prompts, all of words, and as many seeds."""
-    check(len(prompts) > 0, "there are no prompts; say what to draw")
-    for prompt in prompts:
-        words = isinstance(prompt, str) and prompt.strip()
-        check(words, f"a prompt is {prompt!r}, expected words that say what to draw")
-    check_seeds(seeds, len(prompts))
-
-
-def check_questions(
-    images: Sequence[Image], prompts: Sequence[str], seeds: Sequence[int]
-) -> list[Image]:
-    """Return images as pictures. Raises UserError unless each has a prompt and a seed."""
-    counts = f"{len(images)} images and {len(prompts)} prompts"
-    check(len(images) == len(prompts), f"{counts}; expected one for each")
-    check_request(prompts, seeds)
-    return as_pictures(images)
-
-
-def check_drawing(
-    prompts: list[str], seeds: Seeds, sampling: Sampling, one_look: bool, call: dict[str, object]
-) -> None:
-    """Raise UserError for a request that cannot be drawn as it says."""
-    check_request(prompts, seeds)
-    several = one_look and len(set(prompts)) > 1
-    check(not several, "one look serves the seeds of one prompt, and these are several")
-    some = isinstance(seeds, torch.Generator) and (one_look or sampling.only_wrong)
-    advice = "for one_look or only_wrong pass a list, one for each"
-    check(not some or len(prompts) == 1, f"one generator draws all images together; {advice}")
-    fixed = sampling.draft_steps and call.keys() & {"sigmas", "timesteps"}
-    check(not fixed, "draft_steps and given sigmas or timesteps exclude each other; drop one")
