@@ -184,7 +184,7 @@ class ImplicitAligner(nn.Module):
         """Load an aligner in fp32 from a file of `save` or a released .pth.
 
         All sizes follow from the shapes, except for the width of a head, which a state dict notes,
-        also in a run's checkpoint.pt, and which is 64 in the released ones. Raises WeightsError.
+        also in a run's checkpoint.pt, and which is 64 in the released ones. Raises UserError.
         """
         state = read_weights(path, holds="proj_in.weight")
         with opening(path, "trained aligner"):

@@ -23,7 +23,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 from img_minimal.cli import check
 from img_minimal.devices import Precision, Turns, best_device, compute_dtype
 from img_minimal.files import as_pictures, check_finite, read_json
-from img_minimal.hub.weights import WeightsError, opening
+from img_minimal.hub.weights import opening
 from img_minimal.presets import Models, Preset, Sampling
 from img_minimal.request import TENSORS, Seeds, call_parameters, check_seeds, generator, select
 
@@ -38,7 +38,7 @@ class ImagePrompt(nn.Module):
 
     Subclasses add
 
-        open(models, precision, device)   load from local files; raises WeightsError
+        open(models, precision, device)   load from local files; raises UserError
         head_size(models)                 parameters of the head, and (N, D), without CLIP
         token_shape                       (N, D) of one image
         tokens(images)                    image tokens (B, N, D) in fp32
@@ -100,11 +100,11 @@ class Backbone:
 
     @staticmethod
     def check_folder(base: Path) -> None:
-        """Raise WeightsError for settings of another kind of pipeline."""
+        """Raise UserError for settings of another kind of pipeline."""
 
     @staticmethod
     def check_pipe(pipe: DiffusionPipeline, location: str) -> None:
-        """Raise WeightsError for parts of a pipeline that do not fit each other."""
+        """Raise UserError for parts of a pipeline that do not fit each other."""
 
     def draw(
         self,
@@ -278,7 +278,7 @@ def open_backbone(
 
 
 def open_image_prompt(kind: str, models: Models) -> ImagePrompt:
-    """Load only what turns images into tokens, from local files. Raises WeightsError."""
+    """Load only what turns images into tokens, from local files. Raises UserError."""
     device = best_device()
     precision = Precision.named(models.dtype, device)
     return backbone_class(kind).image_prompts.open(models, precision, device)
@@ -289,7 +289,7 @@ def check_adapter(kind: str, models: Models) -> None:
     backbone = backbone_class(kind)
     backbone.check_folder(Path(models.base))
     folder = Path(models.unet or f"{models.base}/{backbone.network}")
-    settings = read_json(folder / "config.json", dict, "download it again", WeightsError)
+    settings = read_json(folder / "config.json", dict, "download it again")
     with opening(folder, backbone.network), torch.device("meta"):
         network = getattr(diffusers, str(settings.get("_class_name"))).from_config(settings)
         backbone.open_branch(models, network)

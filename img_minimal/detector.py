@@ -23,9 +23,10 @@ from img_minimal.data.features import StreamedData
 from img_minimal.data.pairs import Stream, Triplet, triplet_stream
 from img_minimal.devices import Precision, best_device
 from img_minimal.hub.mllms import CHAT
+from img_minimal.hub.questions import find_questions, strip_placeholders
 from img_minimal.hub.weights import writing
 from img_minimal.hub.where import SETTINGS, fetch_folder
-from img_minimal.mllm import MLLM, ask, find_questions, strip_placeholders
+from img_minimal.mllm import MLLM, ask
 from img_minimal.optimizer import optimizer_and_schedule
 from img_minimal.plots import DETECTOR, curves, read_rows
 from img_minimal.presets import Models, Training
@@ -38,7 +39,7 @@ MAX_HELD_OUT = 1000  # triplets that accuracy is measured on; at most a tenth of
 def finetune(run: Run, settings: Training, models: Models, triplets: str, seed: int) -> None:
     """Run the whole stage. Raises UserError for models or triplets that cannot be read."""
     device = best_device()
-    stream = triplet_stream(triplets, settings.chunk, seed)
+    stream = triplet_stream(triplets, settings.chunk, seed=seed)
     precision = Precision.named(models.dtype, device)
     # Trained weights must be fp32; LoRA's additions are, whatever the model's own are.
     dtype = precision.mllm if settings.lora_rank else torch.float32

@@ -140,13 +140,12 @@ def read_json(
     path: str | Path,
     kind: type,
     advice: str,
-    error: type[UserError] = UserError,
     inspect: Callable[[Any], Any] = id,
 ) -> Any:
     """Read a JSON file that holds a `kind`, dict or list.
 
-    `inspect` may look into the content; whatever it raises counts as wrong content. Raises `error`
-    in one line, ending in `advice`, if the file is missing, damaged or of another kind.
+    `inspect` may look into the content; whatever it raises counts as wrong content. Raises
+    UserError, ending in `advice`, if the file is missing, damaged or of another kind.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -154,7 +153,7 @@ def read_json(
             raise TypeError(f"expected {JSON_KINDS[kind]}, found {type(content).__name__}")
         inspect(content)
     except OSError as problem:
-        raise error(f"{path}: cannot be read ({problem.strerror}); {advice}") from None
+        raise UserError(f"{path}: cannot be read ({problem.strerror}); {advice}") from None
     except (
         ValueError,
         TypeError,
@@ -166,7 +165,7 @@ def read_json(
         reason = type(problem).__name__
         if isinstance(problem, TypeError) and str(problem):
             reason = str(problem).splitlines()[0]
-        raise error(f"{path}: unreadable ({reason}); {advice}") from None
+        raise UserError(f"{path}: unreadable ({reason}); {advice}") from None
     return content
 
 

@@ -35,7 +35,7 @@ from img_minimal.hub.adapters import (
     open_vision_encoder,
     read_xlabs_adapter,
 )
-from img_minimal.hub.weights import WeightsError, fill, opening
+from img_minimal.hub.weights import fill, opening
 from img_minimal.presets import Models
 from img_minimal.request import EMBEDS
 
@@ -59,9 +59,8 @@ class ImagePrompt(backbone.ImagePrompt):
         """Load from local files, in fp32: in half precision tokens err more than the release's."""
         state, _ = read_xlabs_adapter(models.ip_adapter)
         width, rows = state["norm.weight"].shape[0], state["image_embeds.weight"].shape[0]
-        if rows != TOKENS * width:
-            made = f"makes {rows // width} tokens of an image, expected {TOKENS}"
-            raise WeightsError(f"{models.ip_adapter}: {made}; {XLABS_V1}")
+        made = f"makes {rows // width} tokens of an image, expected {TOKENS}"
+        check(rows == TOKENS * width, f"{models.ip_adapter}: {made}; {XLABS_V1}")
         with torch.device("meta"):  # no initial values, which the file would replace
             head = ImageProjection(state["image_embeds.weight"].shape[1], width, TOKENS)
         fill(head, state, models.ip_adapter)
@@ -311,7 +310,7 @@ class Flux(Backbone):
 
     @staticmethod
     def check_folder(base: Path) -> None:
-        """Raise WeightsError for another kind of FLUX, by its settings alone."""
+        """Raise UserError for another kind of FLUX, by its settings alone."""
         check_flux_folder(base)
 
     @staticmethod

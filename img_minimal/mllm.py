@@ -8,10 +8,8 @@ question and not a string.
 """
 
 import random
-import re
 from collections.abc import Callable, Sequence
 from inspect import signature
-from itertools import product
 from pathlib import Path
 from typing import Self
 
@@ -19,46 +17,12 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import BatchFeature, LlavaProcessor, PreTrainedModel, ProcessorMixin
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from img_minimal.cli import printable
-from img_minimal.hub.mllms import bounded, chat, open_mllm, read_questions, tokenize
+from img_minimal.hub.mllms import CHAT_V0, STOP_V0, chat, open_mllm, tokenize
+from img_minimal.hub.questions import NOTHING, QUESTIONS, drop_no_op_edits, strip_placeholders
 
-# The twin's phrasings: 5 openings x 5 requests x 4 names of the prompt. `{}` is the prompt.
-_OPENINGS = ("How to", "How would you", "What edit would", "Say how to", "Find a way to")
-_REQUESTS = (
-    "make the image match",
-    "make the picture agree with",
-    "correct the image so that it fits",
-    "change the picture to show",
-    "bring the image in line with",
-)
-_NAMES = ("the prompt: {}", "the caption: {}", "the text: {}", "this description: {}")
-QUESTIONS = tuple(" ".join(parts) for parts in product(_OPENINGS, _REQUESTS, _NAMES))
-
-# The form of the authors' questions, in our words; their exact list is a file of theirs.
-_VERBS = "make modify change edit adjust alter correct revise update transform".split()
-_AIMS = (
-    *("match", "fit", "agree with", "follow", "align with"),
-    *("correspond to", "conform to", "reflect", "satisfy", "depict"),
-)
-RELEASED = tuple(
-    f"How to {verb} the image {'' if verb == 'make' else 'to '}{aim} the prompt: {{}}?"
-    for verb, aim in product(_VERBS, _AIMS)
-)
-BANKS = {"own": QUESTIONS, "released": RELEASED}
-
-NOTHING = "nothing"  # the answer for an image that matches its prompt
-PLACEHOLDER = re.compile(r"<\|?\s*/?\s*(image|img|im_|video|vision)[^<>]*>", re.IGNORECASE)
-NO_OP_EDIT = re.compile(r"(?:^|, )change (?:the|an?) ([^,]+?) to (?:the|an?) \1(?=,|$)")
-
-
-def find_questions(name: str) -> tuple[str, ...]:
-    """Return the phrasings "own" or "released", or those of a JSON file; they go with the MLLM.
-
-    Raises UserError if the file is not a list of texts with one place for the prompt each.
-    """
-    return BANKS[name] if name in BANKS else read_questions(name)
+DECODED_AT_ONCE = 32  # answers
 
 
 def ask(prompt: str, rng: random.Random, bank: tuple[str, ...] = QUESTIONS) -> str:
@@ -90,15 +54,15 @@ class MLLM:
         model: PreTrainedModel,
         processor: ProcessorMixin,
         questions: tuple[str, ...] = QUESTIONS,
-        stop: str | None = None,
     ):
-        """`stop` ends an answer, in addition to the end-of-text tokens."""
         self.model = model.eval().requires_grad_(False)
-        self.processor, self.questions, self.stop = processor, questions, stop
+        self.processor, self.questions = processor, questions
+        # What ends an answer of the release, in addition to the end-of-text tokens.
+        self.stop = STOP_V0 if processor.chat_template == CHAT_V0 else None
         added = processor.tokenizer.added_tokens_decoder.values()
         special = [token.content for token in added if token.special]
         # The release's tokenizer reads special tokens in a prompt, so they stay there.
-        self.marks = [] if stop else special + processor.all_special_multimodal_tokens
+        self.marks = [] if self.stop else special + processor.all_special_multimodal_tokens
 
     @classmethod
     def from_pretrained(
@@ -112,8 +76,7 @@ class MLLM:
 
         Raises UserError if the model cannot be had, is of another kind, or a file is damaged.
         """
-        model, processor, stop = open_mllm(str(location), dtype, device)
-        return cls(model, processor, questions, stop)
+        return cls(*open_mllm(str(location), dtype, device), questions)
 
     @property
     def width(self) -> int:
@@ -129,20 +92,14 @@ class MLLM:
         """Phrase the question about a prompt; a seed draws the same one alone and in a batch."""
         return ask(prompt, random.Random(seed), self.questions)
 
-    def chat(self, image: Image, question: str) -> list[dict]:
-        """Put image and question into a conversation.
-
-        Images of more than a million pixels are shrunk, but for LLaVA-1.5, which always sees its
-        square; tokens that control a conversation are stripped from questions.
-        """
-        image = image.convert("RGB")
-        if not isinstance(self.processor, LlavaProcessor):
-            image = bounded(image)
-        return chat(image, strip_placeholders(question, self.marks))
-
     def inputs(self, images: list[Image], questions: list[str]) -> BatchFeature:
-        """Build the model's inputs: `input_ids`, `attention_mask` (B, L), and pixels."""
-        chats = [self.chat(image, question) for image, question in zip(images, questions)]
+        """Build the model's inputs: `input_ids`, `attention_mask` (B, L), and pixels.
+
+        Tokens that control a conversation are stripped from questions.
+        """
+        chats = []
+        for image, question in zip(images, questions):
+            chats.append(chat(self.processor, image, strip_placeholders(question, self.marks)))
         inputs = tokenize(self.processor, chats)
         if "token_type_ids" not in signature(self.model.forward).parameters:
             inputs.pop("token_type_ids", None)
@@ -217,22 +174,19 @@ class MLLM:
         prompts: list[str],
         seeds: Sequence[int],
         max_new_tokens: int = 60,
-        batch_size: int = 32,
     ) -> list[str]:
         """Decode the MLLM's answers greedily. For inspection only: alignment uses h."""
-        questions = [self.question(p, seed) for p, seed in zip(prompts, seeds, strict=True)]
         # Padding would change an answer, so only inputs of equal length share a batch.
         groups: dict[tuple, list[int]] = {}
-        for k, (image, question) in enumerate(zip(images, questions, strict=True)):
-            text = self.chat(image, question)
-            text = self.processor.apply_chat_template(text, add_generation_prompt=True)
-            length = len(self.processor.tokenizer(text).input_ids)
+        for k, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
+            length = self.asked([image], [prompt], [seed])["input_ids"].shape[1]
             groups.setdefault((length, image.size), []).append(k)
         answers = [""] * len(images)
         for group in groups.values():
-            for start in range(0, len(group), batch_size):
-                batch = group[start : start + batch_size]
-                inputs = self.inputs([images[k] for k in batch], [questions[k] for k in batch])
+            for start in range(0, len(group), DECODED_AT_ONCE):
+                batch = group[start : start + DECODED_AT_ONCE]
+                look = [[values[k] for k in batch] for values in (images, prompts, seeds)]
+                inputs = self.asked(*look)
                 for k, answer in zip(batch, self._decode(inputs, max_new_tokens)):
                     answers[k] = answer
         return answers
@@ -256,14 +210,6 @@ class MLLM:
             reply = reply.split(stop)[0] if stop else reply
             answers.append(drop_no_op_edits(reply.replace(" ,", ",").strip()))
         return answers
-
-    def words(self, image: Image, question: str) -> list[str | None]:
-        """Name what each of the L guidance features stands for: a word, or None for a patch."""
-        words = []
-        for token in self.inputs([image], [question])["input_ids"][0].tolist():
-            is_patch = token == self.model.config.image_token_id
-            words.append(None if is_patch else self.processor.tokenizer.decode([token]).strip())
-        return words
 
 
 GuidanceEncoder = MLLM | TextGuidance
@@ -302,21 +248,3 @@ def padded(h: Tensor, lengths: Tensor, longest: int = 0) -> tuple[Tensor, Tensor
     rows = h.new_zeros(*mask.shape, h.shape[1])
     rows[mask] = h
     return rows, mask
-
-
-def strip_placeholders(text: str, marks: Sequence[str] = ()) -> str:
-    """Strip image placeholders (`<image>`, `<|image|>`, ...) and `marks` until none is left."""
-    shorter = PLACEHOLDER.sub("", text)
-    for mark in marks:
-        shorter = shorter.replace(mark, "")
-    return printable(text) if shorter == text else strip_placeholders(shorter, marks)
-
-
-def drop_no_op_edits(answer: str) -> str:
-    """Drop clauses that change something into itself; returns "nothing" if no other is left.
-
-    Greedy decoding may begin with "change the ..." and then copy the prompt for what is there now.
-    """
-    if not NO_OP_EDIT.search(answer):
-        return answer
-    return NO_OP_EDIT.sub("", answer).lstrip(", ") or NOTHING

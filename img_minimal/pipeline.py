@@ -29,13 +29,13 @@ from img_minimal.cli import check, warn
 from img_minimal.devices import TRAINING, Precision, Turns, best_device, known_device
 from img_minimal.files import Clock, as_pictures, from_pil, model_name, to_pil
 from img_minimal.hub.mllms import announced_width
+from img_minimal.hub.questions import find_questions
 from img_minimal.hub.weights import opening
 from img_minimal.hub.where import fetch
 from img_minimal.mllm import (
     MLLM,
     GuidanceEncoder,
     TextGuidance,
-    find_questions,
     guidance_features,
     padded,
 )

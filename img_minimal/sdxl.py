@@ -69,7 +69,7 @@ class Resampler(nn.Module):
     def from_state_dict(cls, state: dict[str, Tensor], head_dim: int = 64) -> Self:
         """Build a Resampler of the sizes and dtype of an adapter's `image_proj`.
 
-        Raises WeightsError for another kind of projection.
+        Raises UserError for another kind of projection.
         """
         with opening("image_proj", "Resampler of an IP-Adapter *Plus*"):
             _, tokens, width = state["latents"].shape
@@ -387,7 +387,7 @@ class SDXL(Backbone):
 
     @staticmethod
     def check_pipe(pipe: StableDiffusionXLPipeline, location: str) -> None:
-        """Raise WeightsError for a UNet that does not draw from text with this pipeline."""
+        """Raise UserError for a UNet that does not draw from text with this pipeline."""
         check_sdxl(pipe, location)
 
     @staticmethod

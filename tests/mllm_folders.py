@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 from transformers import LlamaTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from img_minimal.mllm import QUESTIONS
+from img_minimal.hub.questions import QUESTIONS
 
 Shapes = dict[str, tuple[int, ...]]
 CLIP = {
@@ -313,6 +313,14 @@ QWEN_TOKENIZER = {
     "unk_token": None,
     "model_max_length": 131072,
     "additional_special_tokens": QWEN_MARKS[1:],
+    "chat_template": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+        "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}"
+        "{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
 }
 QWEN_IMAGES = {
     "min_pixels": 3136,

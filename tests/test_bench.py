@@ -23,8 +23,8 @@ def test_calls_are_made_in_turn_after_a_round_to_warm_up():
     for name, seconds in (("a", 0.001), ("b", 0.02)):
         calls[name] = lambda name=name, seconds=seconds: order.append(name) or time.sleep(seconds)
     report = bench.Report(rounds=3)
-    medians = report.in_turn("waiting", calls)
-    assert order == ["a", "b"] * 4 and medians["b"] >= 0.02
+    report.in_turn("waiting", calls)
+    assert order == ["a", "b"] * 4
     assert first_cells(str(report)) == ["waiting, a", "waiting, b"]
     assert report.lines[2].endswith("| 1.00 | 1.00 to 1.00 |")
 

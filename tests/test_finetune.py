@@ -21,7 +21,8 @@ from img_minimal.data.pairs import START, Triplet, pair_stream, triplet_stream
 from img_minimal.detector import IGNORE, Detector, Rows, detector_data, train_detector
 from img_minimal.devices import Precision
 from img_minimal.hub.mllms import CHAT, without_videos
-from img_minimal.mllm import MLLM, NOTHING, ask
+from img_minimal.hub.questions import NOTHING
+from img_minimal.mllm import MLLM, ask
 from img_minimal.plots import read_rows
 from img_minimal.presets import find_preset
 from img_minimal.run import Run

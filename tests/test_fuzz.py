@@ -26,7 +26,8 @@ from img_minimal.evaluate.judges import ClipJudge, JudgeFiles
 from img_minimal.evaluate.prompts import read_prompts
 from img_minimal.files import check_provenance, decode
 from img_minimal.hub.adapters import read_ip_adapter
-from img_minimal.mllm import MLLM, find_questions
+from img_minimal.hub.questions import find_questions
+from img_minimal.mllm import MLLM
 from img_minimal.run import Run
 
 Reader = Callable[[], object]

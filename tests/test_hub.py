@@ -244,7 +244,10 @@ def test_without_a_network_one_line_says_how_to_go_on(hub, tmp_path, change):
         ("model", "no such file or folder; check --aligner"),
         ("tests/absent.pth", "no such file or folder; check --aligner"),
         ("C:\\x", "no such file or folder; check --aligner"),
-        ("a--b..c/d/e.pth", "neither a local path nor owner/name on the hub; check --aligner"),
+        (
+            "a--b..c/d/e.pth",
+            "no such file or folder; check --aligner (a path,",
+        ),
     ],
 )
 def test_a_name_that_is_no_file_is_refused_without_asking_the_hub(location, words):

@@ -15,7 +15,8 @@ from transformers.quantizers import HfQuantizer, auto
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from img_minimal.files import model_name
-from img_minimal.mllm import MLLM, QUESTIONS, ask, drop_no_op_edits, strip_placeholders
+from img_minimal.hub.questions import QUESTIONS, drop_no_op_edits, strip_placeholders
+from img_minimal.mllm import MLLM, ask
 from img_minimal.pipeline import IMG
 from img_minimal.presets import find_preset
 
@@ -188,7 +189,7 @@ def test_a_shard_of_another_model_and_a_folder_without_a_tokenizer_are_refused(m
     for name in ("hf", "qwen"):
         shutil.copytree(mllms[name], tmp_path / name)
     shutil.copy(tmp_path / "qwen" / FIRST_SHARD, tmp_path / "hf")
-    with refused("more problems, so it is not the LlavaForConditionalGeneration"):
+    with refused("so it is not the LlavaForConditionalGeneration"):
         MLLM.from_pretrained(tmp_path / "hf")
     (tmp_path / "qwen" / "tokenizer.json").unlink()
     with refused("lacks the model's image token; download the tokenizer again"):

@@ -16,9 +16,15 @@ from refusals import refused
 from safetensors import SafetensorError
 
 import sample
-from img_minimal.cli import one_line, partial_of, remove_partial, writable_file, writable_folder
+from img_minimal.cli import (
+    UserError,
+    one_line,
+    partial_of,
+    remove_partial,
+    writable_file,
+    writable_folder,
+)
 from img_minimal.files import replacing, write_whole
-from img_minimal.hub.weights import WeightsError
 from img_minimal.plots import curves
 from img_minimal.presets import find_preset
 from img_minimal.run import lock_folder
@@ -195,7 +201,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
         SafetensorError("I/O error: Cannot allocate memory (os error 12)"),
         RuntimeError("std::bad_alloc"),
         MemoryError(),
-        caused(WeightsError("a: cannot be opened"), MemoryError()),
+        caused(UserError("a: cannot be opened"), MemoryError()),
     ],
 )
 def test_memory_that_is_short_is_one_line_whoever_says_so(error):

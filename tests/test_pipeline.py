@@ -10,7 +10,7 @@ from PIL import Image
 from refusals import refused
 
 from img_minimal.files import to_pil
-from img_minimal.mllm import RELEASED, find_questions
+from img_minimal.hub.questions import RELEASED, find_questions
 from img_minimal.pipeline import IMG, load_img, open_guide
 from img_minimal.presets import PRESETS, find_preset
 from img_minimal.sdxl import cross_attentions

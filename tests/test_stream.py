@@ -39,7 +39,7 @@ def test_every_pair_comes_once_winner_first_in_an_order_of_the_seed_and_ties_are
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        *[({"caption": text}, "without a prompt") for text in (b"\xff\xfe", "  ", None, 7)],
+        *[({"caption": text}, "without text") for text in (b"\xff\xfe", "  ", None, 7)],
         ({"caption": "a" * 20_000}, "more than 2000 characters"),
         *[({"label_0": x, "label_1": x}, "ties") for x in (0.5, 0, True)],
         *[

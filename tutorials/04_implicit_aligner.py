@@ -95,12 +95,13 @@ attention = torch.stack(maps)[:, 0].mean((1, 2)).cpu()  # (depth, L + N), over h
 
 # The columns are the states of the MLLM, with a word each but for the image patches, and then the
 # other tokens.
-words = img.guide.words(image, img.guide.question(WRONG[0], seed))
-asked = [k for k, word in enumerate(words) if word is not None]
-at_tokens = attention[:, len(words) :].sum(1)
+ids = img.guide.inputs([image], [img.guide.question(WRONG[0], seed)])["input_ids"][0]
+asked = (ids != img.guide.model.config.image_token_id).nonzero().flatten().tolist()
+words = [img.guide.processor.tokenizer.decode(ids[k]).strip() for k in asked]
+at_tokens = attention[:, len(ids) :].sum(1)
 at_patches = 1 - attention[:, asked].sum(1) - at_tokens
 looked_at = torch.column_stack([at_patches, at_tokens, attention[:, asked]])
-places = ["image patches", "other tokens", *[words[k] for k in asked]]
+places = ["image patches", "other tokens", *words]
 
 # %% 5. A fresh aligner: f(h, c) = c, and where the gradient of ||target - f(h, c)||^2 arrives in
 # two steps of SGD

@@ -38,14 +38,12 @@ if __name__ == "__main__":
     command_line()  # answers --help before torch is imported, which takes seconds
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.bench.memory import (
     DRAFT,
     MLLM_TOKENS,
     Calls,
-    matmul_rate,
     operations_table,
     seconds,
     table,
@@ -63,15 +61,14 @@ PROMPT = "a red circle above a blue square"
 
 
 class Report:
-    """A Markdown table of times, with remarks below it."""
+    """A Markdown table of times."""
 
     def __init__(self, rounds: int = 5):
         self.rounds, self.device = rounds, best_device()
         self.lines = ["| measured | ms | ratio | spread |", "|---|---|---|---|"]
-        self.remarks: list[str] = []
 
-    def in_turn(self, title: str, calls: Calls) -> dict[str, float]:
-        """Make each call once per round, add a row for each, and return its median in seconds.
+    def in_turn(self, title: str, calls: Calls) -> None:
+        """Make each call once per round, and add a row for each.
 
         The first round only warms up. Ratios to the first call are taken within a round, so that
         the drift of a busy machine cancels.
@@ -79,16 +76,13 @@ class Report:
         rounds = []
         for _ in range(self.rounds + 1):
             rounds.append([seconds(call) for call in calls.values()])
-        medians = {}
         for name, times in zip(calls, zip(*rounds[1:])):
-            medians[name] = median(times)
             ratios = [time / row[0] for time, row in zip(times, rounds[1:])]
             spread = f"{median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f}"
             self.lines.append(f"| {title}, {name} | {1e3 * median(times):.1f} | {spread} |")
-        return medians
 
     def __str__(self) -> str:
-        return "\n\n".join(["\n".join(self.lines), *self.remarks])
+        return "\n".join(self.lines)
 
 
 def aligner(report: Report, width: int = 2048, guidance_width: int = 5120) -> None:
@@ -105,11 +99,7 @@ def aligner(report: Report, width: int = 2048, guidance_width: int = 5120) -> No
     calls: Calls = {}
     for n in (1, 3):
         calls[f"passes: {n}"] = torch.no_grad()(partial(f, h, c, passes=n))
-    medians = report.in_turn("aligner", calls | {"training step": step})
-    with FlopCounterMode(display=False) as counter:
-        step()
-    share = counter.get_total_flops() / medians["training step"] / matmul_rate(report.device)
-    report.remarks.append(f"A training step runs at {share:.0%} of the machine's matmul rate.")
+    report.in_turn("aligner", calls | {"training step": step})
 
 
 def features(report: Report, pairs: int = 256) -> None:

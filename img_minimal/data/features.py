@@ -96,10 +96,10 @@ class Features:
         """Raise UserError naming the first sample with a NaN or an infinity."""
         advice = "check the model that made them, delete the feature cache and run again"
         guidance = self.guidance.split(self.lengths.tolist())
-        for k, tensors in enumerate(zip(guidance, self.loser, self.winner)):
-            for name, tensor in zip(("guidance", "loser", "winner"), tensors):
+        for name, samples in ("guidance", guidance), ("loser", self.loser), ("winner", self.winner):
+            for k, sample in enumerate(samples):
                 message = f"the {name} features of sample {k} are not finite; {advice}"
-                check(tensor.isfinite().all(), message)
+                check(sample.isfinite().all(), message)
 
 
 @dataclass

@@ -1,18 +1,19 @@
 """Load what an aligner is trained on, from a preset: encoder, cached or streamed features."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 from img_minimal.backbone import open_backbone, open_image_prompt
 from img_minimal.cli import writable_folder
 from img_minimal.data.features import CachedData, Encoder, FeatureCache, StreamedData
-from img_minimal.data.pairs import pair_stream
+from img_minimal.data.pairs import Stream, pair_stream
 from img_minimal.data.tables import training_files
 from img_minimal.devices import best_device
 from img_minimal.files import fingerprint, model_name, short_hash, version
-from img_minimal.hub.mllms import announced_width, read_settings
+from img_minimal.hub.mllms import announced_width
+from img_minimal.hub.questions import find_questions
 from img_minimal.hub.where import fetch
-from img_minimal.mllm import find_questions
 from img_minimal.pipeline import ADAPTER, open_guide
 from img_minimal.presets import Preset
 from img_minimal.run import Ranks
@@ -53,9 +54,7 @@ def load_training_data(
         stream = pair_stream(data.pairs, chunk, data.max_pairs, seed, share)
         # Each rank has files of its own, and draws other questions.
         return StreamedData(stream, load_encoder(preset, guidance, seed + ranks.rank * RANK_SEEDS))
-    stream = pair_stream(data.pairs, chunk, data.max_pairs, seed)
-    encoder = cache(lambda: load_encoder(preset, guidance, seed))
-    return CachedData(stream, encoder, open_cache(preset, guidance, seed, cache_gb), ranks)
+    return CachedData(*_to_cache(preset, guidance, seed, cache_gb), ranks)
 
 
 def compute_features(
@@ -65,14 +64,21 @@ def compute_features(
 
     Raises UserError as `load_training_data` does.
     """
-    data = preset.data
-    stream = pair_stream(data.pairs, preset.training.chunk, data.max_pairs, seed)
-    encoder = cache(lambda: load_encoder(preset, guidance, seed))
-    features = open_cache(preset, guidance, seed, cache_gb)
+    stream, encoder, features = _to_cache(preset, guidance, seed, cache_gb)
     features.collect(stream, encoder, share)
     shards = sorted(features.folder.glob("[0-9]*.safetensors"))
     summary = f"{len(shards)} shards in {features.folder}"
     return summary + (", all there are" if features.complete else "")
+
+
+def _to_cache(
+    preset: Preset, guidance: str, seed: int, cache_gb: float
+) -> tuple[Stream, Callable[[], Encoder], FeatureCache]:
+    """Open what fills a cache: pairs, the encoder, which is loaded when it is called, and it."""
+    data = preset.data
+    stream = pair_stream(data.pairs, preset.training.chunk, data.max_pairs, seed)
+    encoder = cache(lambda: load_encoder(preset, guidance, seed))
+    return stream, encoder, open_cache(preset, guidance, seed, cache_gb)
 
 
 def open_cache(preset: Preset, guidance: str, seed: int, cache_gb: float) -> FeatureCache:
@@ -96,16 +102,6 @@ def open_cache(preset: Preset, guidance: str, seed: int, cache_gb: float) -> Fea
         "the questions, one drawn for each sample": short_hash(find_questions(models.questions)),
         # As asked for: what it resolves to on this machine differs in rounding only.
         "dtype": models.dtype or f"the default of {best_device().type}",
-        "image size": _image_size(models.image_encoder, "--image-encoder"),
         "seed": str(seed),
     }
     return FeatureCache(writable_folder(data.cache_dir) / name, provenance, cache_gb * 1e9)
-
-
-def _image_size(location: str, flag: str) -> str:
-    """Read the side of a model's input images from its config.json; whole CLIPs nest it."""
-    settings = read_settings(location, flag)
-    size, vision = settings.get("image_size"), settings.get("vision_config")
-    if not size and isinstance(vision, dict):
-        size = vision.get("image_size")
-    return str(size or "its own")

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from queue import Queue
@@ -42,14 +43,13 @@ Share = tuple[int, int]  # (r, n): the r-th of n parts, counted from 0; one for 
 EVERYTHING = (0, 1)
 Decode = Callable[[Any], Image]  # a cell -> its image
 Parse = Callable[[dict, Decode], Any]  # a row -> an item
-# Characters: guidance features of a whole chunk are padded to its longest prompt.
-LONGEST_TEXT = 2000
+LONGEST_TEXT = 2000  # characters: batches are padded to the longest prompt
 DECODED_AT_ONCE = 64  # rows, in threads
 
 # Reasons for skipping a row.
 DAMAGED = "with damaged images"
 TOO_LONG = f"with more than {LONGEST_TEXT} characters of text"
-UNLABELLED = "whose labels are no preference (1 and 0)"
+UNLABELLED = "whose labels are no preference (1 and 0) between two images"
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,16 @@ def held_back(prompt: str) -> bool:
 
 
 def text_of(cell: object) -> str:
-    """Convert a cell, text or bytes, to text; "" if it is neither."""
+    """Convert a cell, text or bytes, to text. Raises Skipped if it is neither, empty or long."""
     try:
         cell = cell.decode() if isinstance(cell, bytes) else cell
     except UnicodeDecodeError:
-        return ""
-    return cell if isinstance(cell, str) else ""
+        raise Skipped("without text") from None
+    if not isinstance(cell, str) or not cell.strip():
+        raise Skipped("without text")
+    if len(cell) > LONGEST_TEXT:
+        raise Skipped(TOO_LONG)
+    return cell
 
 
 def parse_pair(prompt: object, images: Any, labels: Any, decode: Decode) -> Pair:
@@ -96,16 +100,8 @@ def parse_pair(prompt: object, images: Any, labels: Any, decode: Decode) -> Pair
     Raises Skipped for a tie, or without a prompt or labels, and OSError for damaged images.
     """
     prompt = text_of(prompt)
-    if not prompt.strip():
-        raise Skipped("without a prompt")
-    if len(prompt) > LONGEST_TEXT:
-        raise Skipped(TOO_LONG)
     try:
-        (first, second), (label, other_label) = images, labels
-    except (TypeError, ValueError):
-        raise Skipped("that compare more or less than two images") from None
-    try:
-        label, other_label = float(label), float(other_label)
+        (first, second), (label, other_label) = images, map(float, labels)
     except (TypeError, ValueError, OverflowError):
         raise Skipped(UNLABELLED) from None
     if label == other_label and label in (0, 0.5, 1):
@@ -122,10 +118,6 @@ def parse_triplet(row: dict, decode: Decode) -> Triplet:
     Raises Skipped without a prompt or instruction, and OSError for a damaged image.
     """
     texts = [text_of(row[name]).strip() for name in ("edited_prompt", "edit_prompt")]
-    if not all(texts):
-        raise Skipped("without words")
-    if max(map(len, texts)) > LONGEST_TEXT:
-        raise Skipped(TOO_LONG)
     return Triplet(decode(row["original_image"]), *texts)
 
 
@@ -145,22 +137,6 @@ PAIRS = {
     ),
 }
 TRIPLETS = {("original_image", "edit_prompt", "edited_prompt"): parse_triplet}
-
-
-def pair_stream(
-    source: str | Path,
-    size: int = 0,
-    limit: int = 0,
-    seed: int = 0,
-    share: Share = EVERYTHING,
-) -> "Stream[Pair]":
-    """Open a source of pairs. Raises UserError if it is no table of pairs."""
-    return Stream(str(source), PAIRS, size, limit, seed, share)
-
-
-def triplet_stream(source: str | Path, size: int = 0, seed: int = 0) -> "Stream[Triplet]":
-    """Open a source of triplets. Raises UserError if it is no table of triplets."""
-    return Stream(str(source), TRIPLETS, size, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -194,18 +170,18 @@ class Stream(Generic[Item]):
 
     def __init__(
         self,
-        source: str,
         layouts: Mapping[Layout, Parse],
+        source: str | Path,
         size: int = 0,
         limit: int = 0,
         seed: int = 0,
         share: Share = EVERYTHING,
     ):
         rank, world = share
-        self.source, self.size = source, size
+        self.source, self.size = str(source), size
         # This rank's part of the limit, which may be no item at all.
         self.limit = (limit + world - 1 - rank) // world if limit else sys.maxsize
-        self.table = open_table(source, layouts)
+        self.table = open_table(self.source, layouts)
         self.parse = layouts[self.table.layout]
         generator = torch.Generator().manual_seed(seed)
         files = torch.randperm(len(self.table.files), generator=generator).tolist()
@@ -288,6 +264,10 @@ class Stream(Generic[Item]):
         return "rows skipped: " + ", ".join(counts) if counts else ""
 
 
+pair_stream = partial(Stream, PAIRS)
+triplet_stream = partial(Stream, TRIPLETS)
+
+
 def prefetch(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     """Yield the same chunks, while a thread prepares the next one."""
 
@@ -317,9 +297,11 @@ def prompts_of(stream: Stream[Pair]) -> Iterator[str]:
     """Yield the usable prompts of a stream of pairs, without decoding images."""
     column = stream.table.layout[0]
     for _, _, row in stream.rows():
-        prompt = text_of(row[column])
-        if prompt.strip() and len(prompt) <= LONGEST_TEXT:
-            yield prompt
+        try:
+            prompt = text_of(row[column])
+        except Skipped:
+            continue
+        yield prompt
 
 
 class ImageDecoder:

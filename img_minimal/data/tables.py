@@ -193,14 +193,9 @@ def first_line(error: Exception) -> str:
 
 def _read_parquet(path: Path, layout: Layout, first: int) -> Iterator[dict]:
     with pq.ParquetFile(path) as file:
-        # Row groups before the first row are not read.
-        groups = list(range(file.num_row_groups))
-        while groups and first >= file.metadata.row_group(groups[0]).num_rows:
-            first -= file.metadata.row_group(groups.pop(0)).num_rows
-        if groups:
-            batches = file.iter_batches(64, row_groups=groups, columns=list(layout))
-            rows = chain.from_iterable(map(pa.RecordBatch.to_pylist, batches))
-            yield from islice(rows, first, None)
+        for batch in file.iter_batches(64, columns=list(layout)):
+            yield from batch.slice(first).to_pylist()
+            first = max(0, first - len(batch))
 
 
 def _read_arrow(path: Path, layout: Layout, first: int) -> Iterator[dict]:

@@ -26,7 +26,8 @@ from img_minimal.evaluate.intervals import (
     win_rates,
 )
 from img_minimal.files import to_pil
-from img_minimal.mllm import MLLM, NOTHING
+from img_minimal.hub.questions import NOTHING
+from img_minimal.mllm import MLLM
 from img_minimal.pipeline import IMG
 from img_minimal.plots import Cell, sheet
 from img_minimal.preference import best_length

@@ -37,7 +37,7 @@ from img_minimal.hub.where import fetch_folder
 
 Images = list[Image]
 Outcome = Literal["img", "base", "both", "none"]  # the better image; both are right, or neither
-IMAGE_BATCH = 32
+BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -130,19 +130,17 @@ class ClipJudge:
     @torch.no_grad()
     def score(self, images: Images, prompts: list[str]) -> np.ndarray:
         """Score B images, each against its prompt: (B,). Raises UserError for NaN and infinity."""
-        device = self.model.device
-        texts = list(dict.fromkeys(prompts))  # a prompt with several images is read once
-        tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-        text = self.model.get_text_features(**tokens.to(device)).pooler_output  # (texts, E)
-        features = []
-        for k in range(0, len(images), IMAGE_BATCH):
-            batch = [image.convert("RGB") for image in images[k : k + IMAGE_BATCH]]
-            pixels = self.processor(batch, return_tensors="pt").pixel_values.to(device)
-            features.append(self.model.get_image_features(pixel_values=pixels).pooler_output)
-        image = torch.cat(features).cpu().double()  # (B, E)
-        text = text[[texts.index(prompt) for prompt in prompts]].cpu().double()  # (B, E)
-        cosine = torch.cosine_similarity(image, text, dim=-1)
-        scores = self.kind.formula(cosine, self.model.logit_scale.cpu().double().exp()).numpy()
+        model, cosines = self.model, []
+        for k in range(0, len(images), BATCH):
+            batch, texts = [x.convert("RGB") for x in images[k : k + BATCH]], prompts[k : k + BATCH]
+            pixels = self.processor(batch, return_tensors="pt").to(model.device)
+            padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+            tokens = self.tokenizer(texts, **padded).to(model.device)
+            image = model.get_image_features(**pixels).pooler_output.cpu().double()  # (B, E)
+            text = model.get_text_features(**tokens).pooler_output.cpu().double()  # (B, E)
+            cosines.append(torch.cosine_similarity(image, text))
+        scale = model.logit_scale.cpu().double().exp()
+        scores = self.kind.formula(torch.cat(cosines), scale).numpy()
         broken = [prompt for prompt, score in zip(prompts, scores) if not np.isfinite(score)]
         problem = "is not finite; its weights are damaged: download them again"
         check(not broken, f"{self.kind.title} of an image of {broken[:1]} {problem}")

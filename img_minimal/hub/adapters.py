@@ -11,9 +11,10 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
+from img_minimal.cli import check
 from img_minimal.devices import Precision
 from img_minimal.files import read_json
-from img_minimal.hub.weights import WeightsError, opening, read_weights
+from img_minimal.hub.weights import opening, read_weights
 from img_minimal.hub.where import variant
 from img_minimal.presets import Models
 
@@ -36,7 +37,7 @@ def open_vision_encoder(
     """Open a CLIP vision model, or that of a whole CLIP, with its image processor.
 
     IP-Adapter's own folder has no processor settings; CLIP's defaults are meant then. Raises
-    WeightsError if weights whose names begin with `used` are missing.
+    UserError if weights whose names begin with `used` are missing.
     """
     with opening(folder, "CLIP vision model"):
         has_settings = (Path(folder) / "preprocessor_config.json").exists()
@@ -49,19 +50,17 @@ def open_vision_encoder(
             variant=variant(folder, precision.weights),
             output_loading_info=True,
         )
-    missing = sorted(key for key in report["missing_keys"] if key.startswith(used))
-    if missing:
-        raise WeightsError(f"{folder}: lacks {missing[0]!r}; use the folder of a CLIP vision model")
+    for key in sorted(report["missing_keys"]):
+        advice = "use the folder of a CLIP vision model"
+        check(not key.startswith(used), f"{folder}: lacks {key!r}; {advice}")
     return encoder, processor
 
 
 def check_encoder_width(folder: str, width: int, expected: int, encoder: str) -> None:
-    """Raise WeightsError if the vision encoder's features do not fit the adapter."""
-    if width != expected:
-        raise WeightsError(
-            f"{folder}: its features have width {width}, the IP-Adapter expects {expected}; use "
-            f"the image encoder that the IP-Adapter was trained with ({encoder})"
-        )
+    """Raise UserError if the vision encoder's features do not fit the adapter."""
+    found = f"its features have width {width}, the IP-Adapter expects {expected}"
+    advice = f"use the image encoder that the IP-Adapter was trained with ({encoder})"
+    check(width == expected, f"{folder}: {found}; {advice}")
 
 
 def read_ip_adapter(models: Models) -> tuple[State, State, State | None]:
@@ -69,7 +68,7 @@ def read_ip_adapter(models: Models) -> tuple[State, State, State | None]:
 
     The last one is None unless `models.resampler` names a file that replaces it, as in the
     authors' release. .bin files nest two dicts, .safetensors files prefix the keys instead. Raises
-    WeightsError if a file is missing, damaged, or lacks a part.
+    UserError if a file is missing, damaged, or lacks a part.
     """
     state = read_weights(models.ip_adapter)
     branch, own = _part(state, "ip_adapter"), _part(state, "image_proj")
@@ -83,9 +82,8 @@ def read_ip_adapter(models: Models) -> tuple[State, State, State | None]:
         ("image_proj", resampler, models.resampler or models.ip_adapter),
     )
     for name, part, path in parts:
-        if not part:
-            message = f"has no {name!r} weights, so it is not an IP-Adapter; check which file it is"
-            raise WeightsError(f"{path}: {message}")
+        message = f"has no {name!r} weights, so it is not an IP-Adapter; check which file it is"
+        check(part, f"{path}: {message}")
     return resampler, branch, replaced
 
 
@@ -100,67 +98,60 @@ def _part(state: dict, name: str) -> State:
 def read_xlabs_adapter(path: str) -> tuple[State, State]:
     """Read XLabs' adapter: states of the projection and of the branch.
 
-    Raises WeightsError naming any key without a place; diffusers drops such keys silently.
+    Raises UserError naming any key without a place; diffusers drops such keys silently.
     """
     projection, branch = {}, {}
     for key, value in read_weights(path).items():
+        known = False
         for part, (theirs, ours) in zip((projection, branch), XLABS_NAMES):
             if re.fullmatch(theirs, key):
-                name = re.sub(theirs, ours, key).replace("proj.", "image_embeds.")
-                part[name] = value
-                break
-        else:
-            message = f"has an unknown key {key!r}, so it is not XLabs' IP-Adapter; {XLABS_V1}"
-            raise WeightsError(f"{path}: {message}")
+                known = True
+                part[re.sub(theirs, ours, key).replace("proj.", "image_embeds.")] = value
+        message = f"has an unknown key {key!r}, so it is not XLabs' IP-Adapter; {XLABS_V1}"
+        check(known, f"{path}: {message}")
     for part, key in (
         (projection, "norm.weight"),
         (projection, "image_embeds.weight"),
         (branch, "0.to_k_ip.0.weight"),
     ):
-        if key not in part:
-            raise WeightsError(f"{path}: lacks {key!r}; {XLABS_V1}")
+        check(key in part, f"{path}: lacks {key!r}; {XLABS_V1}")
     return projection, branch
 
 
 def check_sdxl(pipe: StableDiffusionXLPipeline, location: str) -> None:
-    """Raise WeightsError for a UNet that does not draw from text with this pipeline's other parts.
+    """Raise UserError for a UNet that does not draw from text with this pipeline's other parts.
 
     Inpainting UNets take more channels; the refiner's reads another text encoder and other sizes.
     """
     unet, vae = pipe.unet.config, pipe.vae.config
     advice = "use a UNet of SDXL that draws from text alone"
-    if (unet.in_channels, unet.out_channels) != (vae.latent_channels, vae.latent_channels):
-        raise WeightsError(
-            f"{location}: its UNet takes {unet.in_channels} channels and gives "
-            f"{unet.out_channels}, the VAE has {vae.latent_channels}: it is made for inpainting or "
-            f"for another VAE; {advice}"
-        )
+    check(
+        unet.in_channels == unet.out_channels == vae.latent_channels,
+        f"{location}: its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, "
+        f"the VAE has {vae.latent_channels}: it is made for inpainting or another VAE; {advice}",
+    )
     encoders = pipe.text_encoder, pipe.text_encoder_2
-    if None in encoders:
-        message = "the pipeline lacks a text encoder, as the refiner does"
-        raise WeightsError(f"{location}: {message}; {advice}")
+    message = "the pipeline lacks a text encoder, as the refiner does"
+    check(None not in encoders, f"{location}: {message}; {advice}")
     text = sum(encoder.config.hidden_size for encoder in encoders)
     added = encoders[1].config.projection_dim + 6 * (unet.addition_time_embed_dim or 0)
-    if (unet.cross_attention_dim, unet.projection_class_embeddings_input_dim) != (text, added):
-        raise WeightsError(
-            f"{location}: its UNet reads text of width {unet.cross_attention_dim}, the text "
-            f"encoders give {text}: it is the refiner's or of another model; {advice}"
-        )
+    check(
+        (unet.cross_attention_dim, unet.projection_class_embeddings_input_dim) == (text, added),
+        f"{location}: its UNet reads text of width {unet.cross_attention_dim}, the text encoders "
+        f"give {text}: it is the refiner's or of another model; {advice}",
+    )
 
 
 def check_flux_folder(base: Path) -> None:
-    """Raise WeightsError, before anything big is loaded, for another kind of FLUX."""
-    index = read_json(base / "model_index.json", dict, FLUX_DEV, WeightsError)
-    kind = index.get("_class_name")
-    if kind != "FluxPipeline":
-        message = f"is a {kind}, not a FluxPipeline (FLUX.2, Kontext and others differ)"
-        raise WeightsError(f"{base}: {message}; {FLUX_DEV}")
-    config = read_json(base / "transformer" / "config.json", dict, FLUX_DEV, WeightsError)
+    """Raise UserError, before anything big is loaded, for another kind of FLUX."""
+    kind = read_json(base / "model_index.json", dict, FLUX_DEV).get("_class_name")
+    message = f"is a {kind}, not a FluxPipeline (FLUX.2, Kontext and others differ)"
+    check(kind == "FluxPipeline", f"{base}: {message}; {FLUX_DEV}")
+    config = read_json(base / "transformer" / "config.json", dict, FLUX_DEV)
     check_guidance_embedding(config, str(base))
 
 
 def check_guidance_embedding(config: dict, location: str) -> None:
-    """Raise WeightsError for a transformer without guidance embedding, as FLUX.1-schnell's."""
-    if not config.get("guidance_embeds"):
-        message = "has no guidance embedding, as FLUX.1-schnell has none"
-        raise WeightsError(f"{location}: {message}; {FLUX_DEV}")
+    """Raise UserError for a transformer without guidance embedding, as FLUX.1-schnell's."""
+    message = "has no guidance embedding, as FLUX.1-schnell has none"
+    check(config.get("guidance_embeds"), f"{location}: {message}; {FLUX_DEV}")

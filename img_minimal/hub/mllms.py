@@ -40,10 +40,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.models.smolvlm import processing_smolvlm
 
-from img_minimal.cli import check, warn
+from img_minimal.cli import UserError, check, warn
 from img_minimal.devices import count_parameters
 from img_minimal.files import read_json
-from img_minimal.hub.weights import WeightsError, opening
+from img_minimal.hub.weights import opening
 from img_minimal.hub.where import check_depth, fetch_file, fetch_folder, split_hub_id
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -58,16 +58,6 @@ CHAT = (
     "{% for part in message.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-CHAT_QWEN = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
-    "{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}"
-    "{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# Of folders without a chat template, as llava-hf's first ones and those saved here at first.
-DEFAULT_CHATS = {"llava": CHAT, "qwen2_5_vl": CHAT_QWEN}
 # The first conversation of LLaVA, with which the release asks its own.
 CHAT_V0 = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
@@ -111,8 +101,6 @@ CLIP_336_CONFIG = {
     "num_attention_heads": 16,
     "projection_dim": 768,
 }
-# Spellings of the place for the prompt in a file of questions.
-PROMPT_PLACE = re.compile(r"\{(?:prompt|caption|)\}|<(?:prompt|caption)>|\[(?:prompt|caption)\]")
 
 
 # Any kind
@@ -137,10 +125,8 @@ def mllm_config(settings: dict, what: str | Path) -> PreTrainedConfig:
     return config
 
 
-def open_mllm(
-    location: str, dtype: torch.dtype, device: Device
-) -> tuple[PreTrainedModel, ProcessorMixin, str | None]:
-    """Open an MLLM's folder or hub id: model, processor, and what ends an answer, if it is special.
+def open_mllm(location: str, dtype: torch.dtype, device: Device) -> Opened:
+    """Open an MLLM's folder or hub id: model and processor.
 
     Raises UserError if it cannot be had, is of a kind that cannot serve, or a file is missing or
     damaged.
@@ -151,7 +137,7 @@ def open_mllm(
     settings = read_config(folder)
     config = mllm_config(settings, location)
     if is_original(settings):
-        return *open_original_llava(folder, settings, config, dtype, device), STOP_V0
+        return open_original_llava(folder, settings, config, dtype, device)
     processor = open_processor(folder, config)
     if isinstance(config, LlavaConfig):
         fit_llava(processor, config)
@@ -160,7 +146,7 @@ def open_mllm(
         warn(f"{location} is quantized: its features differ a little from those of the whole model")
     cls = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     model, _ = open_model(cls, config, folder, dtype, device)
-    return model, processor, None
+    return model, processor
 
 
 def open_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
@@ -174,8 +160,9 @@ def open_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
         if not isinstance(processor, ProcessorMixin):
             raise TypeError("it reads text alone")
     tokenizer = processor.tokenizer
-    default = tokenizer.chat_template or DEFAULT_CHATS.get(config.model_type)
-    processor.chat_template = processor.chat_template or default
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    if config.model_type == "llava":  # llava-hf's first folders have none
+        processor.chat_template = processor.chat_template or CHAT
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return processor
 
@@ -214,7 +201,8 @@ def check_processor(processor: ProcessorMixin, config: PreTrainedConfig, what: s
     advice = "its tokenizer lacks the model's image token; download the tokenizer again"
     check(known, f"{what}: {advice}")
     with opening(what, "multimodal LLM"):
-        chats = [chat(new("RGB", (64, 64)), question) for question in ("red", "blue, green")]
+        image = new("RGB", (64, 64))
+        chats = [chat(processor, image, question) for question in ("red", "blue, green")]
         inputs = tokenize(processor, chats)
     shown = token is None or (inputs["input_ids"] == token).any(1).all()
     asked = len(inputs["input_ids"].unique(dim=0)) == 2
@@ -222,8 +210,17 @@ def check_processor(processor: ProcessorMixin, config: PreTrainedConfig, what: s
     check(shown and asked, f"{what}: {advice}")
 
 
-def chat(image: Image, question: str) -> list[dict]:
-    """Put an image and a question into a conversation of transformers' form."""
+def chat(processor: ProcessorMixin, image: Image, question: str) -> list[dict]:
+    """Put an image and a question into a conversation of transformers' form.
+
+    Images of more than a million pixels are shrunk, as the number of their tokens may grow with
+    their size, but not for LLaVA-1.5, which always sees its square.
+    """
+    image = image.convert("RGB")
+    scale = (MAX_PIXELS / (image.width * image.height)) ** 0.5
+    if scale < 1 and not isinstance(processor, LlavaProcessor):
+        size = [max(1, int(side * scale)) for side in image.size]
+        image = image.resize(size, Resampling.BICUBIC)
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     return [{"role": "user", "content": content}]
 
@@ -241,12 +238,6 @@ def tokenize(processor: ProcessorMixin, chats: list[list[dict]]) -> BatchFeature
         return_tensors="pt",
         processor_kwargs={"padding": True, "padding_side": "right"},
     )
-
-
-def bounded(image: Image) -> Image:
-    """Shrink an image to at most MAX_PIXELS, as the number of its tokens may grow with its size."""
-    scale = min(1.0, (MAX_PIXELS / (image.width * image.height)) ** 0.5)
-    return image.resize([max(1, int(side * scale)) for side in image.size], Resampling.BICUBIC)
 
 
 # LLaVA-1.5
@@ -372,8 +363,8 @@ def read_tokenizer(folder: Path) -> LlamaTokenizer:
 
 
 def read_config(folder: Path) -> dict:
-    """Read a folder's config.json. Raises WeightsError if it is missing, damaged or too deep."""
-    settings = read_json(folder / "config.json", dict, "download it again", WeightsError)
+    """Read a folder's config.json. Raises UserError if it is missing, damaged or too deep."""
+    settings = read_json(folder / "config.json", dict, "download it again")
     check_depth(folder / "config.json")
     return settings
 
@@ -384,8 +375,6 @@ def announced_width(location: str) -> int:
     Raises UserError if that is missing, damaged, or of a kind that cannot serve.
     """
     settings = read_settings(location, "--mllm")
-    if is_original(settings):
-        return int(settings["hidden_size"])
     return mllm_config(settings, location).get_text_config().hidden_size
 
 
@@ -410,7 +399,7 @@ def open_model(
     """Open a model with all weights of a folder, and return the missing ones that are optional.
 
     `renames` maps the files' names; `unused` and `optional` are patterns of names that the model,
-    or the files, need not have. Raises WeightsError naming a weight that is missing, unknown or of
+    or the files, need not have. Raises UserError naming a weight that is missing, unknown or of
     another shape.
     """
     # Before memory is taken for weights that no file has.
@@ -419,9 +408,9 @@ def open_model(
     files = [file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")]
     # Half precision takes two bytes, quantized weights take four bits.
     smallest = 0.5 if getattr(config, "quantization_config", None) else 2
-    if expected > 1.5 * sum(file.stat().st_size for file in files) / smallest:
-        reason = f"config.json asks for {expected:,} weights, the files hold fewer"
-        raise WeightsError(f"{folder}: {reason}; download both")
+    held = sum(file.stat().st_size for file in files) / smallest
+    reason = f"config.json asks for {expected:,} weights, the files hold fewer"
+    check(expected <= 1.5 * held, f"{folder}: {reason}; download both")
     with opening(folder, cls.__name__):
         model, report = cls.from_pretrained(
             folder,
@@ -433,33 +422,12 @@ def open_model(
             key_mapping=renames,
         )
     missing = sorted(report["missing_keys"])
-    problems = [f"lacks {key!r}" for key in missing if not re.search(optional, key)]
+    reason = f"so it is not the {cls.__name__} that its config.json says; download both again"
+    for key in missing:
+        check(re.search(optional, key), f"{folder}: lacks {key!r}, {reason}")
     for key in sorted(report["unexpected_keys"]):
-        if not re.search(unused, key):
-            problems.append(f"has an unknown key {key!r}")
+        check(re.search(unused, key), f"{folder}: has an unknown key {key!r}, {reason}")
     for key, found, right in report["mismatched_keys"]:
-        problems.append(f"has {key!r} of shape {tuple(found)}, not {tuple(right)}")
-    if problems:
-        more = f" and {len(problems) - 1} more problems" if len(problems) > 1 else ""
-        reason = f"so it is not the {cls.__name__} that its config.json says; download both again"
-        raise WeightsError(f"{folder}: {problems[0]}{more}, {reason}")
+        shapes = f"has {key!r} of shape {tuple(found)}, not {tuple(right)}"
+        raise UserError(f"{folder}: {shapes}, {reason}")
     return model, missing
-
-
-def read_questions(name: str) -> tuple[str, ...]:
-    """Read phrasings from a JSON list of texts, each with one place for the prompt, as `{}`.
-
-    Raises UserError for any other content.
-    """
-    path = Path(name).expanduser()
-    example = "How to make the image match the prompt: {}?"
-    expected = f'expected a JSON list of phrasings such as "{example}"'
-    questions = []
-    for number, phrasing in enumerate(read_json(path, list, expected), 1):
-        check(isinstance(phrasing, str), f"{path}, entry {number}: is no text; {expected}")
-        places = len(PROMPT_PLACE.findall(phrasing))
-        found = f"has {places} places for the prompt, expected one {{}}: {phrasing[:80]!r}"
-        check(places == 1, f"{path}, entry {number}: {found}")
-        questions.append(PROMPT_PLACE.sub("{}", phrasing))
-    check(questions, f"{path}: holds no phrasing; {expected}")
-    return tuple(questions)

@@ -12,15 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from img_minimal.cli import UserError
+from img_minimal.cli import UserError, check
 from img_minimal.files import replacing
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 NOTES = "_metadata"  # torch's own attribute for what a state dict carries beside its tensors
-
-
-class WeightsError(UserError):
-    """Raised for a weight file that is missing, damaged, or another model's, in one line."""
 
 
 def read_weights(path: str | Path, holds: str | None = None) -> dict:
@@ -28,12 +24,11 @@ def read_weights(path: str | Path, holds: str | None = None) -> dict:
 
     Torch files are read with `weights_only=True`, so they cannot run code. The `module.` prefix of
     distributed training is dropped. Torch files may nest dicts: they are returned as they are, or,
-    if `holds` names a key, the innermost dict with that key is. Raises WeightsError.
+    if `holds` names a key, the innermost dict with that key is. Raises UserError.
     """
     path = Path(path)
-    if not path.is_file():
-        message = "no such file; expected .safetensors or torch weights, check the path"
-        raise WeightsError(f"{path}: {message}")
+    message = "no such file; expected .safetensors or torch weights, check the path"
+    check(path.is_file(), f"{path}: {message}")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
     # A damaged pickle can fail in any of these ways, depending on where it was cut.
@@ -46,18 +41,16 @@ def read_weights(path: str | Path, holds: str | None = None) -> dict:
         LookupError,
         ValueError,
     ) as error:
+        advice = "it is cut short, a Git LFS pointer or no weight file: download it again"
+        reason = (
+            f"unreadable as {path.suffix or 'torch'} weights ({type(error).__name__}); {advice}"
+        )
         if would_run_code(error):
-            raise WeightsError(
-                f"{path}: a pickle that holds more than weights and could run code, refused; save "
-                "its state dict alone"
-            ) from error
-        raise WeightsError(
-            f"{path}: unreadable as {path.suffix or 'torch'} weights ({type(error).__name__}); it "
-            "is cut short, a Git LFS pointer or no weight file: download it again"
-        ) from error
-    if not isinstance(state, dict) or not state:
-        kind = type(state).__name__
-        raise WeightsError(f"{path}: expected a state dict, found {kind}; pass weights only")
+            advice = "refused; save its state dict alone"
+            reason = f"a pickle that holds more than weights and could run code, {advice}"
+        raise UserError(f"{path}: {reason}") from error
+    found = f"expected a state dict, found {type(state).__name__}"
+    check(isinstance(state, dict) and state, f"{path}: {found}; pass weights only")
     state = _drop_prefix(state)
     return (_find(state, holds) if holds else None) or state
 
@@ -127,44 +120,42 @@ def write_weights(
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Convert safetensors' way of reporting a full disk into a WeightsError."""
+    """Convert safetensors' way of reporting a full disk into a UserError."""
     try:
         yield
     except SafetensorError as error:
         reason = str(error).splitlines()[0]
         message = f"{path}: cannot be written ({reason}); is the disk full?"
-        raise WeightsError(message) from error
+        raise UserError(message) from error
 
 
 @contextmanager
 def opening(location: str | Path, what: str) -> Iterator[None]:
-    """Convert exceptions of loading libraries into a one-line WeightsError."""
+    """Convert exceptions of loading libraries into a one-line UserError."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # libraries raise nearly anything, from KeyError to SafetensorError
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise WeightsError(f"{location}: cannot be opened as a {what} ({reason})") from error
+        raise UserError(f"{location}: cannot be opened as a {what} ({reason})") from error
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Make `state` the parameters of a module (possibly on the meta device), in the state's dtypes.
 
-    Raises WeightsError, naming `source`, at the first missing, unknown or misshapen key.
+    Raises UserError, naming `source`, at the first missing, unknown or misshapen key.
     """
     expected, kind = module.state_dict(), type(module).__name__
     for key in sorted(expected.keys() | state.keys()):
-        if key not in state or key not in expected:
-            problem = "lacks" if key in expected else "has an unknown key"
-            message = f"{problem} {key!r}, so it is not a {kind}; check which file it is"
-            raise WeightsError(f"{source}: {message}")
-        value = state[key]
+        problem = "lacks" if key in expected else "has an unknown key"
+        message = f"{problem} {key!r}, so it is not a {kind}; check which file it is"
+        check(key in state and key in expected, f"{source}: {message}")
+        value, right = state[key], expected[key]
         plain = isinstance(value, Tensor) and value.is_floating_point()
-        if not plain or value.layout != torch.strided:
-            message = "holds no plain floating-point weights; save the state dict anew"
-            raise WeightsError(f"{source}: {key!r} {message}")
-        if value.shape != expected[key].shape:
-            shapes = f"has shape {tuple(value.shape)}, expected {tuple(expected[key].shape)}"
-            raise WeightsError(f"{source}: {key!r} {shapes}; it belongs to another model")
+        message = "holds no plain floating-point weights; save the state dict anew"
+        check(plain and value.layout == torch.strided, f"{source}: {key!r} {message}")
+        shapes = f"has shape {tuple(value.shape)}, expected {tuple(right.shape)}"
+        same = value.shape == right.shape
+        check(same, f"{source}: {key!r} {shapes}; it belongs to another model")
     module.load_state_dict(dict(state), assign=True)  # without a file's notes

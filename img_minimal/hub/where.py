@@ -20,7 +20,6 @@ from huggingface_hub import get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     GatedRepoError,
-    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
@@ -30,7 +29,6 @@ from tqdm import tqdm
 from img_minimal.cli import UserError, check
 from img_minimal.devices import Precision, Turns, best_device
 from img_minimal.files import read_json
-from img_minimal.hub.weights import WeightsError
 from img_minimal.presets import Preset
 
 SINGLE_FILES = ("ip_adapter", "resampler", "aligner")  # the other locations are folders
@@ -45,7 +43,7 @@ def fetch(preset: Preset, *names: str, inspect: Callable[[Preset], object] = id)
     `inspect` gets such a copy when single files and all settings are there, and may refuse what
     does not fit before the weights of folders, which take gigabytes, are downloaded. fp16 files
     are preferred where a repository has both and the preset's dtype is half precision. Raises
-    UserError if a location cannot be had, WeightsError if its files are damaged.
+    UserError if a location cannot be had or its files are damaged.
     """
     Turns(best_device(), preset.models.offload)  # refuses, before a download, what cannot be
     half = Precision.named(preset.models.dtype, best_device()).weights != torch.float32
@@ -95,8 +93,7 @@ def fetch_folder(
     """Return the local folder of a model or pipeline, downloaded if necessary.
 
     Only settings and, with `weights`, the chosen ones are downloaded, nothing of the subfolders
-    `without`. Raises
-    UserError if the folder cannot be had, WeightsError if its files are damaged.
+    `without`. Raises UserError if the folder cannot be had or its files are damaged.
     """
     hub_id = split_hub_id(location, flag)
     if hub_id is None:
@@ -129,7 +126,7 @@ def chosen(path: Path, names: list[str], half: bool, without: tuple[str, ...] = 
     """
     parts = [""]
     if (path / "model_index.json").is_file():
-        index = read_json(path / "model_index.json", dict, "download it again", WeightsError)
+        index = read_json(path / "model_index.json", dict, "download it again")
         parts = []
         for part, classes in index.items():
             if isinstance(classes, list) and any(classes) and part not in without:
@@ -162,7 +159,7 @@ def split_hub_id(location: str, flag: str) -> tuple[str, str] | None:
         return None
     pieces = location.split("/")
     is_file = len(pieces) == 2 and location.endswith((".safetensors", ".bin", ".pth", ".pt"))
-    is_hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)+", location)
+    is_hub_id = re.fullmatch(r"(?!.*(--|\.\.))\w[\w.-]*(/[\w.-]+)+", location)
     # A local folder that is named like an owner hides no repository; owner/name there does.
     fits = is_hub_id and not is_file and not Path(*pieces[:2]).exists()
     advice = f"check {flag} (a path, or owner/name on the hub)"
@@ -190,9 +187,6 @@ def _download(location: str, repo: str, patterns: list[str], flag: str) -> Path:
             return Path(root)
         # Unlike hf_hub_download it falls back on its cache at once when there is no network.
         return Path(snapshot_download(repo, allow_patterns=patterns, tqdm_class=_Bar))
-    except HFValidationError:
-        message = f"neither a local path nor owner/name on the hub; check {flag}"
-        raise UserError(f"{location}: {message}") from None
     except Exception as error:  # HTTP errors of several libraries, and the disk's
         status = _status(error)
         if isinstance(error, GatedRepoError) or status == 403:
@@ -229,7 +223,7 @@ def _check_folder(
 ) -> None:
     """Check that settings and weights exist and every safetensors header fits its file.
 
-    Takes milliseconds, even for 26 GB. Raises WeightsError.
+    Takes milliseconds, even for 26 GB. Raises UserError.
     """
     names = _names(path)
     weights = chosen(path, names, half, without)
@@ -248,8 +242,7 @@ def _check_folder(
         total = re.search(r"-of-(\d+)", name)
         if total and count != int(total[1]):
             problem = f"has {count} of {int(total[1])} files {name}; download the others"
-    if problem:
-        raise WeightsError(f"{location}: {problem}")
+    check(not problem, f"{location}: {problem}")
     for name in names:
         if Path(name).name == "config.json":
             check_depth(path / name)
@@ -259,19 +252,18 @@ def _check_folder(
                 with safe_open(path / name, framework="pt"):
                     pass
             except (SafetensorError, OSError) as error:
-                problem = (
-                    f"unreadable ({type(error).__name__}); it is cut short or a Git LFS pointer"
-                )
-                raise WeightsError(f"{path / name}: {problem}: download it again") from None
+                kind = type(error).__name__
+                problem = f"unreadable ({kind}); it is cut short or a Git LFS pointer"
+                raise UserError(f"{path / name}: {problem}: download it again") from None
 
 
 def check_depth(path: Path) -> None:
-    """Raise WeightsError for a config.json that asks for so many layers that it takes minutes."""
+    """Raise UserError for a config.json that asks for so many layers that it takes minutes."""
     text = path.read_text(errors="replace")
     many = re.search(r'"\w*((layers|depth)"[\s\[\d,:]*\d{4}|per_block"[\s\[\d,:]*\d{3})', text)
     if many:
         message = f"asks for too many layers ({' '.join(many[0].split())[:80]}...)"
-        raise WeightsError(f"{path}: {message}; download it again")
+        raise UserError(f"{path}: {message}; download it again")
 
 
 def _names(path: Path) -> list[str]:
