@@ -28,7 +28,7 @@ from img_minimal.backbone import (
 from img_minimal.cli import check, warn
 from img_minimal.devices import TRAINING, Precision, Turns, best_device, known_device
 from img_minimal.files import Clock, as_pictures, from_pil, model_name, to_pil
-from img_minimal.hub.mllms import announced_width
+from img_minimal.hub.mllms import mllm_config
 from img_minimal.hub.questions import find_questions
 from img_minimal.hub.weights import opening
 from img_minimal.hub.where import fetch
@@ -109,7 +109,9 @@ class IMG:
         opens = {"aligner": opens_aligner, "mllm": opens_mllm}
         opens |= dict.fromkeys(ADAPTER, not isinstance(pipe, Backbone))
         opens |= dict.fromkeys(("unet", "base"), pipe is None)
-        width = announced_width(preset.models.mllm) if opens_mllm else None
+        width = (
+            mllm_config(preset.models.mllm).get_text_config().hidden_size if opens_mllm else None
+        )
         location = preset.models.mllm if opens_mllm else guide_location(mllm)
         self.aligner = None if opens_aligner else aligner.eval()
         names = [name for name, wanted in opens.items() if wanted]

@@ -31,7 +31,7 @@ def test_calls_are_made_in_turn_after_a_round_to_warm_up():
 
 SUBJECTS = {
     "aligner": ({"width": 64, "guidance_width": 32}, 3),
-    "features": ({"pairs": 48}, 5),
+    "features": ({"pairs": 48}, 4),
     "sampling": ({"count": 1, "steps": 1}, 9),
 }
 

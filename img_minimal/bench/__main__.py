@@ -2,7 +2,7 @@
 
     memory        which card holds sampling and training, computed from shapes (--model, --mllm)
     aligner       one and three passes and a training step at true size
-    features      pairs on their way to features: read, decode, image tokens, MLLM
+    features      pairs on their way to features: decode, image tokens, MLLM
     sampling      IMG's steps: the twin's measured, at true size computed (--model, --mllm)
 
 Without a subject, all but memory are measured, in one table. Times are of this machine, so read the
@@ -13,7 +13,6 @@ and the highest ratio. Keep the machine idle meanwhile.
 
 import argparse
 from functools import partial
-from itertools import islice
 from statistics import median
 
 from img_minimal.cli import quiet_libraries, run
@@ -49,7 +48,7 @@ from img_minimal.bench.memory import (
     table,
 )
 from img_minimal.data.load import load_encoder
-from img_minimal.data.pairs import pair_stream, prompts_of
+from img_minimal.data.pairs import pair_stream
 from img_minimal.devices import Precision, best_device
 from img_minimal.files import to_pil
 from img_minimal.mllm import guidance_features
@@ -113,7 +112,6 @@ def features(report: Report, pairs: int = 256) -> None:
     look = [item.loser for item in items], [item.prompt for item in items], range(pairs)
     calls = {
         "all": lambda: encoder(decode()),
-        "read": lambda: list(islice(prompts_of(pair_stream(source)), pairs)),
         "read and decode": decode,
         "image tokens": partial(encoder.tokens, items),
         "MLLM": partial(guidance_features, encoder.guide, *look),

@@ -139,7 +139,7 @@ def build_mllm(location: str) -> PreTrainedModel:
 
     Raises UserError if that cannot be read or is another kind of model's.
     """
-    config = mllm_config(read_settings(location, "--mllm"), location)
+    config = mllm_config(location)
     with opening(location, "multimodal LLM"), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
 

@@ -11,7 +11,7 @@ from img_minimal.data.pairs import Stream, pair_stream
 from img_minimal.data.tables import training_files
 from img_minimal.devices import best_device
 from img_minimal.files import fingerprint, model_name, short_hash, version
-from img_minimal.hub.mllms import announced_width
+from img_minimal.hub.mllms import mllm_config
 from img_minimal.hub.questions import find_questions
 from img_minimal.hub.where import fetch
 from img_minimal.pipeline import ADAPTER, open_guide
@@ -31,7 +31,7 @@ def load_encoder(preset: Preset, guidance: str, seed: int) -> Encoder:
         tokenizer = open_backbone(fetch(preset, *ADAPTER, "unet", "base"))
         guide = open_guide(preset.models, "text", tokenizer)
     else:
-        announced_width(preset.models.mllm)  # refuses other kinds before any download
+        mllm_config(preset.models.mllm)  # refuses other kinds before any download
         preset = fetch(preset, *ADAPTER, "mllm")
         tokenizer = open_image_prompt(preset.backbone, preset.models)
         guide = open_guide(preset.models, "mllm")

@@ -106,12 +106,14 @@ CLIP_336_CONFIG = {
 # Any kind
 
 
-def mllm_config(settings: dict, what: str | Path) -> PreTrainedConfig:
-    """Interpret an MLLM's config.json. Raises UserError for a kind that cannot serve.
+def mllm_config(what: str | Path) -> PreTrainedConfig:
+    """Interpret the config.json of an MLLM, of a local folder or on the hub.
 
-    That is known without weights: transformers must open it as an image-text model, and it must
-    read image and question in one sequence, whose states are the guidance.
+    Raises UserError if it is missing, damaged, or of a kind that cannot serve. The latter is known
+    without weights: transformers must open it as an image-text model, and it must read image and
+    question in one sequence, whose states are the guidance.
     """
+    settings = read_settings(str(what), "--mllm")
     if is_original(settings):
         return transformers_config(settings, what)
     kind = str(settings.get("model_type"))
@@ -132,10 +134,9 @@ def open_mllm(location: str, dtype: torch.dtype, device: Device) -> Opened:
     damaged.
     """
     if split_hub_id(location, "--mllm"):
-        announced_width(location)  # refuses other kinds before their weights are downloaded
+        mllm_config(location)  # refuses other kinds before their weights are downloaded
     folder = fetch_folder(location, "--mllm")
-    settings = read_config(folder)
-    config = mllm_config(settings, location)
+    config, settings = mllm_config(folder), read_config(folder)
     if is_original(settings):
         return open_original_llava(folder, settings, config, dtype, device)
     processor = open_processor(folder, config)
@@ -367,15 +368,6 @@ def read_config(folder: Path) -> dict:
     settings = read_json(folder / "config.json", dict, "download it again")
     check_depth(folder / "config.json")
     return settings
-
-
-def announced_width(location: str) -> int:
-    """Read H from the config.json of an MLLM, of a local folder or on the hub.
-
-    Raises UserError if that is missing, damaged, or of a kind that cannot serve.
-    """
-    settings = read_settings(location, "--mllm")
-    return mllm_config(settings, location).get_text_config().hidden_size
 
 
 def read_settings(location: str, flag: str) -> dict:
