@@ -74,6 +74,8 @@ from img_minimal.tiny.grammar import parse as parse_prompt
 from img_minimal.tiny.oracle import judge_pictures
 
 INSTALL = "pip install gradio==6.31.0 && pip install -r requirements.txt"
+NOTED = ("steps", "guidance_scale", "negative_prompt", "scale", "scale_end", "passes")
+NOTED += ("draft_steps", "only_wrong")
 SWEPT = {"scale": float, "scale_end": float, "guidance_scale": float, "steps": int, "passes": int}
 
 
@@ -112,20 +114,18 @@ def main() -> int:
     )
     stages, clock = list(map(to_pil, drawn)), img.clock
 
-    better = [True] * len(captions)
     if config.keep_better:
         with clock("compare"):
             better = img.better(stages[0], stages[-1], captions, seeds)
-        for i, improved in enumerate(better):
-            if not improved:
-                stages[-1][i] = stages[0][i]
+        pairs = zip(better, stages[0], stages[-1])
+        stages[-1] = [last if improved else first for improved, first, last in pairs]
     said = [[""] * len(images) for images in stages]
     if config.explain:
         with clock("put in words"):
             for k, images in enumerate(stages):
                 asked = [seed + k for seed in seeds[: len(images)]]
                 said[k] = img.explain(images, captions[: len(images)], asked)
-    save(config, img.backbone.sampling, folder, captions, seeds, stages, said, better)
+    save(config, img.backbone.sampling, folder, captions, seeds, stages, said)
     if swept:
         with clock("sweep"):
             path = folder / "sweep.png"
@@ -157,44 +157,38 @@ def save(
     seeds: list[int],
     stages: list[list[Image]],
     said: list[list[str]],
-    better: list[bool],
 ) -> None:
     """Save every image with its settings, results.json, and the sheet; print what was said."""
-    settings = {"model": config.model}
-    names = "steps guidance_scale negative_prompt scale scale_end passes draft_steps only_wrong"
-    for name in names.split():
-        settings[name] = getattr(sampling, name)
-    several = len(captions) > config.num_images
-    whole = config.keep_better or sampling.draft_steps is None
-    first = "initial" if whole else "draft"
+    settings = {"model": config.model} | {name: getattr(sampling, name) for name in NOTED}
+    names = ["initial", *(f"round {k}" for k in range(1, len(stages)))]
+    if sampling.draft_steps and not config.keep_better:
+        names[0] = "draft"
     if config.image:
-        first = "given"
-    rows, results, told = [], [], []
+        names[0] = "given"
+    rows, results = [], []
     for i, (caption, seed) in enumerate(zip(captions, seeds)):
-        words, entries = [f'"{caption}", seed {seed}'], []
-        row = [(images[i] if i < len(images) else None, "") for images in stages]
-        for k, images in enumerate(stages):
-            if i >= len(images):
+        words, entries, row = [f'"{caption}", seed {seed}'], [], []
+        stem = f"prompt{i // config.num_images}-" if len(captions) > config.num_images else ""
+        for k, (stage, images) in enumerate(zip(names, stages)):
+            image = images[i] if i < len(images) else None
+            row.append((image, ""))
+            if image is None:
                 continue  # one look served all seeds
-            stage = f"round {k}" if k else first
-            notes = {}
-            if said[k][i]:
-                notes["MLLM"] = said[k][i]
+            notes = {"MLLM": said[k][i]} if said[k][i] else {}
             if find_preset(config.model).world == "tiny":
-                [verdict] = judge_pictures([images[i]], [parse_prompt(caption)])
+                [verdict] = judge_pictures([image], [parse_prompt(caption)])
                 notes["oracle"] = "right" if verdict.strict else f"wrong: {verdict.words}"
 
-            stem = f"prompt{i // config.num_images}-" if several else ""
             file = f"{stem}seed{seed}-{k}-{stage.replace(' ', '')}.png"
             text = settings | {"prompt": caption, "seed": seed, "stage": stage}
-            write_whole(folder / file, png(images[i], text))
+            write_whole(folder / file, png(image, text))
             entry = {"file": file, "stage": stage}
-            if k == len(stages) - 1 and not better[i]:
+            if k and image is stages[0][i]:
                 entry["kept first"] = True
                 stage += ", first image kept"
             entries.append(entry | notes)
             lines = [f"{who}: {what}" for who, what in notes.items()]
-            told.append(f"seed {seed}, {stage}: " + "; ".join(lines))
+            print(f"seed {seed}, {stage}: " + "; ".join(lines))
             words += [f"{stage}:", *lines]
         rows.append([*row, (None, "\n".join(words))])
         results.append({"prompt": caption, "seed": seed, "images": entries})
@@ -202,17 +196,15 @@ def save(
     write_whole(folder / "results.json", report)
     title = f"{config.model}, seeds {min(seeds)} to {max(seeds)}"
     sheet(rows, folder / "side-by-side.png", title)
-    print(*told, sep="\n")
 
 
 def parse_sweep(words: str, sampling: Sampling) -> tuple[str, list]:
     """Parse "scale=0,0.2" to ("scale", [0.0, 0.2]). Raises UserError for what no flag takes."""
     name, _, values = words.partition("=")
     expected = f"expected a name of {', '.join(SWEPT)} and values, as in scale=0,0.2,0.5"
-    check(name in SWEPT, f"--sweep is {words!r}, {expected}")
     try:
         parsed = [SWEPT[name](value) for value in values.split(",")]
-    except ValueError:
+    except (KeyError, ValueError):
         check(False, f"--sweep is {words!r}, {expected}")
     for value in parsed:
         replace(sampling, draft_steps=None, **{name: value})
@@ -238,7 +230,7 @@ def sweep(
     tokens = img.backbone.tokens(seen)
     rows = [[] for _ in captions]
     for value in values:
-        with img.drawing(draft_steps=None), img.drawing(**{name: value}):
+        with img.drawing(draft_steps=None, **{name: value}):
             aligned = img.correct(tokens, guidance, mask).expand(len(captions), -1, -1)
             images = to_pil(img.backbone.draw(captions, seeds, aligned))
         for row, image, caption, seed in zip(rows, images, captions, seeds):

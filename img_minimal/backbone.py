@@ -21,11 +21,11 @@ from tqdm import tqdm
 from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
 from img_minimal.cli import check
-from img_minimal.devices import Precision, Turns, best_device, compute_dtype
+from img_minimal.devices import Precision, Turns, best_device, compute_dtype, count_parameters
 from img_minimal.files import as_pictures, check_finite, read_json
 from img_minimal.hub.weights import opening
 from img_minimal.presets import Models, Preset, Sampling
-from img_minimal.request import TENSORS, Seeds, call_parameters, check_seeds, generator, select
+from img_minimal.request import TENSORS, Seeds, call_parameters, check_counts, generators, select
 
 CLASSES = {"sdxl": "SDXL", "flux": "Flux"}
 PREFIXES = {"StableDiffusionXL": "sdxl", "Flux": "flux"}  # of the pipelines' names
@@ -39,8 +39,8 @@ class ImagePrompt(nn.Module):
     Subclasses add
 
         open(models, precision, device)   load from local files; raises UserError
-        head_size(models)                 parameters of the head, and (N, D), without CLIP
-        token_shape                       (N, D) of one image
+        open_head(models)                 load the projection alone, without CLIP
+        shape_of(head)                    (N, D) of one image, by the projection
         tokens(images)                    image tokens (B, N, D) in fp32
         negative()                        tokens (1, N, D) of "no image", for guidance
         token_maps(images)                where each token reads its image, (B, N, side, side)
@@ -57,6 +57,17 @@ class ImagePrompt(nn.Module):
         self.encoder, self.processor = encoder, processor
         self.head, self.precision = head, precision
         self.eval().requires_grad_(False)
+
+    @classmethod
+    def head_size(cls, models: Models) -> tuple[int, tuple[int, int]]:
+        """Count the head's parameters; also return the tokens' (N, D)."""
+        head = cls.open_head(models)
+        return count_parameters(head), cls.shape_of(head)
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """(N, D) of one image."""
+        return self.shape_of(self.head)
 
     def pixels(self, images: list[Image]) -> Tensor:
         """Normalise images to pixels (B, 3, S, S) in the encoder's dtype and on its device."""
@@ -127,7 +138,7 @@ class Backbone:
         for lengths and sizes that do not fit, or if an image is not finite.
         """
         sampling, device, count = self.sampling, self.turns.device, len(prompts)
-        check_seeds(seeds, count)
+        check_counts(prompts, seeds=seeds)
         self.check_size(sampling)
         scale = sampling.scale if scale is None else scale
         scale_end = sampling.scale_end if scale_end is None else scale_end
@@ -137,6 +148,7 @@ class Backbone:
             raise ValueError(f"tokens have shape {tuple(tokens.shape)}, expected {expected}")
         together = isinstance(seeds, torch.Generator)
         starts = range(0, count, count if together else sampling.draw_batch)
+        noise = {"generator": generators(seeds)}
         bar = tqdm(
             total=len(starts) * sampling.steps,
             desc=progress,
@@ -147,18 +159,17 @@ class Backbone:
         images = []
         with self.lock, bar:
             negative = self.negative_tokens().to(device) if guided else None
-            inputs = self.read(prompts, call or {})
+            inputs = self.read(prompts, call or {}) | noise
             for start in starts:
                 rows = range(count)[start : start + starts.step]
                 both = None
                 if guided:
-                    positive = tokens[list(rows)].to(device)
+                    positive = tokens[start : start + starts.step].to(device)
                     both = negative.to(positive).expand_as(positive), positive
                 chosen = select(inputs, rows, count)
                 for name in chosen.keys() & {*TENSORS}:
                     if isinstance(chosen[name], list):
                         chosen[name] = torch.cat(chosen[name]).to(device)
-                chosen["generator"] = seeds if together else [generator(seeds[i]) for i in rows]
                 scales = scale, scale * scale_end
                 with torch.no_grad(), self.precision.sampling(device):
                     drawn = self.draw_batch(chosen, both, scales, start, bar)
@@ -312,13 +323,12 @@ def unseen_end(tokenizer: Any, prompt: str, limit: int) -> str:
 def pipeline_kind(pipe: object) -> str:
     """Return "sdxl" or "flux" for a pipeline that IMG can go around. Raises UserError."""
     names = [base.__name__ for base in type(pipe).__mro__]
-    takes = call_parameters(pipe)
+    watched = "callback_on_step_end" in call_parameters(pipe)
     for prefix, kind in PREFIXES.items():
         network = getattr(pipe, backbone_class(kind).network, None)
         network = getattr(network, "_orig_mod", network)  # as torch.compile wraps it
-        fits = type(network).__name__ == NETWORKS[kind] and "callback_on_step_end" in takes
-        # Perturbed-attention guidance has three halves.
-        if any(name.startswith(prefix) for name in names) and fits and "pag_scale" not in takes:
+        named = any(name.startswith(prefix) for name in names)
+        if watched and named and type(network).__name__ == NETWORKS[kind]:
             return kind
     expected = "SDXL's and FLUX.1's pipelines (text, img2img, inpaint, ControlNet)"
     check(False, f"IMG goes around {expected}, and this is a {names[0]}")

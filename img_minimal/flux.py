@@ -13,6 +13,7 @@ FluxPipeline's, unless `authors_sampler` is False and `true_cfg_scale` 1.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,9 +41,6 @@ from img_minimal.presets import Models
 from img_minimal.request import EMBEDS
 
 TOKENS = 4  # of the adapter's version 1; version 2 has 16, and IMG's aligner was trained for 4
-Condition = tuple[
-    Tensor, Tensor
-]  # T5's states (1, 512, E), unmasked; CLIP's pooled embedding (1, W)
 
 # The transformer's inputs that have an entry for each image.
 DOUBLED = {"hidden_states", "timestep", "guidance", "encoder_hidden_states", "pooled_projections"}
@@ -57,6 +55,16 @@ class ImagePrompt(backbone.ImagePrompt):
     @classmethod
     def open(cls, models: Models, precision: Precision, device: torch.device) -> Self:
         """Load from local files, in fp32: in half precision tokens err more than the release's."""
+        head = cls.open_head(models)
+        exact = replace(precision, weights=torch.float32)
+        encoder, processor = open_vision_encoder(models.image_encoder, exact)
+        found, expected = encoder.config.projection_dim, head.image_embeds.in_features
+        check_encoder_width(models.image_encoder, found, expected, "CLIP ViT-L/14")
+        return cls(encoder, processor, head, precision).to(device)
+
+    @staticmethod
+    def open_head(models: Models) -> ImageProjection:
+        """Load the projection alone. Raises UserError for the adapter's version 2."""
         state, _ = read_xlabs_adapter(models.ip_adapter)
         width, rows = state["norm.weight"].shape[0], state["image_embeds.weight"].shape[0]
         made = f"makes {rows // width} tokens of an image, expected {TOKENS}"
@@ -64,24 +72,12 @@ class ImagePrompt(backbone.ImagePrompt):
         with torch.device("meta"):  # no initial values, which the file would replace
             head = ImageProjection(state["image_embeds.weight"].shape[1], width, TOKENS)
         fill(head, state, models.ip_adapter)
-        exact = replace(precision, weights=torch.float32)
-        encoder, processor = open_vision_encoder(models.image_encoder, exact)
-        found, expected = encoder.config.projection_dim, head.image_embeds.in_features
-        check_encoder_width(models.image_encoder, found, expected, "CLIP ViT-L/14")
-        return cls(encoder, processor, head.float(), precision).to(device)
+        return head.float()
 
     @staticmethod
-    def head_size(models: Models) -> tuple[int, tuple[int, int]]:
-        """Count the projection's parameters; also return the tokens' (N, D)."""
-        state, _ = read_xlabs_adapter(models.ip_adapter)
-        width = state["norm.weight"].shape[0]
-        shape = state["image_embeds.weight"].shape[0] // width, width
-        return sum(value.numel() for value in state.values()), shape
-
-    @property
-    def token_shape(self) -> tuple[int, int]:
-        """(N, D) of one image."""
-        return TOKENS, self.head.norm.normalized_shape[0]
+    def shape_of(head: ImageProjection) -> tuple[int, int]:
+        """Return (N, D) of one image."""
+        return TOKENS, head.norm.normalized_shape[0]
 
     @torch.no_grad()
     def tokens(self, images: list[Image.Image]) -> Tensor:
@@ -212,18 +208,15 @@ class Flux(Backbone):
 
     def read(self, prompts: list[str], call: dict[str, Any]) -> dict[str, Any]:
         """Encode each text once; then the text encoders make room for the transformer."""
-        sampling, inputs, known = self.sampling, dict(call), {}
+        sampling, inputs = self.sampling, dict(call)
+        encode = cache(partial(self.encode, limit=call.get("max_sequence_length")))
         negative = [sampling.negative_prompt or ""] * len(prompts)
         texts = {"": prompts, "negative_": inputs.pop("negative_prompt", negative)}
         for kind, first in texts.items():
             second = inputs.pop(f"{kind}prompt_2", first)
             if f"{kind}prompt_embeds" in inputs or (kind and sampling.true_cfg_scale == 1):
                 continue
-            conditions = []
-            for pair in zip(first, second):
-                if pair not in known:
-                    known[pair] = self.encode(*pair, call.get("max_sequence_length"))
-                conditions.append(known[pair])
+            conditions = map(encode, first, second)
             names = f"{kind}prompt_embeds", f"{kind}pooled_prompt_embeds"
             inputs |= zip(names, map(list, zip(*conditions)))
         self.turns.bring(self.pipe.transformer, self.pipe.vae, self.branch)
@@ -232,8 +225,8 @@ class Flux(Backbone):
     @torch.no_grad()
     def encode(
         self, prompt: str, prompt_2: str | None = None, limit: int | None = None
-    ) -> Condition:
-        """Encode a prompt to T5's states and CLIP's pooled embedding."""
+    ) -> tuple[Tensor, Tensor]:
+        """Encode a prompt to T5's states (1, 512, E), unmasked, and CLIP's embedding (1, W)."""
         pipe, device = self.pipe, self.turns.device
         self.turns.bring(pipe.text_encoder, pipe.text_encoder_2)
         limit = limit or self.text_limit
@@ -250,9 +243,9 @@ class Flux(Backbone):
         The authors' demo draws its noise on the GPU, so the same seed gives another picture there.
         """
         pipe, sampling = self.pipe, self.sampling
-        where = {"device": self.turns.device, "dtype": self.precision.weights}
+        dtype = self.precision.weights
         for name in inputs.keys() & {*EMBEDS}:
-            inputs[name] = inputs[name].to(**where)
+            inputs[name] = inputs[name].to(dtype)
         conditions = "encoder_hidden_states", "pooled_projections"
         negative = [inputs.pop(name, None) for name in EMBEDS[2:]]
         scheduler, theirs = pipe.scheduler, sampling.authors_sampler
@@ -274,7 +267,7 @@ class Flux(Backbone):
             if tokens:
                 hidden = torch.cat(tokens) if guides else tokens[1]
                 own = inputs.get("joint_attention_kwargs") or {}
-                own = own | {"ip_hidden_states": [hidden[:, None].to(**where)]}
+                own = own | {"ip_hidden_states": [hidden[:, None].to(dtype)]}
                 inputs["joint_attention_kwargs"] = own
                 set_scale(self.branch, weight)
                 contexts.enter_context(inject(pipe.transformer, self.branch))

@@ -105,16 +105,14 @@ class ImagePrompt(backbone.ImagePrompt):
         return cls(encoder, processor, head, precision, negative_head).to(device)
 
     @staticmethod
-    def head_size(models: Models) -> tuple[int, tuple[int, int]]:
-        """Count the Resampler's parameters; also return the tokens' (N, D)."""
-        state, _, _ = read_ip_adapter(models)
-        shape = state["latents"].shape[1], state["proj_out.weight"].shape[0]
-        return sum(value.numel() for value in state.values()), shape
+    def open_head(models: Models) -> Resampler:
+        """Load the Resampler alone."""
+        return Resampler.from_state_dict(read_ip_adapter(models)[0])
 
-    @property
-    def token_shape(self) -> tuple[int, int]:
-        """(N, D) of one image."""
-        return self.head.latents.shape[1], self.head.proj_out.out_features
+    @staticmethod
+    def shape_of(head: Resampler) -> tuple[int, int]:
+        """Return (N, D) of one image."""
+        return head.latents.shape[1], head.proj_out.out_features
 
     def features(self, pixels: Tensor) -> Tensor:
         """Compute penultimate features (B, P, W) of pixels, class token first.
@@ -306,18 +304,15 @@ def check_injection(
     layers: dict[str, Attention], branch: nn.ModuleDict, tokens: Tensor, scale: float | Tensor
 ) -> None:
     """Raise ValueError unless the branch has the UNet's layers, and tokens and scale fit."""
-    if layers.keys() != branch.keys():
-        raise ValueError(
-            f"the image branch has {len(branch)} layers, the UNet {len(layers)} cross-attentions, "
-            "or their numbers differ: use the IP-Adapter made for this UNet"
-        )
     width = next(branch.parameters()).shape[1]
-    if tokens.ndim != 3 or tokens.shape[-1] != width:
-        shape = tuple(tokens.shape)
-        raise ValueError(f"image tokens have shape {shape}, expected (batch, tokens, {width})")
-    if isinstance(scale, Tensor) and scale.shape not in ((), tokens.shape[:1]):
-        expected = f"a number or one per sample, ({len(tokens)},)"
-        raise ValueError(f"scale has shape {tuple(scale.shape)}, expected {expected}")
+    fits = layers.keys() == branch.keys() and tokens.ndim == 3 and tokens.shape[-1] == width
+    if isinstance(scale, Tensor):
+        fits = fits and scale.shape in ((), tokens.shape[:1])
+    if not fits:
+        raise ValueError(
+            f"image tokens have shape {tuple(tokens.shape)}, expected (batch, tokens, {width}); a "
+            "scale is a number or one per sample, and a branch is made for this UNet"
+        )
 
 
 # 3. Drawing

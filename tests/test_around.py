@@ -218,7 +218,6 @@ def test_requests_that_cannot_be_drawn_as_they_say_are_refused_as_by_the_command
         ("--guidance-scale is -1", {"guidance_scale": -1}),
         ("--passes is 0", {"passes": 0}),
         ("there are no prompts", {"num_images_per_prompt": 0}),
-        ("draft_steps and given sigmas", {"draft_steps": 1, "sigmas": [1.0]}),
     ):
         with refused(words):
             img(**{"prompt": PROMPT, **more})

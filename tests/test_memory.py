@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from img_minimal import devices
 from img_minimal.bench import __main__ as bench
 from img_minimal.bench.memory import GIB, TRAIN, counting, needs, table, usable
-from img_minimal.devices import Precision, Turns, choose_offload
-from img_minimal.pipeline import IMG, open_guide
+from img_minimal.devices import Precision, Turns
+from img_minimal.hub.parts import open_guide
+from img_minimal.pipeline import IMG
 
 
 def watch(img: IMG) -> list[str]:
@@ -143,7 +144,6 @@ def test_layers_need_a_device_with_memory(release):
     ("free", "chosen"), [(80, "none"), (41, "none"), (40, "models"), (29, "models"), (28, "layers")]
 )
 def test_auto_chooses_by_the_memory_that_is_free(monkeypatch, free, chosen):
-    assert choose_offload(free, [7, 25, 5], room=4) == chosen
     models = [nn.Linear(size, 1, bias=False) for size in (7, 25, 5)]
     pipe = SimpleNamespace(components={"unet": models[0], "scheduler": None})
     monkeypatch.setattr(devices, "WITHOUT_MEMORY", ())

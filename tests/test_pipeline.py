@@ -10,8 +10,9 @@ from PIL import Image
 from refusals import refused
 
 from img_minimal.files import to_pil
+from img_minimal.hub.parts import open_guide
 from img_minimal.hub.questions import RELEASED, find_questions
-from img_minimal.pipeline import IMG, load_img, open_guide
+from img_minimal.pipeline import IMG, load_img
 from img_minimal.presets import PRESETS, find_preset
 from img_minimal.sdxl import cross_attentions
 from img_minimal.tiny.grammar import benchmark

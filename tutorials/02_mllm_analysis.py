@@ -40,8 +40,8 @@ from img_minimal.data.pairs import triplet_stream
 from img_minimal.detector import MAX_HELD_OUT, Detector
 from img_minimal.evaluate.intervals import bootstrap_ratio, mean_interval, ranking_interval, said
 from img_minimal.files import to_pil
+from img_minimal.hub.parts import open_guide
 from img_minimal.mllm import MLLM, guidance_features, padded
-from img_minimal.pipeline import open_guide
 from img_minimal.plots import BLUE, GREY, ORANGE
 from img_minimal.tiny.grammar import benchmark
 from img_minimal.tiny.oracle import judge

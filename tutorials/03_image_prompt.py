@@ -36,8 +36,8 @@ import torch
 from img_minimal.backbone import open_backbone
 from img_minimal.evaluate.intervals import bootstrap_ratio, mean_interval, said
 from img_minimal.files import to_pil
+from img_minimal.hub.parts import ADAPTER
 from img_minimal.hub.where import fetch
-from img_minimal.pipeline import ADAPTER
 from img_minimal.plots import BLUE, GREY, ORANGE
 from img_minimal.sdxl import cross_attentions, inject
 from img_minimal.tiny.grammar import COLOURS, FORMS, HELD_OUT, Group, parse

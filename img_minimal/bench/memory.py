@@ -63,6 +63,7 @@ GROUPS = {
     },
 }
 TRAIN = "train the aligner"
+OWN = "**IMG's own steps**, of both drawings"
 DRAFT = 0.3  # of the denoising steps, in the rows of drafts
 ALWAYS_FP32 = {
     "sdxl": ("vae", "resampler", "aligner"),
@@ -313,19 +314,17 @@ def needs(model: str, mllm: str) -> list[Need]:
     training, look = 16 * counts["aligner"], preset.models.mllm_batch * peaks["look"]
     rows, exact = [], ALWAYS_FP32[preset.backbone]
     for dtype, share in (("fp32", 1.0), ("fp16, bf16", 0.5)):
-        encoding = 1.0 if "image_encoder" in exact else share
+        shares = {name: 1.0 if name in exact else share for name in counts}
         alive = {
             "diffusion": max(share * peaks["step"], peaks["decode"]),
-            "image prompt": encoding * peaks["image tokens"],
+            "image prompt": shares["image_encoder"] * peaks["image tokens"],
             "mllm": share * peaks["answer"],
         }
         busy = max(alive["image prompt"], share * look, peaks["train"])
         for offload, on_gpu in (("", counts), (" --offload layers", in_layers)):
             parts = {}  # weights and activations of what is on the GPU together
             for group, names in GROUPS[preset.backbone].items():
-                weights = 0.0
-                for name in names:
-                    weights += 4 * on_gpu[name] * (1.0 if name in exact else share)
+                weights = sum(4 * on_gpu[name] * shares[name] for name in names)
                 parts[group] = weights, alive.get(group, 0.0)
             at_most = max(parts.values(), key=sum)
             frozen = parts["image prompt"][0] + parts["mllm"][0]
@@ -402,19 +401,18 @@ def operations_table(model: str, mllm: str) -> str:
     """Format the operations as a Markdown table, with what IMG adds to drawing."""
     flop, sampling = operations(model, mllm), find_preset(model).sampling
     draw, draft, encode, look, align = flop.values()
-    lines = [f"| {model}, {mllm}: a step, computed | TFLOP | of a drawing |", "|---|---|---|"]
-    for name, count in (flop | {"draw again": draw}).items():
-        lines.append(f"| {name} | {count / 1e12:,.1f} | {count / draw:.1%} |")
     added = encode + look + align
-    shares = f"{added / 1e12:,.1f} | {added / (2 * draw):.1%}"
-    lines.append(f"| **IMG's own steps**, of both drawings | {shares} |")
-    wholes = {
+    counts = flop | {
+        "draw again": draw,
+        OWN: added,
         "IMG": 2 * draw + added,
         f"IMG, draft of {DRAFT:.0%} of the steps": draft + draw + added,
         "IMG, one look at the draft for four images": draw + (draft + added) / 4,
     }
-    for name, count in wholes.items():
-        lines.append(f"| {name} | {count / 1e12:,.1f} | {count / draw:.1%} |")
+    lines = [f"| {model}, {mllm}: a step, computed | TFLOP | of a drawing |", "|---|---|---|"]
+    for name, count in counts.items():
+        share = count / (2 * draw if name == OWN else draw)
+        lines.append(f"| {name} | {count / 1e12:,.1f} | {share:.1%} |")
     # Of a training pair, the image encoder sees both images and the MLLM the loser.
     share = look / (look + 2 * encode)
     lines.append(

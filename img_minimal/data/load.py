@@ -12,9 +12,9 @@ from img_minimal.data.tables import training_files
 from img_minimal.devices import best_device
 from img_minimal.files import fingerprint, model_name, short_hash, version
 from img_minimal.hub.mllms import mllm_config
+from img_minimal.hub.parts import ADAPTER, open_guide
 from img_minimal.hub.questions import find_questions
 from img_minimal.hub.where import fetch
-from img_minimal.pipeline import ADAPTER, open_guide
 from img_minimal.presets import Preset
 from img_minimal.run import Ranks
 

@@ -1,0 +1,144 @@
+"""Open the parts of the method, small files before big ones: backbone, guide and aligner."""
+
+from os import PathLike
+
+import torch
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from img_minimal.aligner import ImplicitAligner
+from img_minimal.backbone import (
+    Backbone,
+    announced_token_width,
+    check_adapter,
+    open_backbone,
+    pipeline_kind,
+)
+from img_minimal.cli import check, warn
+from img_minimal.devices import TRAINING, Precision, Turns, best_device, known_device
+from img_minimal.files import model_name
+from img_minimal.hub.mllms import mllm_config
+from img_minimal.hub.questions import find_questions
+from img_minimal.hub.weights import opening
+from img_minimal.hub.where import fetch
+from img_minimal.mllm import MLLM, GuidanceEncoder, TextGuidance
+from img_minimal.presets import Models, Preset, find_preset
+
+ADAPTER = ("ip_adapter", "resampler", "image_encoder")  # what turns images into tokens
+FREE = {"passes", "mllm_batch", "questions"}  # settings that are not a loaded backbone's
+
+
+def open_parts(
+    pipe: DiffusionPipeline | Backbone | None,
+    mllm: GuidanceEncoder | str | PathLike | None,
+    aligner: ImplicitAligner | str | PathLike | None,
+    preset: Preset | str | None,
+    guidance: str,
+    mllm_device: torch.device | str | None,
+    changes: dict[str, object],
+) -> tuple[Backbone, GuidanceEncoder, ImplicitAligner, Preset]:
+    """Open whatever is not given as a loaded object; arguments are those of `IMG`.
+
+    Raises UserError for settings without effect, and for files that are missing or do not fit,
+    which is known by the small ones: weights are not downloaded before.
+    """
+    preset = find_preset_for(pipe, preset)
+    fixed = {"offload"} if pipe is not None else set()
+    if isinstance(pipe, Backbone):
+        fixed = changes.keys() - FREE
+    fixed &= changes.keys()
+    advice = "is a setting of this backbone; open it with that, or use img.drawing(...)"
+    check(not fixed, f"{min(fixed, default='')!r} {advice}")
+    check(guidance != "text" or mllm is None, "guidance by text needs no mllm; leave it out")
+    if isinstance(mllm, str | PathLike):
+        changes["mllm"], mllm = str(mllm), None
+    if isinstance(aligner, str | PathLike):
+        changes["aligner"], aligner = str(aligner), None
+    preset = preset.guided_by(guidance).changed(**changes)
+
+    names, width, location = [], None, "text"
+    if aligner is None:
+        names.append("aligner")
+    if isinstance(mllm, MLLM):
+        location = mllm.model.name_or_path
+    elif mllm is None and guidance != "text":
+        names.append("mllm")
+        location = preset.models.mllm
+        width = mllm_config(location).get_text_config().hidden_size
+    if not isinstance(pipe, Backbone):
+        names += ADAPTER
+    if pipe is None:
+        names += ["unet", "base"]
+
+    def check_files(preset: Preset) -> None:
+        nonlocal aligner
+        if aligner is None:
+            aligner = ImplicitAligner.from_file(preset.sampling.aligner)
+        aligner.check_widths(width, None)
+        if "ip_adapter" in names:
+            aligner.check_widths(None, announced_token_width(preset.backbone, preset.models))
+        if pipe is None:
+            check_adapter(preset.backbone, preset.models)
+
+    preset = fetch(preset, *names, inspect=check_files)
+    device = None if mllm_device is None else known_device(str(mllm_device))
+    with tqdm(total=4, desc="loading models", leave=False, delay=2) as bar:
+        if not isinstance(pipe, Backbone):
+            pipe = open_backbone(preset, pipe, bar.update)
+        home = pipe.turns.home
+        if mllm is None:
+            mllm = open_guide(preset.models, guidance, pipe, device)
+        elif device is None and hasattr(mllm, "model"):
+            mllm.model.to(home)
+    warn_of_other_guide(aligner, location)
+    aligner.check_widths(mllm.width, None)
+    return pipe, mllm, aligner.eval().to(home), preset
+
+
+def find_preset_for(pipe: object, preset: Preset | str | None) -> Preset:
+    """Choose the named preset or the pipeline's. Raises UserError if they do not fit."""
+    default, kind = "tiny-sdxl", None
+    if isinstance(pipe, Backbone):
+        default = pipe.preset
+    elif pipe is not None:
+        default = kind = pipeline_kind(pipe)
+    preset = preset or default
+    if not isinstance(preset, Preset):
+        preset = find_preset(preset)
+    message = f"preset {preset.name!r} is for {preset.backbone}, and the pipeline is of {kind}"
+    check(kind in (None, preset.backbone), message)
+    return preset
+
+
+def open_guide(
+    models: Models,
+    guidance: str,
+    backbone: Backbone | None = None,
+    device: torch.device | None = None,
+) -> GuidanceEncoder:
+    """Open the MLLM of `models.mllm`, or guidance by the backbone's "text" encoders.
+
+    The MLLM waits where the backbone's parts do, unless it has a `device` of its own.
+    """
+    if guidance == "text":
+        return TextGuidance(backbone.text_states, backbone.text_width)
+    turns = backbone.turns if backbone else Turns(best_device(), models.offload)
+    with opening(models.mllm, "multimodal LLM"):
+        dtype = Precision.named(models.dtype, device or turns.device).mllm
+        questions = find_questions(models.questions)
+        guide = MLLM.from_pretrained(models.mllm, dtype, device or turns.home, questions)
+    if backbone is None:  # in training, where it stays on the device, and so does the image encoder
+        turns.settle(guide.model, room=TRAINING)
+        turns.bring(guide.model)
+    return guide
+
+
+def warn_of_other_guide(aligner: ImplicitAligner, location: str) -> None:
+    """Say in one line if an aligner is known to have been trained with another guide."""
+    if not (location and aligner.guide):
+        return
+    name = model_name(location)
+    # A copy in another folder has the same fingerprint, which comes last.
+    if aligner.guide.split()[-1] != name.split()[-1]:
+        found = f"this aligner was trained with {aligner.guide}, and is guided by {name}"
+        warn(f"{found}; unless these are the same model, its corrections will be wrong")
