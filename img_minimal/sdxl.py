@@ -66,7 +66,7 @@ class Resampler(nn.Module):
         return self.norm_out(self.proj_out(x))
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor], head_dim: int = 64) -> Self:
+    def from_state_dict(cls, state: dict[str, Tensor]) -> Self:
         """Build a Resampler of the sizes and dtype of an adapter's `image_proj`.
 
         Raises UserError for another kind of projection.
@@ -75,7 +75,7 @@ class Resampler(nn.Module):
             _, tokens, width = state["latents"].shape
             feature_width = state["proj_in.weight"].shape[1]
             token_width = state["proj_out.weight"].shape[0]
-            sizes = layer_sizes(state, head_dim)
+            sizes = layer_sizes(state)
             with torch.device("meta"):  # no initial values, which the file would replace
                 resampler = cls(feature_width, token_width, tokens, width, **sizes)
         fill(resampler, state, "image_proj")
@@ -125,9 +125,7 @@ class ImagePrompt(backbone.ImagePrompt):
     @torch.no_grad()
     def tokens(self, images: list[Image]) -> Tensor:
         """Compute the image tokens (B, N, D); SDXL: (B, 16, 2048)."""
-        with self.precision.sampling(self.encoder.device):
-            tokens = self.head(self.features(self.pixels(images)))
-        return tokens.to(self.head.latents.dtype)
+        return self._read(self.pixels(images), self.head)
 
     @torch.no_grad()
     def negative(self) -> Tensor:
@@ -135,10 +133,13 @@ class ImagePrompt(backbone.ImagePrompt):
 
         That is a mid-grey image, as in IP-Adapter; neither zero tokens nor a black image.
         """
-        side, like = self.encoder.config.image_size, next(self.encoder.parameters())
-        grey = torch.zeros(1, 3, side, side).to(like)
-        with self.precision.sampling(like.device):
-            tokens = self.negative_head(self.features(grey))
+        side = self.encoder.config.image_size
+        grey = torch.zeros(1, 3, side, side).to(self.encoder.device, self.encoder.dtype)
+        return self._read(grey, self.negative_head)
+
+    def _read(self, pixels: Tensor, head: Resampler) -> Tensor:
+        with self.precision.sampling(pixels.device):
+            tokens = head(self.features(pixels))
         return tokens.to(self.head.latents.dtype)
 
     @torch.no_grad()
