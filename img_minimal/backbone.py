@@ -323,12 +323,14 @@ def unseen_end(tokenizer: Any, prompt: str, limit: int) -> str:
 def pipeline_kind(pipe: object) -> str:
     """Return "sdxl" or "flux" for a pipeline that IMG can go around. Raises UserError."""
     names = [base.__name__ for base in type(pipe).__mro__]
-    watched = "callback_on_step_end" in call_parameters(pipe)
+    takes = call_parameters(pipe)
+    # Perturbed-attention guidance has three halves.
+    fits = "callback_on_step_end" in takes and "pag_scale" not in takes
     for prefix, kind in PREFIXES.items():
         network = getattr(pipe, backbone_class(kind).network, None)
         network = getattr(network, "_orig_mod", network)  # as torch.compile wraps it
         named = any(name.startswith(prefix) for name in names)
-        if watched and named and type(network).__name__ == NETWORKS[kind]:
+        if fits and named and type(network).__name__ == NETWORKS[kind]:
             return kind
     expected = "SDXL's and FLUX.1's pipelines (text, img2img, inpaint, ControlNet)"
     check(False, f"IMG goes around {expected}, and this is a {names[0]}")
