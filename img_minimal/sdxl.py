@@ -66,19 +66,19 @@ class Resampler(nn.Module):
         return self.norm_out(self.proj_out(x))
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> Self:
+    def from_state_dict(cls, state: dict[str, Tensor], source: str = "image_proj") -> Self:
         """Build a Resampler of the sizes and dtype of an adapter's `image_proj`.
 
-        Raises UserError for another kind of projection.
+        Raises UserError, naming the `source`, for another kind of projection.
         """
-        with opening("image_proj", "Resampler of an IP-Adapter *Plus*"):
+        with opening(source, "Resampler of an IP-Adapter *Plus*"):
             _, tokens, width = state["latents"].shape
             feature_width = state["proj_in.weight"].shape[1]
             token_width = state["proj_out.weight"].shape[0]
             sizes = layer_sizes(state)
             with torch.device("meta"):  # no initial values, which the file would replace
                 resampler = cls(feature_width, token_width, tokens, width, **sizes)
-        fill(resampler, state, "image_proj")
+        fill(resampler, state, source)
         return resampler
 
 
@@ -107,7 +107,8 @@ class ImagePrompt(backbone.ImagePrompt):
     @staticmethod
     def open_head(models: Models) -> Resampler:
         """Load the Resampler alone."""
-        return Resampler.from_state_dict(read_ip_adapter(models)[0])
+        source = models.resampler or models.ip_adapter
+        return Resampler.from_state_dict(read_ip_adapter(models)[0], source)
 
     @staticmethod
     def shape_of(head: Resampler) -> tuple[int, int]:
