@@ -18,6 +18,7 @@ Saves every image with its prompt, seed and settings inside, results.json, and a
 from dataclasses import dataclass, replace
 
 from img_minimal.cli import (
+    UserError,
     check,
     check_value,
     one_line,
@@ -201,11 +202,11 @@ def save(
 def parse_sweep(words: str, sampling: Sampling) -> tuple[str, list]:
     """Parse "scale=0,0.2" to ("scale", [0.0, 0.2]). Raises UserError for what no flag takes."""
     name, _, values = words.partition("=")
-    expected = f"expected a name of {', '.join(SWEPT)} and values, as in scale=0,0.2,0.5"
     try:
         parsed = [SWEPT[name](value) for value in values.split(",")]
     except (KeyError, ValueError):
-        check(False, f"--sweep is {words!r}, {expected}")
+        expected = f"expected a name of {', '.join(SWEPT)} and values, as in scale=0,0.2,0.5"
+        raise UserError(f"--sweep is {words!r}, {expected}") from None
     for value in parsed:
         replace(sampling, draft_steps=None, **{name: value})
     return name, parsed

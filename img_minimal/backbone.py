@@ -167,8 +167,8 @@ class Backbone:
                     positive = tokens[start : start + starts.step].to(device)
                     both = negative.to(positive).expand_as(positive), positive
                 chosen = select(inputs, rows, count)
-                for name in chosen.keys() & {*TENSORS}:
-                    if isinstance(chosen[name], list):
+                for name in TENSORS:
+                    if isinstance(chosen.get(name), list):
                         chosen[name] = torch.cat(chosen[name]).to(device)
                 scales = scale, scale * scale_end
                 with torch.no_grad(), self.precision.sampling(device):
@@ -235,11 +235,8 @@ class Backbone:
         """Compute the image tokens (B, N, D) of images."""
         self.turns.bring(self.image_prompt)
         size = self.preset.models.encode_batch
-        tokens = []
-        for k in range(0, len(images), size):
-            pictures = as_pictures(images[k : k + size])
-            tokens.append(self.image_prompt.tokens(pictures).cpu())
-        return torch.cat(tokens)
+        batches = [as_pictures(images[k : k + size]) for k in range(0, len(images), size)]
+        return torch.cat([self.image_prompt.tokens(pictures).cpu() for pictures in batches])
 
     def negative_tokens(self) -> Tensor:
         """Compute the tokens (1, N, D) of "no image"."""

@@ -5,7 +5,7 @@ bf16 pays off only where the hardware multiplies it: on a plain AVX2 CPU a bf16 
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -87,8 +87,7 @@ class Precision:
 
     def sampling(self, device: torch.device) -> AbstractContextManager:
         """Return the autocast context for drawing and encoding images."""
-        enabled = self.mixed and self.compute != torch.float32
-        return torch.autocast(device.type, self.compute, enabled=enabled)
+        return self.training(device) if self.mixed else nullcontext()
 
     def described(self, device: torch.device) -> str:
         """Describe the run: "products in fp32 on cpu (AVX2, without fast bf16)"."""
