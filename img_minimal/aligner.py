@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from img_minimal.cli import UserError, check
+from img_minimal.cli import check
+from img_minimal.files import check_finite
 from img_minimal.hub.weights import NOTES, fill, opening, read_metadata, read_weights, write_weights
 
 
@@ -144,9 +145,12 @@ class ImplicitAligner(nn.Module):
         guidance (B, L, H), tokens (B, N, D), mask (B, L) with True = valid -> (B, N, D) in the
         aligner's dtype. Each further pass aligns the result again with the same guidance; sampling
         on SDXL uses 3. `maps` receives each layer's attention weights (B, heads, N, L + N). Raises
-        UserError if H or D is not what the aligner was trained for, ValueError as `check_inputs`.
+        UserError if H or D is not what the aligner was trained for, ValueError as `check_shapes`,
+        or without a pass.
         """
-        check_inputs(guidance, tokens, mask, passes)
+        check_shapes("blh bnd bl", guidance, tokens, mask)
+        if passes not in range(1, 1_000_000):
+            raise ValueError(f"passes is {passes}, expected a whole number of at least 1")
         self.check_widths(guidance.shape[-1], tokens.shape[-1])
         dtype = self.proj_in.weight.dtype
         context, tokens = self.proj_in(guidance.to(dtype)), tokens.to(dtype)
@@ -206,25 +210,6 @@ class ImplicitAligner(nn.Module):
         write_weights(path, self.state_dict(), self.notes)
 
 
-def check_inputs(guidance: Tensor, tokens: Tensor, mask: Tensor | None, passes: int) -> None:
-    """Raise ValueError, naming both shapes, for inputs that do not belong together.
-
-    Expects floating-point guidance (B, L, H) and tokens (B, N, D), and a bool mask (B, L).
-    """
-    fits = guidance.ndim == tokens.ndim == 3 and len(guidance) == len(tokens)
-    fits = fits and guidance.is_floating_point() and tokens.is_floating_point()
-    if mask is not None:
-        fits = fits and mask.dtype == torch.bool and mask.shape == guidance.shape[:2]
-    if not fits:
-        given = [f"{x.dtype} {tuple(x.shape)}" for x in (guidance, tokens, mask) if x is not None]
-        raise ValueError(
-            f"guidance, tokens and mask are {', '.join(given)}; expected floating-point (B, L, H) "
-            "and (B, N, D), and torch.bool (B, L), True where guidance is valid"
-        )
-    if not (isinstance(passes, int) and passes >= 1):
-        raise ValueError(f"passes is {passes!r:.60}, expected a whole number of at least 1")
-
-
 def layer_sizes(state: dict[str, Tensor], head_dim: int = 64) -> dict[str, int]:
     """Deduce depth and heads of the `PerceiverLayers` under `layers.` in a state dict.
 
@@ -250,20 +235,35 @@ def align(
     """Apply f `passes` times in fp32, in batches.
 
     tokens (B, N, D), guidance (B, L, H), mask (B, L) -> (B, N, D) on the CPU. Raises UserError if
-    the guidance is another MLLM's, or if a result is not finite; ValueError as `check_inputs`.
+    the guidance is another MLLM's, or if a result is not finite; ValueError as `check_shapes`.
     """
-    check_inputs(guidance, tokens, mask, passes)
+    check_shapes("blh bnd bl", guidance, tokens, mask)
     device = next(aligner.parameters()).device
     aligned = []
     batches = zip(guidance.split(batch_size), tokens.split(batch_size), mask.split(batch_size))
-    for batch in batches:
-        h, c, m = (x.to(device) for x in batch)
-        aligned.append(aligner(h.float(), c, m, passes).cpu())
+    for h, c, m in batches:
+        h, c, m = h.to(device).float(), c.to(device), m.to(device)
+        aligned.append(aligner(h, c, m, passes).cpu())
     result = torch.cat(aligned)
-    broken = (~result.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    if broken:
-        raise UserError(
-            f"the aligned features of image {broken[0]} are not finite; check the files of the "
-            "MLLM and the aligner"
-        )
+    check_finite(result, 0, "the aligned features of image")
     return result
+
+
+def check_shapes(layout: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError, naming all shapes, unless tensors fit a layout as "blh bnd bl".
+
+    Equal letters are equal sizes: a batch of 1 would broadcast, and the answer would look like any
+    other. Two letters are a mask, which is torch.bool; everything else is floating-point.
+    """
+    fits, shapes, sizes = True, [], {}
+    for axes, x in zip(layout.split(), tensors):
+        if x is not None:
+            shapes.append(f"{x.dtype} {tuple(x.shape)}")
+            fits &= len(axes) == x.ndim
+            fits &= x.dtype == torch.bool if len(axes) == 2 else x.is_floating_point()
+            for axis, size in zip(axes, x.shape):
+                fits &= size == sizes.setdefault(axis, size)
+    if not fits:
+        raise ValueError(
+            f"{' and '.join(shapes)} do not fit; expected floating-point {layout}, masks torch.bool"
+        )

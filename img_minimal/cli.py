@@ -9,20 +9,23 @@ import shutil
 import sys
 import typing
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import Field, field, fields
+from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import NoneType, TracebackType
-from typing import IO, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 LARGEST = 2**32 - 1  # upper bound of numeric flags that set no bound of their own
 # Words for memory that is short, of the system, Python, numpy, torch, oneDNN, pyarrow, safetensors.
 OUT_OF_MEMORY = re.compile(
     r"(can(no|')t|could not|unable to|failed to) (allocate|mmap|map segment)|not enough memory"
-    r"|bad_alloc|(malloc|realloc) of size|could not create a (primitive|memory)|paging file",
+    r"|MemoryError|bad_alloc|(malloc|realloc) of size|could not create a (primitive|memory)"
+    r"|paging file",
     re.IGNORECASE,
 )
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
@@ -64,14 +67,12 @@ def parse(
     )
     flags: dict[str, Field] = {f.name: f for f in fields(config)}
     own = set(flags)
-    types = typing.get_type_hints(config)
     for part in parts:
-        types = typing.get_type_hints(part) | types
         for f in fields(part):
             if f.metadata.get("help"):
                 flags.setdefault(f.name, f)
     for name, flag in flags.items():
-        _add_flag(parser, flag, types[name], from_preset=name not in own)
+        _add_flag(parser, flag, from_preset=name not in own)
 
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
@@ -86,18 +87,15 @@ def parse(
     return config(**{name: values[name] for name in own}), changes
 
 
-def _add_flag(parser: argparse.ArgumentParser, flag: Field, kind: Any, from_preset: bool) -> None:
+def _add_flag(parser: argparse.ArgumentParser, flag: Field, from_preset: bool) -> None:
     """Add one dataclass field to the parser."""
-    alternatives = [t for t in typing.get_args(kind) if t is not NoneType]
-    kind = alternatives[0] if alternatives else kind
-    required = flag.default is MISSING and not from_preset
-    text = flag.metadata["help"]
-    if from_preset and flag.default is not None:
-        text += " (default: the preset's)"
-    elif not required and flag.default is not None:
-        text += f" (default: {flag.default})"
-    settings: dict[str, Any] = {"help": text.replace("%", "%%"), "required": required}
-    settings["default"] = None if from_preset or required else flag.default
+    kind, text, shown = _kinds(flag)[0], flag.metadata["help"], flag.default
+    if from_preset:
+        shown = "the preset's"
+    if flag.default is not None:
+        text += f" (default: {shown})"
+    settings: dict[str, Any] = {"help": text.replace("%", "%%")}
+    settings["default"] = None if from_preset else flag.default
     choices = flag.metadata.get("choices")
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
@@ -107,28 +105,32 @@ def _add_flag(parser: argparse.ArgumentParser, flag: Field, kind: Any, from_pres
     if "bare" in flag.metadata:
         settings |= {"nargs": "?", "const": flag.metadata["bare"]}
         off = {"action": "store_const", "const": flag.default, "help": argparse.SUPPRESS}
-        parser.add_argument(_flag_name(f"no_{flag.name}"), dest=flag.name, **off)
-    parser.add_argument(_flag_name(flag.name), **settings)
+        parser.add_argument(flag_name(f"no_{flag.name}"), dest=flag.name, **off)
+    parser.add_argument(flag_name(flag.name), **settings)
 
 
 def check_value(field: Field, value: object) -> None:
     """Raise UserError for a value of another type, out of bounds, or NaN."""
-    name, kind = _flag_name(field.name), field.type
-    fits = isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind))
-    fits |= isinstance(value, os.PathLike) and isinstance("", kind)
-    kinds = typing.get_args(kind) or (kind,)
-    expected = " or ".join(k.__name__ for k in kinds if k is not NoneType)
-    check(fits, f"{name} is {value!r}, expected {expected}")
-    choices = field.metadata.get("choices")
-    known = not choices or value is None or value in choices
-    check(known, f"{name} is {value!r}, expected one of: {', '.join(choices or ())}")
-    least, most = field.metadata.get("least", 0), field.metadata.get("most", LARGEST)
-    # The negated comparison also catches NaN.
-    bounded = not isinstance(value, int | float) or least <= value <= most
-    check(bounded, f"{name} is {value}, expected {least:g} to {most:,}")
+    kinds, choices = _kinds(field), field.metadata.get("choices")
+    fits = isinstance(value, field.type) or (isinstance(value, int) and float in kinds)
+    fits |= isinstance(value, os.PathLike) and str in kinds
+    expected = " or ".join(kind.__name__ for kind in kinds)
+    if fits and choices:
+        fits, expected = value in (None, *choices), f"one of: {', '.join(choices)}"
+    elif fits and isinstance(value, int | float):
+        least, most = field.metadata.get("least", 0), field.metadata.get("most", LARGEST)
+        # NaN is not in between, either.
+        fits, expected = least <= value <= most, f"{least:g} to {most:,}"
+    check(fits, f"{flag_name(field.name)} is {value!r}, expected {expected}")
 
 
-def _flag_name(field_name: str) -> str:
+def _kinds(field: Field) -> list[type]:
+    """Return the types that a value may have, None apart."""
+    return [kind for kind in typing.get_args(field.type) or [field.type] if kind is not NoneType]
+
+
+def flag_name(field_name: str) -> str:
+    """Return the command-line flag of a field."""
     return "--" + field_name.replace("_", "-")
 
 
@@ -176,17 +178,22 @@ def one_line(error: BaseException) -> str | None:
             "the GPU's memory is full; try --offload layers, --dtype fp16 or bf16, or close other "
             "programs that use the GPU"
         )
-    cause: BaseException | None = error
-    while cause is not None:  # a library's error may be wrapped in one of ours
-        if isinstance(cause, MemoryError) or OUT_OF_MEMORY.search(str(cause)):
+    for cause in causes(error):  # a library's error may be wrapped in one of ours
+        if OUT_OF_MEMORY.search(repr(cause)):
             reason = " ".join(f"{type(cause).__name__}: {error}".split())[:300]
             advice = "try --dtype bf16, which halves the models"
             return f"the computer's memory is full; {advice} ({reason})"
-        cause = cause.__cause__ or cause.__context__
     # OSError covers missing or read-only files, a full disk, an unreachable model hub.
     if isinstance(error, OSError | UserError):
         return " ".join(str(error).split())
     return None
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what caused it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def quiet_libraries() -> None:
@@ -203,55 +210,41 @@ def quiet_libraries() -> None:
         library.disable_progress_bar()
 
 
-def rank() -> int:
-    """Return the number of this process among those that torchrun started, 0 for a single one."""
-    number, alone = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "") in ("", "1")
-    return int(number) if number.isdecimal() and not alone else 0
+def is_main() -> bool:
+    """Return True in the process that speaks: the first of torchrun's, or a single one."""
+    alone = os.environ.get("WORLD_SIZE", "") in ("", "1")
+    return alone or os.environ.get("RANK") == "0"
 
 
 def silence_nonzero_ranks() -> None:
     """Let only rank 0 of a torchrun job print and show progress; call before importing torch."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else pages about lost connections
-    if rank():
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else pages while ranks look for others
+    if not is_main():
         os.environ["TQDM_DISABLE"] = "1"
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open as long as the process lives
 
 
 def warn(message: str) -> None:
     """Print one warning line to stderr, on rank 0 only."""
-    if rank() == 0:
+    if is_main():
         print(f"warning: {message}", file=sys.stderr)
 
 
-class SteadyStream:
-    """Wrap an output stream so that it never ends a run.
-
-    What its reader does not want any more (`| head`), or its disk cannot take, goes nowhere.
-    """
-
-    def __init__(self, stream: IO[str]):
-        self.stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        """Write a text at once."""
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except OSError:
-            # What is buffered still, and all that follows, goes there.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
 def steady_output() -> None:
-    """Let output go on whatever becomes of its reader; what that cannot show is escaped."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if hasattr(stream, "reconfigure"):  # a notebook's stream takes any character
+    """Let a program go on when nobody reads its output (`| head`); escape what cannot be shown."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a notebook's takes anything
             stream.reconfigure(errors="backslashreplace")
-            setattr(sys, name, SteadyStream(stream))
+            stream.write = partial(_write, stream, stream.write)
+
+
+def _write(stream: TextIOWrapper, write: Callable[[str], int], text: str) -> None:
+    try:
+        write(text)
+        stream.flush()
+    except OSError:
+        # What is buffered still, and all that follows, goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(text: str) -> str:
@@ -259,10 +252,10 @@ def printable(text: str) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
-def writable_folder(path: str | Path) -> Path:
+def writable_folder(path: str | Path, name: str = "") -> Path:
     """Create a folder, prove that it can be written to, and clear it of unfinished files.
 
-    Raises UserError.
+    Raises UserError, which calls the folder `name`, or by its path.
     """
     path = Path(path)
     try:
@@ -270,8 +263,8 @@ def writable_folder(path: str | Path) -> Path:
         with NamedTemporaryFile(dir=path):  # a unique name: another run may test the same folder
             pass
     except OSError as error:
-        reason = error.strerror
-        raise UserError(f"{path}: cannot be written ({reason}); choose another folder") from None
+        reason = f"cannot be written ({error.strerror}); choose another place"
+        raise UserError(f"{name or path}: {reason}") from None
     remove_partial(path)
     return path
 
@@ -283,41 +276,36 @@ def writable_file(path: str | None, flag: str, kinds: tuple[str, ...] = ()) -> N
     """
     if path is None:
         return
-    suffix = Path(path).suffix.lower()
+    file = Path(path)
+    suffix, folder = file.suffix.lower(), file.resolve().parent
     fits = not kinds or suffix in kinds
     check(fits, f"{path}: cannot be drawn as {suffix or 'that'}; {flag} takes {', '.join(kinds)}")
-    check(not Path(path).is_dir(), f"{path}: is a folder; choose another {flag}")
-    target = Path(os.path.realpath(path))
-    try:
-        if is_stream(Path(path)):
-            check(os.access(path, os.W_OK), f"{path}: cannot be written; choose another {flag}")
-        else:
-            with NamedTemporaryFile(dir=target.parent):
-                pass
-    except OSError as error:
-        reason = error.strerror
-        raise UserError(f"{path}: cannot be written ({reason}); choose another {flag}") from None
-    remove_partial(target.parent, target.name)
+    fits = folder.is_dir() and not file.is_dir()
+    check(fits, f"{path}: cannot be written (a folder, or in none); choose another {flag}")
+    if not is_stream(file):
+        writable_folder(folder, f"{flag} {path}")
 
 
 def is_stream(path: Path) -> bool:
     """Return True for what is written to and cannot be replaced: a device or a pipe."""
-    return path.exists() and not (path.is_file() or path.is_dir())
+    return path.exists() and not path.is_file()
 
 
 def partial_of(path: Path) -> Path:
-    """Return the name of a file until it is whole; it tells process and machine."""
-    return path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}.partial")
+    """Return the name of a file until it is whole; it tells machine and process."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.partial")
 
 
-def remove_partial(folder: Path, name: str = "", locked: bool = False) -> None:
-    """Remove the unfinished files and folders that killed processes left, of one name or of all.
-
-    Those of living processes and of other machines stay, unless the folder is `locked`.
-    """
-    for debris in folder.glob(f".{glob.escape(name)}*.partial"):
-        if locked or _is_abandoned(debris.name):
+def remove_partial(folder: Path) -> None:
+    """Remove what dead processes of this machine left unfinished in a folder."""
+    for debris in folder.glob(f".*.{glob.escape(platform.node())}.*.partial"):
+        try:
+            if os.name != "nt":  # there, it would end the process
+                os.kill(int(debris.name.split(".")[-2]), 0)
+        except ProcessLookupError:
             remove(debris)
+        except (OSError, ValueError):  # another user's process, or none of our names
+            continue
 
 
 def remove(path: Path) -> None:
@@ -325,16 +313,3 @@ def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):  # a folder, which is gone, or another user's
         path.unlink()
-
-
-def _is_abandoned(partial: str) -> bool:
-    """Return True for the unfinished file of a process of this machine that is gone."""
-    match = re.search(rf"\.(\d+)(@{re.escape(platform.node())})?\.partial$", partial)
-    try:
-        if match and os.name != "nt":  # there, it would end the process
-            os.kill(int(match[1]), 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except OSError:  # it belongs to somebody else
-        pass
-    return False

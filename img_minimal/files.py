@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from img_minimal.cli import UserError, check, is_stream, partial_of, remove_partial
+from img_minimal.cli import UserError, check, is_stream, partial_of, writable_folder
 
-JSON_KINDS = {dict: "an object", list: "a list"}
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others may start programs
 MAX_SIDE = 8192  # pixels
 MAX_ASPECT = 100  # width to height; Qwen's image processor refuses 200
@@ -35,20 +33,13 @@ MAX_ASPECT = 100  # width to height; Qwen's image processor refuses 200
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` on success and is removed on failure.
 
-    A link stays, and what it leads to is replaced; so does the mode of the file that was there. To
-    a device or a pipe the content is written.
+    A link stays, and what it leads to is replaced; so does the mode of the file that was there. A
+    device or a pipe is written to.
     """
-    path = Path(path)
-    if is_stream(path):
-        with TemporaryDirectory() as folder:
-            partial = Path(folder) / path.name
-            yield partial
-            print(end="", flush=True)  # what was printed before comes first, if this is /dev/stdout
-            with path.open("ab") as stream:
-                stream.write(partial.read_bytes())
+    if is_stream(Path(path)):
+        yield Path(path)
         return
-    if path.is_symlink():
-        path = Path(os.path.realpath(path))
+    path = Path(path).resolve()
     partial = partial_of(path)  # in the same folder, so that the rename is atomic
     try:
         partial.touch()
@@ -112,59 +103,37 @@ def identity(value: object) -> object:
     return value
 
 
-def check_provenance(note: Path, settings: dict, advice: str, used: bool | None = None) -> None:
+def check_provenance(note: Path, settings: dict, advice: str, used: bool) -> None:
     """Record in `note` which settings a folder was made with.
 
     Raises UserError naming the first difference if the folder was `used` with other settings, or
-    without a note; by default it was used if there is a note.
+    without a note.
     """
     settings = json.loads(json.dumps(settings))
-    noted = note.exists()
-    before = settings
-    if noted if used is None else used:
-        before = read_json(note, dict, advice) if noted else {}
+    before = read_json(note, dict, advice) if used else settings
     for name in sorted(settings | before):
         was, now = before.get(name), settings.get(name)
         if was != now:
-            difference = f"another {name} ({_shorten(was)}; now {_shorten(now)})"
+            difference = f"another {name} ({json.dumps(was):.60}; now {json.dumps(now):.60})"
             raise UserError(f"{note.parent} was made with {difference}; {advice}")
     write_whole(note, json.dumps(settings, indent=1))
 
 
-def _shorten(value: object) -> str:
-    words = json.dumps(value)
-    return words if len(words) <= 60 else f"{words[:40]}... of {len(words)} characters"
-
-
-def read_json(
-    path: str | Path,
-    kind: type,
-    advice: str,
-    inspect: Callable[[Any], Any] = id,
-) -> Any:
+def read_json(path: str | Path, kind: type, advice: str, inspect: Callable[[Any], Any] = id) -> Any:
     """Read a JSON file that holds a `kind`, dict or list.
 
     `inspect` may look into the content; whatever it raises counts as wrong content. Raises
-    UserError, ending in `advice`, if the file is missing, damaged or of another kind.
+    UserError in one line, ending in `advice`, if the file is missing, damaged or of another kind.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if not isinstance(content, kind):
-            raise TypeError(f"expected {JSON_KINDS[kind]}, found {type(content).__name__}")
+            raise TypeError(f"expected {kind.__name__}, found {type(content).__name__}")
         inspect(content)
     except OSError as problem:
         raise UserError(f"{path}: cannot be read ({problem.strerror}); {advice}") from None
-    except (
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        RecursionError,
-        OverflowError,
-    ) as problem:
-        reason = type(problem).__name__
-        if isinstance(problem, TypeError) and str(problem):
-            reason = str(problem).splitlines()[0]
+    except Exception as problem:  # whatever `inspect` raises
+        reason = " ".join(repr(problem).split())[:200]
         raise UserError(f"{path}: unreadable ({reason}); {advice}") from None
     return content
 
@@ -172,13 +141,13 @@ def read_json(
 # Images: (B, 3, H, W) in [0, 1] <-> list[PIL.Image]
 
 
-def check_finite(images: Tensor, first: int) -> None:
-    """Raise UserError for an image (B, ...) with NaN or infinity; `first` numbers the first one."""
-    broken = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    if broken:
-        raise UserError(
-            f"image {first + broken[0]} is not finite: check --scale, the models' files, and "
-            "--dtype (fp16 overflows in some models; try bf16 or fp32)"
+def check_finite(values: Tensor, first: int, what: str = "image") -> None:
+    """Raise UserError for one of `values` (B, ...) with NaN or infinity; `first` numbers them."""
+    for number, value in enumerate(values, first):
+        check(
+            value.isfinite().all(),
+            f"{what} {number} is not finite: check --scale, the models' files, and --dtype (fp16 "
+            "overflows in some models; try bf16 or fp32)",
         )
 
 
@@ -279,14 +248,13 @@ def as_pictures(images: Image.Image | Tensor | Sequence[Image.Image | Tensor]) -
 
 
 def cached_images(paths: list[Path], draw: Callable[[], Tensor], advice: str) -> list[Image.Image]:
-    """Read PNG files, after drawing all of them together if any is missing.
+    """Read PNG files of one folder, after drawing all of them together if any is missing.
 
     Raises UserError ending in `advice` if a file is damaged.
     """
     if not all(path.exists() for path in paths):
-        remove_partial(paths[0].parent)
+        writable_folder(paths[0].parent)
         for path, image in zip(paths, to_pil(draw())):
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, png(image))
     images = []
     for path in paths:

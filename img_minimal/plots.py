@@ -5,8 +5,11 @@ python -m img_minimal.plots outputs/train --only error nearer --tensorboard outp
 """
 
 import argparse
+import io
 import json
 import os
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from textwrap import fill
 from types import ModuleType
@@ -14,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from img_minimal.cli import PICTURES, check, printable, run, warn, writable_file, writable_folder
+from img_minimal.cli import PICTURES, check, printable, run, warn, writable_file
 
 # Okabe and Ito's palette, safe for colour-blind readers.
 BLUE, ORANGE, GREEN, GREY, PINK = COLOURS = "#0072B2", "#E69F00", "#009E73", "#7F7F7F", "#CC79A7"
@@ -51,9 +54,6 @@ def pyplot() -> ModuleType:
     """Import matplotlib without a window, and without formulas: prompts may hold dollars."""
     # A notebook's programs inherit the name of its backend, which this Python may not have.
     os.environ["MPLBACKEND"] = "Agg"
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"text.parse_math": False, "figure.constrained_layout.use": True}
@@ -63,13 +63,11 @@ def pyplot() -> ModuleType:
 def sheet(rows: list[list[Cell]], path: str | Path, title: str = "", caption: str = "") -> None:
     """Save rows of images with a text below each; a cell without an image shows its text alone."""
     plt, columns = pyplot(), max(len(row) for row in rows)
-    texts, heights = [], []
+    heights = []
     for row in rows:
-        words = [_wrap(text, 36) for _, text in row]
-        texts.append(words)
         height = 2.8  # inches, of an image without a caption
-        for (image, _), text in zip(row, words):
-            lines = 0.16 * (text.count("\n") + 1)
+        for image, text in row:
+            lines = 0.16 * (_wrap(text, 36).count("\n") + 1)
             if image is None:
                 height = max(height, lines + 0.3)
             elif text:
@@ -85,8 +83,9 @@ def sheet(rows: list[list[Cell]], path: str | Path, title: str = "", caption: st
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    for row, words, line in zip(rows, texts, axes):
-        for (image, _), text, axis in zip(row, words, line):
+    for row, line in zip(rows, axes):
+        for (image, text), axis in zip(row, line):
+            text = _wrap(text, 36)
             if image is None:
                 axis.text(0, 0.5, text, fontsize=9, va="center", transform=axis.transAxes)
                 continue
@@ -98,10 +97,11 @@ def sheet(rows: list[list[Cell]], path: str | Path, title: str = "", caption: st
 
 
 def _save(figure: Any, path: str | Path, dpi: int) -> None:
-    from img_minimal.files import replacing  # imports torch, which --help does without
+    from img_minimal.files import write_whole  # imports torch, which --help does without
 
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=dpi, format=Path(path).suffix[1:] or "png")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, format=Path(path).suffix[1:] or "png")
+    write_whole(path, buffer.getvalue())
     pyplot().close(figure)
 
 
@@ -134,7 +134,7 @@ def curves(
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
     for (title, names), axis in zip(shown.items(), axes.flat):
-        for k, (label, name) in enumerate((label, name) for label in runs for name in names):
+        for k, (label, name) in enumerate(product(runs, names)):
             words = [name.replace("_", " ")] if len(names) > 1 else []
             words += [label] if label else []
             colour = COLOURS[k % len(COLOURS)]
@@ -148,18 +148,15 @@ def curves(
 
 def _plot_line(axis, rows: list[dict], x: str, name: str, label: str, colour: str) -> None:
     """Plot one number of a run."""
-    points = []
-    for row in rows:
-        if x in row and isinstance(row.get(name), int | float):
-            points.append((row[x], row[name]))
-    few = 2 * len(points) < len(rows) or len(rows) < 50
+    known = [row for row in rows if x in row and isinstance(row.get(name), int | float)]
+    few = 2 * len(known) < len(rows) or len(rows) < 50
     smoothed: list[float] = []
-    for _, value in points:
-        keep = 0.95 if smoothed and not few else 0.0
-        smoothed.append(keep * smoothed[-1] + (1 - keep) * value if keep else value)
+    for row in known:
+        previous = smoothed[-1] if smoothed else row[name]
+        smoothed.append(row[name] if few else 0.95 * previous + 0.05 * row[name])
     marker = "o" if few else None
-    label = label or None
-    axis.plot([k for k, _ in points], smoothed, label=label, color=colour, marker=marker)
+    steps = [row[x] for row in known]
+    axis.plot(steps, smoothed, label=label or None, color=colour, marker=marker)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -169,27 +166,24 @@ def read_rows(path: Path) -> list[dict]:
     """
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            row = dict(json.loads(line))
-        except (ValueError, TypeError, RecursionError):
-            continue
-        for name, value in list(row.items()):
-            if isinstance(value, int | float) and abs(value) > LARGEST_NUMBER:
-                del row[name]
-        if type(row.get("step", row.get("round"))) is int:
-            rows.append(row)
+        with suppress(ValueError, AttributeError, RecursionError):
+            row = json.loads(line)
+            for name, value in list(row.items()):
+                if isinstance(value, int | float) and not abs(value) < LARGEST_NUMBER:
+                    del row[name]
+            if type(row.get("step", row.get("round"))) is int:
+                rows.append(row)
     return rows
 
 
 def read_metrics(folder: str) -> list[dict]:
     """Read a run's log, warning about damaged rows. Raises UserError if there are no rows."""
     path = Path(folder) / "metrics.jsonl"
-    check(path.is_file(), f"{path}: not there; name the folder of a run, as in --output-dir")
-    rows = [row for row in read_rows(path) if "step" in row]
+    rows = read_rows(path)
+    check(rows, f"{path}: not there, or without rows yet; name the folder of a run")
     damaged = len(path.read_text(errors="replace").splitlines()) - len(rows)
     if damaged:
         warn(f"{path}: {damaged} damaged rows are left out")
-    check(rows, f"{path}: holds no rows yet")
     return rows
 
 
@@ -205,7 +199,7 @@ def main() -> int:
     text = "also write the numbers to this folder for TensorBoard"
     parser.add_argument("--tensorboard", metavar="FOLDER", help=text)
     options = parser.parse_args()
-    writable_folder(Path(options.output).parent)
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     writable_file(options.output, "--output", PICTURES)
     runs = {str(Path(folder)): read_metrics(folder) for folder in options.runs}
     numbers: dict[str, None] = {}

@@ -24,26 +24,13 @@ Whether a step that long pays is not up to the loss. `best_length` measures it.
 """
 
 import math
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def check_alike(**tensors: Tensor) -> None:
-    """Raise ValueError unless all are floating-point tensors of one shape (B, ...).
-
-    A batch of 1, or a missing axis, would broadcast, and the answer would look like any other.
-    """
-    name, first = next(iter(tensors.items()))
-    for other, tensor in tensors.items():
-        fits = tensor.shape == first.shape and tensor.ndim > 1 and tensor.numel() > 0
-        if not (fits and tensor.is_floating_point()):
-            raise ValueError(
-                f"{name} is {first.dtype} {tuple(first.shape)} and {other} is {tensor.dtype} "
-                f"{tuple(tensor.shape)}; expected floating-point tensors of one shape (B, N, D)"
-            )
+from img_minimal.aligner import check_shapes
 
 
 def squared_distance(a: Tensor, b: Tensor, norm: str = "mean") -> Tensor:
@@ -53,7 +40,7 @@ def squared_distance(a: Tensor, b: Tensor, norm: str = "mean") -> Tensor:
     saturates: summed over 16 x 2048 elements, any difference is a large one. Raises ValueError for
     another `norm`, or tensors of two shapes.
     """
-    check_alike(a=a, b=b)
+    check_shapes("bnd bnd", a, b)
     if norm not in ("mean", "sum"):
         raise ValueError(f"norm is {norm!r}, expected 'mean' or 'sum'")
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
@@ -83,9 +70,9 @@ def preference_loss(
     argument, so that runs with and without a part compare. Raises ValueError for an unknown `norm`,
     tensors of several shapes, or a `weight` that is no finite number.
     """
-    check_alike(f=f, f_ref=f if f_ref is None else f_ref, c_w=c_w, c_l=c_l)
+    check_shapes("bnd bnd bnd bnd", f, c_w, c_l, f_ref)
     if not (isinstance(weight, Real) and 0 <= weight < math.inf):
-        raise ValueError(f"weight is {weight!r:.60}, expected a finite number of at least 0")
+        raise ValueError(f"weight is {weight}, expected a finite number of at least 0")
     elements = 1 if norm == "mean" else f[0].numel()
     error_w = squared_distance(c_w, f, norm)  # (B,)
     if f_ref is None:
@@ -123,7 +110,7 @@ def best_length(
     a parabola in the length. `reached` replaces f in the second number by what arrived of the step,
     such as the tokens of the image drawn with f: a weak injection takes up a share, and b* grows.
     """
-    check_alike(f=f, c_l=c_l, ideal=ideal, reached=f if reached is None else reached)
+    check_shapes("bnd bnd bnd bnd", f, c_l, ideal, reached)
     step = (f - c_l).flatten(1)
     taken = step if reached is None else (reached - c_l).flatten(1)
     return ((ideal - c_l).flatten(1) * step).sum(1), (taken * step).sum(1)
@@ -137,8 +124,8 @@ class ReferenceRefresh:
 
     def __init__(self, k: int = 10):
         """Raises ValueError if k is no whole number, or less than 1."""
-        if not (isinstance(k, Integral) and k >= 1):
-            raise ValueError(f"k is {k!r:.60}, expected a whole number of at least 1")
+        if k not in range(1, 1_000_000_000):
+            raise ValueError(f"k is {k}, expected a whole number of at least 1")
         self.k, self.streak, self.refreshes = k, 0, 0
 
     def update(self, error: float, reference_error: float) -> bool:
@@ -150,9 +137,9 @@ class ReferenceRefresh:
         return True
 
     def state_dict(self) -> dict[str, int]:
-        """Return the current streak and the refreshes so far."""
-        return {"streak": self.streak, "refreshes": self.refreshes}
+        """Return k, the current streak, and the refreshes so far."""
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restore a `state_dict`."""
-        self.streak, self.refreshes = state["streak"], state["refreshes"]
+        vars(self).update(state)

@@ -15,7 +15,6 @@ import copy
 import json
 import math
 import os
-import pickle
 import shlex
 import signal
 import sys
@@ -31,9 +30,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from img_minimal.cli import UserError, check, remove, remove_partial, warn, writable_folder
+from img_minimal.cli import UserError, check, remove, warn, writable_folder
 from img_minimal.files import replacing, write_whole
-from img_minimal.hub.weights import opening, would_run_code
+from img_minimal.hub.weights import opening
 
 MAY_CHANGE_ON_RESUME = {  # no number depends on these
     *("resume", "overwrite", "output_dir", "cache_dir", "cache_gb", "save_every"),
@@ -58,36 +57,38 @@ class Ranks:
         world = os.environ.get("WORLD_SIZE") or "1"
         rank = "0" if world == "1" else os.environ.get("RANK", "")
         fits = world.isdecimal() and rank.isdecimal() and int(rank) < int(world)
-        advice = "start with torchrun, which sets both, or unset them"
-        check(fits, f"WORLD_SIZE is {world!r} and RANK is {rank!r}; {advice}")
+        check(
+            fits,
+            f"WORLD_SIZE is {world!r} and RANK is {rank!r}; start with torchrun, or unset them",
+        )
         self.world, self.rank = int(world), int(rank)
         self.main = self.rank == 0  # prints, validates, saves and draws
 
     def __enter__(self) -> Self:
-        """Raises UserError if the processes do not meet within a minute."""
-        if self.world > 1:
-            try:
+        """Meet the other ranks. Raises UserError if they are not all there within a minute."""
+        try:
+            if self.world > 1:
                 self._meet()
-            except (ValueError, RuntimeError, OSError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(
-                    f"rank {self.rank} of {self.world} does not meet the others ({reason}); start "
-                    "all with torchrun, or check WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT"
-                ) from None
+        except Exception as error:  # of sockets, names, numbers and time
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"rank {self.rank} of {self.world} does not meet the others ({reason}); start all "
+                "with torchrun, or check WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT"
+            ) from None
         return self
 
     def _meet(self) -> None:
         """Wait for all ranks, each of which must be there once, and join them."""
-        if cuda := torch.cuda.is_available():
+        backend = "gloo"
+        if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", self.rank)))
+            backend = "nccl"
         by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # all will come, if from a slow disk
         patience = timedelta(seconds=600 if by_torchrun else MEETING)
         store, *_ = next(dist.rendezvous("env://", timeout=patience))
-        taken = store.add(f"rank {self.rank}", 1) > 1
-        check(not taken, f"another process has RANK {self.rank}, too")
+        check(store.add(f"rank {self.rank}", 1) == 1, f"another process has RANK {self.rank}, too")
         store.wait([f"rank {k}" for k in range(self.world)], patience)
         store.set_timeout(dist.default_pg_timeout)  # later, ranks may wait long for each other
-        backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -98,7 +99,6 @@ class Ranks:
                 f"error: rank {self.rank}: another process of this run ended, and its own message "
                 "says why; go on with the same command and --resume",
                 file=sys.stderr,
-                flush=True,
             )
             # Not an exception: gloo's threads wait for the lost peer and keep the process alive.
             os._exit(2)
@@ -106,12 +106,11 @@ class Ranks:
 
     def again(self) -> str:
         """Return the command line that resumes this run, quoted for a shell."""
-        start = ["python"]
-        if self.world > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
-            here = os.environ.get("LOCAL_WORLD_SIZE", self.world)
-            start = ["torchrun", f"--nproc_per_node={here}"]
+        start = "python"
+        if here := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
+            start = f"torchrun --nproc_per_node={here}"
         words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
-        return shlex.join([*start, *words, "--resume"])
+        return f"{start} {shlex.join(words)} --resume"
 
     def split(self, number: int, flag: str) -> int:
         """Return this rank's part of a number. Raises UserError if it does not divide."""
@@ -151,11 +150,7 @@ class Ranks:
 
     def parallel(self, module: nn.Module) -> nn.Module:
         """Wrap a module so that `backward` averages gradients over the ranks."""
-        if self.world == 1:
-            return module
-        on_gpu = next(module.parameters()).device.type == "cuda"
-        device_ids = [torch.cuda.current_device()] if on_gpu else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
+        return nn.parallel.DistributedDataParallel(module) if self.world > 1 else module
 
 
 class Run:
@@ -185,21 +180,14 @@ class Run:
         self.metrics = self.path / "metrics.jsonl"
         self.stopped = self.interrupted = False
         self.saved = None
-        self.lock = lock_folder(self.path) if self.ranks.main else None
-        try:
-            if self.lock:
-                made = self.checkpoint.exists() or (self.path / "aligner.safetensors").exists()
-                free = resume or overwrite or not made
-                advice = "go on with --resume, or choose --overwrite or another --output-dir"
-                check(free, f"{path} holds a run; {advice}")
-            if resume:
-                self.saved = load_checkpoint(self.checkpoint)
-                check_same_settings(self.saved["settings"], self.settings)
-        except UserError:
-            # The error's traceback would keep this object alive, and with it the lock.
-            if self.lock:
-                self.lock.close()
-            raise
+        if resume:
+            self.saved = load_checkpoint(self.checkpoint)
+            check_same_settings(self.saved["settings"], self.settings)
+        if self.ranks.main:
+            made = self.checkpoint.exists() or (self.path / "aligner.safetensors").exists()
+            advice = "go on with --resume, or choose --overwrite or another --output-dir"
+            check(resume or overwrite or not made, f"{path} holds a run; {advice}")
+            self.lock = lock_folder(self.path)  # last: an error above would keep it locked
 
     def inside(self, folder: Path) -> "Run":
         """Open a subfolder as a run of its own, under the same lock and settings; resume it."""
@@ -280,11 +268,14 @@ class Run:
             step, logged = self.saved["step"], self.saved["logged"]
             with opening(self.checkpoint, "checkpoint of this run"):
                 for name, part in parts.items():
-                    if name != "data":
-                        load_state(part, self.saved[name], name)
+                    state = self.saved[name]
+                    if name == "data":
+                        if step == last:
+                            continue
+                        state = self._position(part.shared, state)
+                    check_kinds(part.state_dict(), state, name)
+                    part.load_state_dict(state)
                 torch.set_rng_state(self.saved["rng"])
-                if step < last:
-                    self._restore_position(parts["data"], self.saved["data"])
         if not self.ranks.main:
             return step
         if not self.saved:
@@ -300,22 +291,19 @@ class Run:
         write_whole(self.path / "config.json", json.dumps(self.settings, indent=1))
         return step
 
-    def _restore_position(self, batches: Any, positions: list[dict]) -> None:
-        """Resume this rank's position in the data; ranks either share one or each have their own.
+    def _position(self, shared: bool, positions: list[dict]) -> dict:
+        """Return this rank's position in the data; ranks either share one or each have their own.
 
         Raises UserError if the run began with another number of ranks that each read own files.
         """
-        if batches.shared:
-            load_state(batches, positions[0], "data")
-            return
         before, now = len(positions), self.ranks.world
         check(
-            before == now,
+            shared or before == now,
             f"the run began with {before} processes, each with files of its own, and this one has "
             f"{now}: resume with torchrun --nproc_per_node={before}, or keep features with "
             "--cache-dir from the start",
         )
-        load_state(batches, positions[self.ranks.rank], "data")
+        return positions[0 if shared else self.ranks.rank]
 
     def save(self, state: dict) -> None:
         """Write a checkpoint atomically. Raises UserError if it cannot be written."""
@@ -341,10 +329,11 @@ def lock_folder(folder: Path) -> IO:
         import fcntl  # not on Windows
 
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        remove_partial(folder, locked=True)
+        for debris in folder.glob(".*.partial"):  # nobody else writes there
+            remove(debris)
     except BlockingIOError:
         lock.seek(0)
-        holder = lock.read().strip() or "another process"
+        holder = lock.read()
         lock.close()
         raise UserError(
             f"{folder}: {holder} writes there now; stop it, or choose another --output-dir"
@@ -369,15 +358,13 @@ def check_same_settings(before: dict, now: dict) -> None:
         known = before.get(name, value)  # a setting that is new since then had today's default
         if isinstance(value, dict) and isinstance(known, dict):
             check_same_settings(known, value)
-        elif known == value or name in MAY_CHANGE_ON_RESUME:
-            continue
-        elif name in WARN_IF_CHANGED:
-            if known is not None and value is not None:
-                warn(f"the run began with {name} {known}, now {value}: {WARN_IF_CHANGED[name]}")
+        elif name in WARN_IF_CHANGED and known != value:
+            warn(f"the run began with {name} {known}, now {value}: {WARN_IF_CHANGED[name]}")
         else:
-            raise UserError(
+            check(
+                known == value or name in MAY_CHANGE_ON_RESUME,
                 f"cannot resume with {name} {value!r}: the run began with {known!r}; repeat its "
-                "options (config.json in the run folder), or choose another --output-dir"
+                "options (config.json in the run folder), or choose another --output-dir",
             )
 
 
@@ -385,43 +372,19 @@ def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint to the CPU. Raises UserError if it is missing, damaged or holds code."""
     advice = "start without --resume"
     check(path.is_file(), f"{path}: no checkpoint to resume from; {advice}, or check --output-dir")
-    flipped = None
-    saved: object = None
-    try:
+    with opening(path, f"checkpoint; {advice}, or restore a copy"):
         with zipfile.ZipFile(path) as file:
             flipped = file.testzip()  # torch writes checksums and does not verify them
-        if flipped is None:
-            saved = torch.load(path, weights_only=True, map_location="cpu")
-    except (
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-    ) as error:
-        if would_run_code(error):
-            raise UserError(f"{path}: a pickle that could run code, refused; {advice}") from None
-        kind = type(error).__name__
-        reason = f"unreadable checkpoint ({kind}); it is cut short or no checkpoint"
-        raise UserError(f"{path}: {reason}; {advice}") from None
-    check(flipped is None, f"{path}: damaged at {flipped}; {advice}, or restore a copy")
-    whole = isinstance(saved, dict) and isinstance(saved.get("settings"), dict)
-    whole = whole and fits({"step": 0, "logged": 0}, {"step": None, "logged": None} | saved)
-    check(whole, f"{path}: holds no run of this version; {advice}")
+        check(flipped is None, f"{path}: damaged at {flipped}; {advice}, or restore a copy")
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        check_kinds({"settings": {}, "step": 0, "logged": 0}, saved, "a run")
     return saved
 
 
-def load_state(part: Any, saved: object, name: str) -> None:
-    """Restore a part of a run. Raises TypeError if what was saved is built otherwise."""
-    if not fits(part.state_dict(), saved):
-        raise TypeError(f"the state of {name} has other fields than this version's")
-    part.load_state_dict(saved)
-
-
-def fits(expected: object, saved: object) -> bool:
-    """Return True if the values of a saved state are of the kinds expected, as far as known."""
-    if isinstance(expected, dict) and isinstance(saved, dict):
-        return all(fits(expected[key], saved[key]) for key in expected.keys() & saved.keys())
-    return expected is None or type(saved) is type(expected)
+def check_kinds(expected: Any, saved: Any, name: str) -> None:
+    """Raise TypeError or KeyError unless saved values are of the kinds expected, if not None."""
+    if expected is not None and type(saved) is not type(expected):
+        raise TypeError(f"{name} is a {type(saved).__name__}")
+    if isinstance(expected, dict):
+        for key, value in expected.items():
+            check_kinds(value, saved[key], f"{name}.{key}")

@@ -118,7 +118,7 @@ def test_sample_refuses_bad_input(call, tmp_path, arguments, words):
         (["--prompts", 0], "--prompts is 0"),
         (["--prompts", 10**9], "--prompts is 1000000000, expected 5 to 100,000"),
         (["--json", "/proc/x.json"], "/proc/x.json"),
-        (["--json", "/tmp"], "/tmp: is a folder"),
+        (["--json", "/tmp"], "/tmp: cannot be written (a folder"),
         (["--picture", "/tmp/x.doc"], "cannot be drawn as .doc; --picture takes .png"),
         (["--draft-steps", 11], "--draft-steps is 11, above the 10 of --steps"),
         (["--model", "sdxl", "--only-wrong"], "leave out --draft-steps and --only-wrong"),

@@ -195,7 +195,7 @@ for given in sys.argv[1:]:
     wrong = [
         ("mllm", "gpt", "'gpt2' is no MLLM known here"),
         ("mllm", "wide", "trained for an MLLM of width 160, this one has width 96"),
-        ("ip_adapter", "adapter.bin", "lacks"),
+        ("ip_adapter", "adapter.bin", "check which file it is (RuntimeError"),
     ]
     right, cases = locations(Path("org/release")), []
     for name, path, _ in wrong:

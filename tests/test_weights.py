@@ -32,7 +32,7 @@ class Trap:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS"),
         ({"a": Trap()}, "could run code, refused"),
         ([torch.ones(1)], "expected a state dict, found list"),
-        (None, "no such file"),
+        (None, "No such file"),
     ],
 )
 def test_a_file_that_holds_no_weights_is_refused(tmp_path, content, words):

@@ -256,7 +256,8 @@ def make_results() -> Path:
     made = asdict(preset.models) | {"name": preset.name, "pairs": pairs}
     for name, value in made.items():
         made[name] = identity(value)
-    check_provenance(folder / "made_with.json", made, "choose another --output")
+    note = folder / "made_with.json"
+    check_provenance(note, made, "choose another --output", note.exists())
     prediction = folder / "prediction.json"
     if not prediction.exists():
         predict()

@@ -39,19 +39,15 @@ def read_prompts(path: str | Path, count: int | None = None, seed: int = 0) -> l
     the line's number if the file is missing, of no known format, without prompts, or damaged.
     """
     path = Path(path)
-    check(
-        path.suffix.lower() in KINDS, f"{path}: unknown kind of file; expected {', '.join(KINDS)}"
-    )
+    expected = f"expected {', '.join(KINDS)}"
+    check(path.suffix.lower() in KINDS, f"{path}: unknown kind of file; {expected}")
     prompts = []
     for where, row in _rows(path):
-        texts = {}
-        for key, value in (row if isinstance(row, dict) else {"prompt": row}).items():
-            if isinstance(value, str):
-                texts[str(key).strip().lower()] = value.strip()
+        cells = row if isinstance(row, dict) else {"prompt": row}
+        texts = {key.strip().lower(): v.strip() for key, v in cells.items() if isinstance(v, str)}
         text = printable(texts.get("prompt", ""))
-        expected = "expected a text, or an object whose `prompt` is one"
-        check(text, f"{path}, {where}: no prompt; {expected}")
-        check("\0" not in text, f"{path}, {where}: holds a NUL; save the file as UTF-8 text")
+        check(text, f"{where}: no prompt, a text or an object whose `prompt` is one")
+        check("\0" not in text, f"{where}: holds a NUL; save the file as UTF-8 text")
         category = texts.get("category", texts.get("tag", ""))
         prompts.append(FilePrompt(len(prompts), text, category))
     check(prompts, f"{path}: holds no prompt")
@@ -65,33 +61,32 @@ def _rows(path: Path) -> Iterator[tuple[str, object]]:
     """Yield where each row stands and what it holds, blank lines left out."""
     kind, text = path.suffix.lower(), _read(path)
     if kind == ".json":
-        rows = _parse(text, path, 1, "if every line is JSON of its own, name it .jsonl")
+        rows = _parse(text, path, "if every line is JSON of its own, name it .jsonl")
         expected = f"expected a list of prompts, found {type(rows).__name__}"
-        check(isinstance(rows, list), f"{path}, line 1: {expected}")
+        check(isinstance(rows, list), f"{path}: {expected}")
         for number, row in enumerate(rows, 1):
-            yield f"item {number}", row
+            yield f"{path}, item {number}", row
         return
     columns = None
     # Only line ends of the three systems end a line, not every Unicode separator.
     for number, line in enumerate(text.split("\n"), 1):
-        where = f"line {number}"
+        where = f"{path}, line {number}"
         if not line.strip():
             continue
         if kind == ".txt":
             yield where, line
         elif kind == ".jsonl":
-            yield where, _parse(line, path, number, "correct or remove the line")
+            yield where, _parse(line, where, "correct or remove the line")
         # Without quoting: PartiPrompts has quotation marks inside its prompts.
         elif columns is None:
             columns = line.split("\t")
             named = [column.strip().lower() for column in columns].count("prompt")
-            expected = "expected the columns' names, separated by tabs"
-            found = f"{named or 'no'} column{'s' * (named > 1)} `Prompt`"
-            check(named == 1, f"{path}, {where}: {found}; {expected}")
+            found = f"{named} columns `Prompt`, expected one among names separated by tabs"
+            check(named == 1, f"{where}: {found}")
         else:
             cells = line.split("\t")
             found = f"{len(cells)} columns, the first line names {len(columns)}"
-            check(len(cells) <= len(columns), f"{path}, {where}: {found}")
+            check(len(cells) <= len(columns), f"{where}: {found}")
             yield where, dict(zip(columns, cells))
 
 
@@ -108,11 +103,9 @@ def _read(path: Path) -> str:
         raise UserError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
 
 
-def _parse(text: str, path: Path, line: int, advice: str) -> object:
-    """Parse the JSON that begins in this line of a file."""
+def _parse(text: str, where: object, advice: str) -> object:
+    """Parse JSON. Raises UserError that begins with `where` and ends in `advice`."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, deep brackets
-        line += getattr(error, "lineno", 1) - 1
-        reason = getattr(error, "msg", type(error).__name__)
-        raise UserError(f"{path}, line {line}: not JSON ({reason}); {advice}") from None
+        raise UserError(f"{where}: not JSON ({error}); {advice}") from None

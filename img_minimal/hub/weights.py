@@ -1,11 +1,11 @@
 """Read and write weight files (safetensors, torch), and say in one line what is wrong with one."""
 
-import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +16,7 @@ from img_minimal.cli import UserError, check
 from img_minimal.files import replacing
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+WEIGHT_FILE = "weight file; if it is cut short or a Git LFS pointer, download it again"
 NOTES = "_metadata"  # torch's own attribute for what a state dict carries beside its tensors
 
 
@@ -27,28 +28,8 @@ def read_weights(path: str | Path, holds: str | None = None) -> dict:
     if `holds` names a key, the innermost dict with that key is. Raises UserError.
     """
     path = Path(path)
-    message = "no such file; expected .safetensors or torch weights, check the path"
-    check(path.is_file(), f"{path}: {message}")
-    try:
+    with opening(path, WEIGHT_FILE):
         state = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
-    # A damaged pickle can fail in any of these ways, depending on where it was cut.
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        OSError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        ValueError,
-    ) as error:
-        advice = "it is cut short, a Git LFS pointer or no weight file: download it again"
-        reason = (
-            f"unreadable as {path.suffix or 'torch'} weights ({type(error).__name__}); {advice}"
-        )
-        if would_run_code(error):
-            advice = "refused; save its state dict alone"
-            reason = f"a pickle that holds more than weights and could run code, {advice}"
-        raise UserError(f"{path}: {reason}") from error
     found = f"expected a state dict, found {type(state).__name__}"
     check(isinstance(state, dict) and state, f"{path}: {found}; pass weights only")
     state = _drop_prefix(state)
@@ -58,11 +39,6 @@ def read_weights(path: str | Path, holds: str | None = None) -> dict:
 def _load_torch(path: Path) -> object:
     # Memory-mapped like safetensors, which old torch files do not allow.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-
-
-def would_run_code(error: Exception) -> bool:
-    """Return True if torch refused a pickle because it holds more than data."""
-    return any(word in str(error) for word in ("GLOBAL", "allowlisted", "Trying to call reduce"))
 
 
 def _drop_prefix(state: dict) -> dict:
@@ -90,11 +66,10 @@ def read_metadata(path: str | Path, state: dict | None = None) -> dict[str, str]
 
     A torch file may nest dicts, each with notes of its own: `state` is the one that was found.
     """
-    if Path(path).suffix != ".safetensors":
-        notes = getattr(state or _load_torch(Path(path)), NOTES, {})
-        return notes.get(NOTES, {}) if isinstance(notes, dict) else {}
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+    if Path(path).suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    return getattr(state or _load_torch(Path(path)), NOTES, {}).get(NOTES, {})
 
 
 def write_weights(
@@ -138,24 +113,15 @@ def opening(location: str | Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # libraries raise nearly anything, from KeyError to SafetensorError
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if isinstance(error, UnpicklingError):  # which advises to load it all the same
+            reason = "damaged, or a pickle that could run code, refused"
         raise UserError(f"{location}: cannot be opened as a {what} ({reason})") from error
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Make `state` the parameters of a module (possibly on the meta device), in the state's dtypes.
 
-    Raises UserError, naming `source`, at the first missing, unknown or misshapen key.
+    Raises UserError, naming `source` and the missing, unknown or misshapen keys.
     """
-    expected, kind = module.state_dict(), type(module).__name__
-    for key in sorted(expected.keys() | state.keys()):
-        problem = "lacks" if key in expected else "has an unknown key"
-        message = f"{problem} {key!r}, so it is not a {kind}; check which file it is"
-        check(key in state and key in expected, f"{source}: {message}")
-        value, right = state[key], expected[key]
-        plain = isinstance(value, Tensor) and value.is_floating_point()
-        message = "holds no plain floating-point weights; save the state dict anew"
-        check(plain and value.layout == torch.strided, f"{source}: {key!r} {message}")
-        shapes = f"has shape {tuple(value.shape)}, expected {tuple(right.shape)}"
-        same = value.shape == right.shape
-        check(same, f"{source}: {key!r} {shapes}; it belongs to another model")
-    module.load_state_dict(dict(state), assign=True)  # without a file's notes
+    with opening(source, f"{type(module).__name__}; check which file it is"):
+        module.load_state_dict(dict(state), assign=True)  # without a file's notes

@@ -23,12 +23,13 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tqdm import tqdm
 
-from img_minimal.cli import UserError, check
+from img_minimal.cli import UserError, causes, check, flag_name
 from img_minimal.devices import Precision, Turns, best_device
 from img_minimal.files import read_json
+from img_minimal.hub.weights import WEIGHT_FILE, opening
 from img_minimal.presets import Preset
 
 SINGLE_FILES = ("ip_adapter", "resampler", "aligner")  # the other locations are folders
@@ -48,25 +49,22 @@ def fetch(preset: Preset, *names: str, inspect: Callable[[Preset], object] = id)
     Turns(best_device(), preset.models.offload)  # refuses, before a download, what cannot be
     half = Precision.named(preset.models.dtype, best_device()).weights != torch.float32
     fields = vars(preset.models) | vars(preset.sampling)
-    found = {name: fields[name] for name in names if fields[name]}
-    for name, location in found.items():
-        split_hub_id(location, flag_of(name))  # finds a mistyped path before any download
-    folders = {name: place for name, place in found.items() if name not in SINGLE_FILES}
-    for name, location in found.items():
-        if name in folders:
-            found[name] = str(fetch_folder(location, flag_of(name), half, weights=False))
+    names = [name for name in names if fields[name]]
+    for name in names:
+        split_hub_id(fields[name], flag_name(name))  # finds a mistyped path before any download
+    found = {}
+    for name in names:
+        location, flag = fields[name], flag_name(name)
+        if name in SINGLE_FILES:
+            found[name] = str(fetch_file(location, flag))
         else:
-            found[name] = str(fetch_file(location, flag_of(name)))
+            found[name] = str(fetch_folder(location, flag, half, weights=False))
     inspect(preset.changed(**found))
-    for name, location in folders.items():
-        without = ("unet",) if name == "base" and preset.models.unet else ()
-        found[name] = str(fetch_folder(location, flag_of(name), half, without))
+    for name in names:
+        if name not in SINGLE_FILES:
+            without = ("unet",) if name == "base" and preset.models.unet else ()
+            found[name] = str(fetch_folder(fields[name], flag_name(name), half, without))
     return preset.changed(**found)
-
-
-def flag_of(name: str) -> str:
-    """Return the command-line flag of a preset field."""
-    return "--" + name.replace("_", "-")
 
 
 def fetch_file(location: str, flag: str) -> Path:
@@ -188,7 +186,9 @@ def _download(location: str, repo: str, patterns: list[str], flag: str) -> Path:
         # Unlike hf_hub_download it falls back on its cache at once when there is no network.
         return Path(snapshot_download(repo, allow_patterns=patterns, tqdm_class=_Bar))
     except Exception as error:  # HTTP errors of several libraries, and the disk's
-        status = _status(error)
+        status = None
+        for cause in causes(error):
+            status = status or getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(error, GatedRepoError) or status == 403:
             terms = f"accept the terms on https://huggingface.co/{repo}"
             reason = f"access is restricted; {terms} and log in with `hf auth login`"
@@ -208,16 +208,6 @@ def _download(location: str, repo: str, patterns: list[str], flag: str) -> Path:
         raise UserError(f"{location}: {reason}, {instead}") from None
 
 
-def _status(error: BaseException | None) -> int | None:
-    """Return the HTTP status at the root of an error, None if no server answered."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if response is not None:
-            return response.status_code
-        error = error.__cause__ or error.__context__
-    return None
-
-
 def _check_folder(
     path: Path, location: str, flag: str, half: bool, without: tuple[str, ...]
 ) -> None:
@@ -233,8 +223,7 @@ def _check_folder(
         problem = f"is a LoRA adapter and no whole model; merge it into its base model {advice}"
     elif "config.json" not in names and "model_index.json" not in names:
         inner = ", ".join(sorted(file.parent.name for file in path.glob("*/config.json")))
-        hint = f"perhaps one of its subfolders is meant: {inner}" if inner else f"check {flag}"
-        problem = f"holds no config.json, so no model; {hint}"
+        problem = f"holds no config.json, so no model; check {flag} (subfolders: {inner or 'none'})"
     elif not any(name.endswith((".safetensors", ".bin")) for name in names):
         problem = f"holds settings but no weights; download it again, or check {flag}"
     shards = Counter(re.sub(r"-\d+-of-", "-*-of-", name) for name in weights)
@@ -248,13 +237,8 @@ def _check_folder(
             check_depth(path / name)
     for name in weights:
         if name.endswith(".safetensors"):
-            try:
-                with safe_open(path / name, framework="pt"):
-                    pass
-            except (SafetensorError, OSError) as error:
-                kind = type(error).__name__
-                problem = f"unreadable ({kind}); it is cut short or a Git LFS pointer"
-                raise UserError(f"{path / name}: {problem}: download it again") from None
+            with opening(path / name, WEIGHT_FILE), safe_open(path / name, framework="pt"):
+                pass
 
 
 def check_depth(path: Path) -> None:
