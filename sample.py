@@ -166,7 +166,7 @@ def save(
         names[0] = "draft"
     if config.image:
         names[0] = "given"
-    rows, results = [], []
+    rows, results, report = [], [], []
     for i, (caption, seed) in enumerate(zip(captions, seeds)):
         words, entries, row = [f'"{caption}", seed {seed}'], [], []
         stem = f"prompt{i // config.num_images}-" if len(captions) > config.num_images else ""
@@ -184,19 +184,21 @@ def save(
             text = settings | {"prompt": caption, "seed": seed, "stage": stage}
             write_whole(folder / file, png(image, text))
             entry = {"file": file, "stage": stage}
-            if k and image is stages[0][i]:
+            if k and any(image is first for first in stages[0]):
                 entry["kept first"] = True
                 stage += ", first image kept"
             entries.append(entry | notes)
             lines = [f"{who}: {what}" for who, what in notes.items()]
-            print(f"seed {seed}, {stage}: " + "; ".join(lines))
+            report.append(f"seed {seed}, {stage}: " + "; ".join(lines))
             words += [f"{stage}:", *lines]
         rows.append([*row, (None, "\n".join(words))])
         results.append({"prompt": caption, "seed": seed, "images": entries})
-    report = json.dumps({"settings": settings, "results": results}, indent=1)
-    write_whole(folder / "results.json", report)
+    file = json.dumps({"settings": settings, "results": results}, indent=1)
+    write_whole(folder / "results.json", file)
     title = f"{config.model}, seeds {min(seeds)} to {max(seeds)}"
     sheet(rows, folder / "side-by-side.png", title)
+    # Last, for whoever reads may have gone.
+    print("\n".join(report))
 
 
 def parse_sweep(words: str, sampling: Sampling) -> tuple[str, list]:

@@ -124,7 +124,7 @@ class ReferenceRefresh:
 
     def __init__(self, k: int = 10):
         """Raises ValueError if k is no whole number, or less than 1."""
-        if k not in range(1, 1_000_000_000):
+        if not isinstance(k, int) or k < 1:
             raise ValueError(f"k is {k}, expected a whole number of at least 1")
         self.k, self.streak, self.refreshes = k, 0, 0
 

@@ -84,6 +84,15 @@ def test_the_first_image_is_kept_where_the_mllm_prefers_it(call, tmp_path, monke
     assert first == last
 
 
+def test_one_look_at_one_draft_is_saved_once_with_all_images_of_the_prompt(call, tmp_path):
+    words = ("--one-look", "--draft-steps", 2, "--num-images", 3, "--steps", 3)
+    done = call("sample.py", *words, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    stages = [[image["stage"] for image in result["images"]] for result in results]
+    assert stages == [["draft", "round 1"], ["round 1"], ["round 1"]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -37,7 +37,7 @@ def test_a_unet_that_takes_guidance_as_an_embedding_sees_no_doubled_batch(releas
     [
         ({"in_channels": 9}, "takes 9 channels"),
         ({"out_channels": 8}, "gives 8"),
-        ({"in_channels": 16, "out_channels": 16}, "for another VAE"),
+        ({"in_channels": 16, "out_channels": 16}, "or another VAE"),
         ({"projection_class_embeddings_input_dim": 64}, "the refiner's or of another model"),
     ],
 )

@@ -166,7 +166,7 @@ def test_results_are_written_before_anything_is_printed(tmp_path, monkeypatch):
     config, sampling = sample.Config(num_images=1), find_preset("tiny-sdxl").sampling
     stages = [[Image.new("RGB", (64, 64))], [Image.new("RGB", (64, 64), "red")]]
     with pytest.raises(KeyboardInterrupt):
-        sample.save(config, sampling, tmp_path, ["a red circle"], [0], stages, [[""]] * 2, [True])
+        sample.save(config, sampling, tmp_path, ["a red circle"], [0], stages, [[""]] * 2)
     assert json.loads((tmp_path / "results.json").read_text())["results"]
     assert (tmp_path / "side-by-side.png").exists()
 

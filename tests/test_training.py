@@ -76,7 +76,7 @@ def test_training_lowers_the_error_which_is_logged_as_a_mean_over_elements(tmp_p
         (["--stage", "mllm", "--dtype", "fp16"], "choose bf16"),
         (["--pairs", "no.parquet"], "no.parquet: no such file or folder"),
         (["--mllm", "/no/such/mllm"], "/no/such/mllm"),
-        (["--output-dir", "/proc/no"], "choose another folder"),
+        (["--output-dir", "/proc/no"], "choose another place"),
         (["--resume"], "no checkpoint to resume from"),
     ],
 )
