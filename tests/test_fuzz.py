@@ -181,7 +181,7 @@ def note(folder: Path, name: str) -> Reader:
     (folder / name).write_text(content[name])
     readers = {
         "cache": lambda: FeatureCache(folder, {"seed": "0"}, 1e9).complete,
-        "settings": lambda: check_provenance(folder / name, settings, "advice"),
+        "settings": lambda: check_provenance(folder / name, settings, "advice", True),
         "questions": lambda: find_questions(str(folder / name)),
         "prompts": lambda: read_prompts(folder / name),
     }
