@@ -61,6 +61,21 @@ CHAT = (
 GEMMA_CHAT = "{{ bos_token }}" + (CHAT % "<boi>").replace("part.text", "part.text | trim")
 QWEN_CHAT = CHAT % "<|vision_start|><|image_pad|><|vision_end|>"
 
+
+def idefics(name: str) -> tuple:
+    """Return a kind whose large images are split into tiles."""
+    return (
+        {"text_config": LLAMA, "vision_config": VISION, "image_token_id": IDS["<image>"]},
+        {
+            "image_processor_type": f"{name}ImageProcessor",
+            "size": {"longest_edge": 56},
+            "max_image_size": {"longest_edge": 28},
+        },
+        {"processor_class": f"{name}Processor", "image_seq_len": 1},
+        CHAT % "<image>",
+    )
+
+
 # Kind: config.json, settings of images, settings of the processor, chat template.
 KINDS = {
     "qwen2_vl": (
@@ -141,26 +156,8 @@ KINDS = {
         {"processor_class": "InternVLProcessor", "image_seq_length": 1},
         CHAT % "<IMG_CONTEXT>\n",
     ),
-    "idefics3": (
-        {"text_config": LLAMA, "vision_config": VISION, "image_token_id": IDS["<image>"]},
-        {
-            "image_processor_type": "Idefics3ImageProcessor",
-            "size": {"longest_edge": 56},
-            "max_image_size": {"longest_edge": 28},
-        },
-        {"processor_class": "Idefics3Processor", "image_seq_len": 1},
-        CHAT % "<image>",
-    ),
-    "smolvlm": (
-        {"text_config": LLAMA, "vision_config": VISION, "image_token_id": IDS["<image>"]},
-        {
-            "image_processor_type": "SmolVLMImageProcessor",
-            "size": {"longest_edge": 56},
-            "max_image_size": {"longest_edge": 28},
-        },
-        {"processor_class": "SmolVLMProcessor", "image_seq_len": 1},
-        CHAT % "<image>",
-    ),
+    "idefics3": idefics("Idefics3"),
+    "smolvlm": idefics("SmolVLM"),
     "gemma3": (
         {
             "text_config": TEXT | {"sliding_window": 16, "query_pre_attn_scalar": 16},
