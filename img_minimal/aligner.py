@@ -15,6 +15,7 @@ to a long context and to themselves. Parameter names are those of the public IP-
     layers.{i}.1.{0, 1, 3}                              feed_forward
 """
 
+from numbers import Integral
 from pathlib import Path
 from typing import Self
 
@@ -149,8 +150,7 @@ class ImplicitAligner(nn.Module):
         or without a pass.
         """
         check_shapes("blh bnd bl", guidance, tokens, mask)
-        if passes not in range(1, 1_000_000):
-            raise ValueError(f"passes is {passes}, expected a whole number of at least 1")
+        check_count("passes", passes, 1_000_000)
         self.check_widths(guidance.shape[-1], tokens.shape[-1])
         dtype = self.proj_in.weight.dtype
         context, tokens = self.proj_in(guidance.to(dtype)), tokens.to(dtype)
@@ -267,3 +267,10 @@ def check_shapes(layout: str, *tensors: Tensor | None) -> None:
         raise ValueError(
             f"{' and '.join(shapes)} do not fit; expected floating-point {layout}, masks torch.bool"
         )
+
+
+def check_count(name: str, value: int, limit: int) -> None:
+    """Raise ValueError unless a value is a whole number from 1 on, and below `limit`."""
+    # `in range(...)` would try every number of the range on a fraction.
+    if not isinstance(value, Integral) or not 1 <= value < limit:
+        raise ValueError(f"{name} is {value}, expected a whole number of at least 1")

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from img_minimal.aligner import check_shapes
+from img_minimal.aligner import check_count, check_shapes
 
 
 def squared_distance(a: Tensor, b: Tensor, norm: str = "mean") -> Tensor:
@@ -124,8 +124,7 @@ class ReferenceRefresh:
 
     def __init__(self, k: int = 10):
         """Raises ValueError if k is no whole number, or less than 1."""
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"k is {k}, expected a whole number of at least 1")
+        check_count("k", k, 1_000_000_000)
         self.k, self.streak, self.refreshes = k, 0, 0
 
     def update(self, error: float, reference_error: float) -> bool:
