@@ -202,7 +202,7 @@ def test_lora_trains_adapters_only_and_merges_into_an_ordinary_model(
     assert not any("lora_" in name for name in saved)
     for name, value in detector.model.state_dict().items():
         assert torch.equal(value, saved[name]), name
-    assert (states().float() - adapted).abs().max() < 0.1 * adapted.abs().max()  # in bf16
+    assert (states() - adapted).norm() < 0.1 * adapted.norm()  # as rounding to bf16 moves .03
 
 
 def test_the_command_prints_plan_and_accuracy_and_saves_a_folder_that_opens(source, tmp_path, call):
