@@ -10,7 +10,7 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import Field, field, fields
 from functools import partial
 from io import TextIOWrapper
@@ -208,6 +208,23 @@ def quiet_libraries() -> None:
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
+
+
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Hide transformers' and diffusers' loading bars within this context, for a bar of our own."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    libraries = diffusers.utils.logging, transformers.utils.logging
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def is_main() -> bool:

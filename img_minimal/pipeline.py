@@ -1,8 +1,10 @@
 """IMG from end to end (Fig. 2): draw, look, align, draw again with the same seed.
 
-    prompt --backbone--> image --MLLM--> h  \\
-                           |                 aligner --> tokens --backbone, same seed--> image
-                           +--image prompt--> c_l /
+    prompt --backbone--> image --MLLM--> h --------+
+                           |                       +--aligner--> tokens --backbone--> image
+                           +--image prompt--> c_l--+                      same seed
+
+h are the MLLM's guidance features, c_l the tokens of the first image.
 """
 
 from collections.abc import Iterator, Sequence

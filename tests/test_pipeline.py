@@ -6,8 +6,10 @@ import re
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from refusals import refused
+from transformers.utils import logging as transformers_logging
 
 from img_minimal.files import to_pil
 from img_minimal.hub.parts import open_guide
@@ -67,14 +69,20 @@ def test_the_scale_of_the_image_tokens_falls_linearly_over_the_calls_of_each_bat
     assert scales == pytest.approx(expected * 2)
 
 
-def test_img_opens_in_its_three_ways_and_gives_the_same_images_every_time(twin):
+def test_img_opens_in_its_three_ways_and_gives_the_same_images_every_time(twin, capsys):
     def drawn(img: IMG) -> list[Image.Image]:
         out = img(PROMPTS[:2], seed=1, num_inference_steps=4)
         return [image.tobytes() for image in out.initial + out.images]
 
     expected = drawn(twin)
     assert drawn(IMG(twin.backbone, twin.guide, twin.aligner)) == expected
-    assert drawn(load_img(PRESET)) == expected
+    for library in (transformers_logging, diffusers_logging):
+        library.enable_progress_bar()
+    loaded = load_img(PRESET)
+    assert "Loading" not in capsys.readouterr().err, "35 lines of other libraries' bars"
+    assert transformers_logging.is_progress_bar_enabled()
+    assert diffusers_logging.is_progress_bar_enabled()
+    assert drawn(loaded) == expected
     pipe = StableDiffusionXLPipeline.from_pretrained(PRESET.models.base, add_watermarker=False)
     around = IMG(pipe, PRESET.models.mllm, PRESET.sampling.aligner, preset="tiny-sdxl")
     assert drawn(around) == expected

@@ -4,15 +4,18 @@ import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from img_minimal.evaluate.arms import TITLES
 
 ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "tutorials"
 README = (ROOT / "README.md").read_text()
-PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "tutorials").glob("*.md"))}
+PAGES = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.md"))}
 ALL = "\n".join([README, *PAGES.values()])
 COMMAND = re.compile(r"(-m img_minimal[\w.]*|(?:tutorials/)?\w+\.py)\b(.*)", re.S)
 
@@ -33,6 +36,60 @@ def find_commands() -> dict[str, set[str]]:
 
 
 COMMANDS = find_commands()
+# A lesson of two cells of code.
+LESSON = '''\
+# %% [markdown]
+"""# Is it shown?
+
+    code
+"""
+
+# %%
+print("first")
+
+# %% [markdown]
+# ## 1. Title
+#
+# See [08](08_ablations.py).
+
+# %%
+def save(name):
+    print(f"12.3 s: load 100%\\nsaved to {name}\\n\\nIt is.")
+
+save("x.png")
+'''
+PAGE = """\
+# Is it shown?
+
+    code
+
+```python
+print("first")
+```
+
+```text
+first
+```
+
+## 1. Title
+
+See [08](08_ablations.md).
+
+```python
+def save(name):
+    print(f"12.3 s: load 100%\\nsaved to {name}\\n\\nIt is.")
+
+save("x.png")
+```
+
+```text
+It is.
+```
+
+![The picture of 07_lesson.py](pictures/07.png)
+
+From [07_lesson.py](07_lesson.py), by `python tutorials/pages.py`.
+"""
 
 
 def section(title: str) -> str:
@@ -53,10 +110,47 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+@pytest.fixture
+def pages(monkeypatch) -> ModuleType:
+    """The script that writes the lessons' pages."""
+    monkeypatch.syspath_prepend(ROOT / "tutorials")
+    return import_module("pages")
+
+
+def test_a_lessons_page_shows_what_its_cells_print_but_no_times(pages, monkeypatch, tmp_path):
+    for name in ("ROOT", "FOLDER"):
+        monkeypatch.setattr(pages, name, tmp_path)
+    for folder in ("pictures", "outputs/tutorials"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "outputs/tutorials/07_lesson.png").write_bytes(b"picture")
+    script = tmp_path / "07_lesson.py"
+    script.write_text(LESSON)
+    assert pages.lesson_page(script, pages.run(script)) == PAGE
+    assert (tmp_path / "pictures/07.png").read_bytes() == b"picture"
+    assert pages.lesson_page(script, PAGE) == PAGE, "as with --text"
+
+
+def test_pages_are_made_of_the_scripts_and_of_the_methods_files(pages):
+    written = {path.with_suffix(".py"): path.read_text() for path in FOLDER.glob("[0-9]*.md")}
+    for script, page in written.items():
+        number = script.stem[:2]
+        made = pages.lesson_page(script, page) if number != "00" else pages.method_page()
+        assert page == made, "python tutorials/pages.py --text"
+        assert number == "00" or (FOLDER / f"pictures/{number}.png").exists()
+    files = [*FOLDER.glob("*.md"), *FOLDER.glob("pictures/*")]
+    assert sum(path.stat().st_size for path in files) < 6e6
+
+
+def test_the_torch_for_laptops_is_the_one_that_is_required():
+    [named] = re.findall(r"pip install (torch==\S+) --index-url", README)
+    assert named in (ROOT / "requirements.txt").read_text().splitlines()
+
+
 def test_links_lead_somewhere_and_every_page_is_linked():
     assert [name for name in PAGES if f"](tutorials/{name}.md" not in README] == []
-    folders = [(ROOT, README), *((ROOT / "tutorials", page) for page in PAGES.values())]
+    folders = [(ROOT, README), *((FOLDER, page) for page in PAGES.values())]
     for folder, text in folders:
+        text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
         for target, heading in re.findall(r"\]\((?!http)([^)#]*)(#[^)]*)?\)", text):
             assert (folder / target).exists(), target
             page = (folder / target).read_text() if heading and target else text
@@ -67,7 +161,7 @@ def test_links_lead_somewhere_and_every_page_is_linked():
 
 def test_files_that_are_named_exist():
     paths = re.findall(r"`((?:img_minimal|tiny|tutorials|tests)/[\w/.-]*)`", ALL)
-    assert len(paths) > 25
+    assert len(paths) > 15
     for path in paths:
         folder = ROOT / "img_minimal" if path.startswith("tiny/") else ROOT
         assert (folder / path).exists(), path
@@ -100,12 +194,16 @@ def test_every_flag_of_a_command_exists(command):
 
 
 def test_every_tutorial_is_listed_with_the_question_it_opens_with():
-    listed = dict(re.findall(r"\| `(tutorials/\d\d_\w+\.py)` \| ([^|]+) \|", README))
-    scripts = sorted((ROOT / "tutorials").glob("[0-9]*.py"))
-    assert len(listed) == len(scripts)
-    for path in scripts:
-        question = path.read_text().split('"""')[1].split("\n\n")[0]
-        assert listed[f"tutorials/{path.name}"] == " ".join(question.split())
+    listed = {}
+    for link, question in re.findall(
+        r"\[\d\d\]\((tutorials/\d\d_\w+\.\w+)\) \| ([^|]+) \|", README
+    ):
+        listed[ROOT / link] = question
+    for script in FOLDER.glob("[0-9]*.py"):
+        page = script.with_suffix(".md")
+        question = script.read_text().split('"""')[1].split("\n\n")[0].removeprefix("# ")
+        assert listed.pop(page if page.exists() else script) == " ".join(question.split())
+    assert not listed
 
 
 def interval(numbers: dict, sign: str = "") -> str:

@@ -14,7 +14,7 @@ from img_minimal.backbone import (
     open_backbone,
     pipeline_kind,
 )
-from img_minimal.cli import check, warn
+from img_minimal.cli import check, warn, without_loading_bars
 from img_minimal.devices import TRAINING, Precision, Turns, best_device, known_device
 from img_minimal.files import model_name
 from img_minimal.hub.mllms import mllm_config
@@ -82,7 +82,8 @@ def open_parts(
 
     preset = fetch(preset, *names, inspect=check_files)
     device = None if mllm_device is None else known_device(str(mllm_device))
-    with tqdm(total=4, desc="loading models", leave=False, delay=2) as bar:
+    bar = tqdm(total=4, desc="loading models", leave=False, delay=2)
+    with without_loading_bars(), bar:
         if not isinstance(pipe, Backbone):
             pipe = open_backbone(preset, pipe, bar.update)
         home = pipe.turns.home
