@@ -218,14 +218,15 @@ TINY_SDXL = Preset(
     ),
     data=Data(
         **twin(pairs="pairs.parquet", triplets="triplets.parquet"),
+        max_pairs=8192,
         identity_share=0.15,
         cache_dir="outputs/features",
     ),
     training=Training(
-        steps=2000,
+        steps=1000,
         batch_size=64,
         optimizer="muon",
-        lr=2e-3,
+        lr=5e-3,
         constant_share=0.4,
         weight_decay=1e-4,
         chunk=8192,

@@ -167,7 +167,7 @@ def train_aligners(name: str, workdir: Path, target: Path, *options: object) -> 
     for guidance in ("mllm", "stock", "text"):
         file = name if guidance == "mllm" else f"{name}-{guidance}"
         cache = "--cache-dir", workdir / "features"
-        common = "--guidance", guidance, "--eval-prompts", 0
+        common = "--guidance", guidance, "--eval-prompts", 0, "--lr", 2e-3
         run_train(workdir / file, *common, *cache, "--save-every", 500, *options)
         aligner = ImplicitAligner.from_file(workdir / file / "aligner.safetensors")
         aligner.half().save(target / f"{file}.safetensors")
