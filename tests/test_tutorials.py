@@ -20,20 +20,35 @@ ROOT = Path(__file__).parent.parent
 TUTORIALS = sorted(path.stem for path in (ROOT / "tutorials").glob("[0-9]*.py"))
 
 
+def notebook_cells(script: Path) -> list[tuple[str, str]]:
+    """Split a tutorial into the cells of its notebook, as jupytext does: what each is, its text."""
+    before, *cells = re.split(r"^# %%", script.read_text(), flags=re.M)
+    assert not before
+    return [tuple(cell.split("\n", 1)) for cell in cells]
+
+
+def run_notebook(script: str, **_) -> None:
+    """Run the cells of code one after the other: without the script's docstring and file name."""
+    names = {"__name__": "__main__", "__doc__": "IPython has one, too."}
+    for kind, text in notebook_cells(Path(script)):
+        if kind != " [markdown]":
+            exec(text, names)
+
+
 @pytest.fixture
 def tutorial(monkeypatch, capsys):
     """Run a tutorial in this process, as its reader does: returncode, stdout, stderr."""
     monkeypatch.syspath_prepend(str(ROOT / "tutorials"))
     monkeypatch.chdir(ROOT)
 
-    def run(name: str, *flags: object) -> SimpleNamespace:
+    def run(name: str, *flags: object, how=runpy.run_path) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
         # A tutorial replaces these for its own process.
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         monkeypatch.setattr(rounds, "GATE_PROMPTS", rounds.GATE_PROMPTS)
         path = str(ROOT / "tutorials" / f"{name}.py")
         with pytest.raises(SystemExit) as ended:
-            cli.run(lambda: runpy.run_path(path, run_name="__main__") and None)
+            cli.run(lambda: how(path, run_name="__main__") and None)
         printed = capsys.readouterr()
         return SimpleNamespace(returncode=ended.value.code, stdout=printed.out, stderr=printed.err)
 
@@ -41,13 +56,28 @@ def tutorial(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", TUTORIALS)
-def test_a_tutorial_runs_quickly_and_says_that_it_did(tutorial, name, tmp_path):
-    done = tutorial(name, "--quick", "--output", tmp_path)
+def test_a_tutorials_notebook_runs_quickly_and_says_that_it_did(tutorial, name, tmp_path):
+    done = tutorial(name, "--quick", "--output", tmp_path, how=run_notebook)
     assert done.returncode == 0, done.stderr
     assert "quick mode" in done.stdout
     assert re.search(r"^[\d.]+ s: .+ \d+%", done.stdout, re.M), "what its steps have cost"
     with Image.open(tmp_path / f"{name}.png") as picture:
         assert picture.width >= 900
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_a_notebook_has_every_heading_and_all_text_in_its_markdown_cells(name):
+    (first, head), *cells = notebook_cells(ROOT / "tutorials" / f"{name}.py")
+    if cells[0][0] == " Options":
+        pytest.skip("not converted yet")
+    assert first == " [markdown]" and re.fullmatch(r'"""# [^\n]+\?\n\n.+"""\n+', head, re.S)
+    assert "minute" in head, "what a full run costs"
+    assert {kind for kind, _ in cells} == {"", " [markdown]"}, "a notebook drops other words"
+    sections = [text.strip() for kind, text in cells if kind]
+    for k, text in enumerate(sections, 1):
+        assert text.startswith(f"# ## {k}. ")
+        assert all(line.startswith("#") for line in text.splitlines())
+    assert re.search(r"\]\(\w+\.(py|md)", sections[-1]), "where it goes on"
 
 
 def test_a_tutorial_is_a_script_that_runs_from_anywhere(tmp_path):

@@ -1,8 +1,8 @@
 # %% [markdown]
-"""What do the two preference terms do to a plain regression, and when does that pay?
+"""# What do the two preference terms do to a plain regression, and when does that pay?
 
-The objective of img_minimal/preference.py, first on one sample of two elements, so that f(c) is a
-point in the plane and the gradient an arrow; then on the twin; then on toy worlds.
+The aligner's answer f is trained on pairs of images of one prompt, in image tokens: from those of
+the loser, c_l, to those of the winner, c_w. f_ref is the answer of an earlier copy of the aligner.
 
     L_base = ||c_w - f||^2                                                                  Eq. 4
     D(a)   = ||a - f||^2 - ||a - f_ref||^2
@@ -10,65 +10,27 @@ point in the plane and the gradient an arrow; then on the twin; then on toy worl
                    DPO                  SPIN
     L      = L_base + lambda * log(1 + exp(-x))
 
-**Two pushes.** DPO's is away from the loser c_l: "be nearer to the winner than to the loser".
-SPIN's is away from f_ref, the aligner's own earlier answer: "be better than you were". L_base alone
-is a funnel into the winner c_w (upper row). The terms add a *uniform* wind, because f squared
-cancels in x (2 - 1 - 1 = 0):
+**Why two terms.** DPO compares with the *data*: be nearer to the winner than to the loser, and more
+so than f_ref. Once that is so by far, its loss is spent. SPIN (self-play) compares with the
+aligner *itself*: be nearer to the winner than your own earlier answer. Its opponent grows: when f
+has been nearer to c_w than f_ref for k = 10 iterations in a row, f is copied into f_ref (Eqs. 18,
+19). An aligner starts as "change nothing", so f_ref = c_l until the first copy: until then, SPIN's
+pair is DPO's pair.
 
-    -grad_f lambda log(1 + exp(-x)) = lambda sigmoid(-x) 2 (2 c_w - c_l - f_ref)
+Not as in the paper: it trains with lambda 1 and reports that each term adds PickScore. The twins
+train with lambda 0, because of what this lesson measures. The paper does not say whether its
+squared norms are sums or means; here they are sums.
 
-Its strength sigmoid(-x) is 1/2 where f is as good as f_ref (dashed, x = 0) and dies down beyond. A
-refresh, f_ref <- f, puts the dashed line back under f.
-
-**Where f comes to rest.** Let f_ref follow f, so that x = 0 and sigmoid(-x) = 1/2. Then funnel and
-wind balance where
-
-    2 (f - c_w) = lambda (2 c_w - c_l - f)
-    f = c_w + lambda / (2 + lambda) (c_w - c_l)         = (2 c_w - c_l / 2) / 1.5 at lambda 1
-
-DPO alone: f = c_w + lambda / 2 (c_w - c_l). SPIN alone: f = c_w. So the terms make the step
-*longer* than the winner's: 3/2 and, with SPIN, 4/3 of it at lambda 1 (lower left). With the rule of
-Eqs. 18, 19, f_ref stays behind. After real training the twin's steps are 1.33 times (DPO) and 1.16
-times (DPO and SPIN) as long as those of L_base.
-
-**When that pays.** The loss cannot know whether a longer step is a better one. Let c* be the ideal
-tokens. The error of s times the step of L_base's aligner is a parabola in s, with its vertex at
-
-    b* = <c* - c_l, f - c_l> / ||f - c_l||^2
-
-so a step of s times the length is nearer than one of length 1 if b* > (1 + s) / 2: above 1.165 for
-DPO's length, above 1.08 for that of both. b* is known before any preference term is trained. What
-counts is what arrives in the image: with the tokens c' of the image that is drawn again,
-
-    b* as drawn = <c* - c_l, f - c_l> / <c' - c_l, f - c_l>
-
-A regression onto *exact* winners has b* near 1: it goes all the way it can know. On the twin, whose
-injection was tuned, that holds as drawn, too, and a longer step is too long (lower middle).
-If the injection is weak and constant, as in the paper, only a part of the step arrives, and b* is
-far above the borders: then the terms pay by length alone, as a larger scale would.
-
-**Toy worlds** (lower right) try the same number where pairs differ. A sample has mistakes and a
-layout; h sees the mistakes through noise; an image is right if less than half of every mistake is
-left. The terms pay where winners are only better than losers (half-way, or one mistake gone), where
-labels are noisy, and where the injection is weak. They do not pay where winners are exact, nor,
-against a guess of ours, where training was short: a regression that knows little takes short steps
-on purpose, and b* stays 1. A *learned* judge is another matter: a linear scorer fitted to the pairs
-likes the longer step in every world, whatever the oracle says.
-
-The paper's pairs are two images of one prompt, of which people like one better. Such winners are
-better and not exact, and two pictures differ in everything: averaged over pairs, places cancel, and
-what remains is a direction that more of is better. That, a scale of .2 and a learned judge all
-raise b*. The twin has exact winners, a tuned scale and an oracle.
+In full: about a minute on two cores.
 """
 
-# %% Options
-from common import begin, option, save, sheet, step
+# %%
+from common import HERE, begin, check, option, save, sheet, step
 
-options, preset = begin(
-    __doc__,
-    oracle=True,
-    prompts=option(128, "validation prompts that the twin draws", least=5, quick=12),
-)
+help_text = "validation prompts that the twin draws"
+options, preset = begin(__doc__, oracle=True, prompts=option(128, help_text, least=12, quick=12))
+
+import json
 
 import numpy as np
 import torch
@@ -76,40 +38,96 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from img_minimal.evaluate.arms import Arms, print_lengths
+from img_minimal.evaluate.intervals import said
 from img_minimal.pipeline import IMG
 from img_minimal.plots import BLUE, GREEN, GREY, ORANGE, PINK
 from img_minimal.preference import ReferenceRefresh, best_length, preference_loss
 from img_minimal.tiny.grammar import benchmark
 
-grid, toy_steps = (12, 20) if options.quick else (60, 300)
-# One sample (B 1, N 1, D 2). f starts off the line: an aligner serves many samples.
-WINNER = torch.tensor([[[1, 0]]], dtype=torch.float64)
-LOSER = torch.tensor([[[0, 0]]], dtype=torch.float64)
-START = torch.tensor([[[0.25, 0.75]]], dtype=torch.float64)
 OBJECTIVES = {
     "L_base": {"dpo": False, "spin": False},
     "L_base + DPO": {"dpo": True, "spin": False},
     "L_base + DPO + SPIN": {"dpo": True, "spin": True},
 }
-LENGTHS = {"L_base": 1.0, "L_base + DPO + SPIN": 1.16, "L_base + DPO": 1.33}  # after real training
+LOOKS = dict(zip(OBJECTIVES, (GREEN, ORANGE, PINK)))
 
+# %% [markdown]
+# ## 1. Two pushes, and where they come to rest
+#
+# One sample of two elements, so that f is a point in the plane. L_base alone is a funnel into the
+# winner. The terms add a wind, *uniform* over the plane, because f squared cancels in x
+# (2 - 1 - 1 = 0). It has two parts, both of the strength sigmoid(-x):
+#
+#     -grad_f lambda log(1 + exp(-x)) = lambda sigmoid(-x) 2 [ (c_w - c_l) + (c_w - f_ref) ]
+#                                                               DPO           SPIN
+#
+# DPO pushes away from the loser wherever f is. SPIN pushes away from the earlier answer, and ends
+# where that was the winner. Let f_ref follow f at once, so that x = 0 and sigmoid(-x) = 1/2. Then
+# funnel and wind balance where 2 (f - c_w) = lambda (2 c_w - c_l - f):
+#
+#     DPO and SPIN    f = c_w + lambda / (2 + lambda) (c_w - c_l)      4/3 of the step at lambda 1
+#     DPO alone       f = c_w + lambda / 2 (c_w - c_l)                 3/2
+#     SPIN alone      f = c_w                                          1
+#
+# So the terms make the step from c_l *longer* than the winner's; SPIN reins DPO in. Here gradient
+# descent on the library's loss finds the same points.
 
-# %% 1. The gradient over the plane, and where it comes to rest
-def downhill(f: Tensor, **terms: bool) -> Tensor:
-    """Compute -grad L at every f (B, 1, 2), each a sample of its own."""
-    f = f.detach().requires_grad_()
-    points = [point.expand_as(f) for point in (START, WINNER, LOSER)]
-    loss, _ = preference_loss(f, *points, norm="sum", **terms)
-    (gradient,) = torch.autograd.grad(loss * len(f), f)  # the loss averages over samples
-    return -gradient
+# %%
+LOSER, WINNER, START = torch.tensor([[0, 0], [1, 0], [0.25, 0.75]], dtype=torch.float64)
+paths = {}
+for objective, terms in OBJECTIVES.items():
+    path = [START]  # off the line from loser to winner: an aligner serves many samples
+    for _ in range(400):
+        f = path[-1].view(1, 1, 2).requires_grad_()
+        pair = WINNER.view(1, 1, 2), LOSER.view(1, 1, 2)
+        loss, _ = preference_loss(f, f, *pair, norm="sum", **terms)  # f_ref follows f
+        (gradient,) = torch.autograd.grad(loss, f)
+        path.append((f - 0.02 * gradient).detach().view(2))
+    paths[objective] = torch.stack(path).T
+    print(f"{objective}: f comes to rest at {path[-1][0]:.2f} of the way from loser to winner")
 
+# %% [markdown]
+# ## 2. How long the steps are after real training
+#
+# By Eqs. 18 and 19, f_ref stays behind f, so the terms push less than that. The ablations of
+# [08](08_ablations.py) trained three aligners with each objective. Their logs hold the mean
+# ||f - c_l||^2; its root, in units of L_base's, is the length of the step.
 
-LAMBDAS = np.linspace(0, 4, 50)
-DERIVED = {"L_base + DPO": lambda w: 1 + w / 2, "L_base + DPO + SPIN": lambda w: 1 + w / (2 + w)}
-for title, derived in DERIVED.items():
-    print(f"{title}, λ 1: a step of {derived(1):.2f} lengths, {LENGTHS[title]} after training")
+# %%
+RUNS = dict(zip(OBJECTIVES, ("0.0-base", "1.0-dpo", "1.0-dpospin")))
+results = json.loads((HERE / "08_ablations.json").read_text())
+squares, shares = {}, {}
+for objective, run in RUNS.items():
+    seeds = [f"mllm-{run}-10-passes1-seed{seed}" for seed in range(3)]
+    squares[objective] = np.mean([results["training"][seed]["correction"] for seed in seeds])
+    marks = "".join(results["right"][seed]["falling scale"] for seed in seeds)
+    shares[objective] = marks.count("1") / len(marks)
+lengths, gains = {}, {}
+for name in OBJECTIVES:
+    lengths[name] = (squares[name] / squares["L_base"]) ** 0.5
+    gains[name] = shares[name] - shares["L_base"]
+    print(f"{name}: length {lengths[name]:.2f}, share right minus L_base's {gains[name]:+.3f}")
 
-# %% 2. b* of the shipped aligner, for the twin's wrong images, as tokens and as drawn
+# %% [markdown]
+# ## 3. b*: is a longer step a better one?
+#
+# The loss cannot know. Let c* be the ideal tokens, here those of a correct picture. The error of s
+# times the step of L_base's aligner is a parabola in s, with its lowest point at
+#
+#     b* = <c* - c_l, f - c_l> / ||f - c_l||^2
+#
+# so a step of s times the length is nearer to c* than one of length 1 exactly if b* is above the
+# border (1 + s) / 2. b* is known before any preference term is trained. What counts is what arrives
+# in the image: with c' for the tokens of the image that is drawn again,
+#
+#     b* as drawn = <c* - c_l, f - c_l> / <c' - c_l, f - c_l>
+#
+# A regression onto *exact* winners has b* near 1: it goes all the way that it can know. On the
+# twin, whose injection was tuned, that holds as drawn, too. Where the injection is weak and
+# constant, as in the paper, only a part of the step arrives, and b* is far above the borders: the
+# terms would pay by length alone, as a larger scale would.
+
+# %%
 img = IMG(preset=preset)
 INJECTIONS = {"as tuned": {}, "weak, constant": {"scale": 0.3, "scale_end": 1.0}}
 prompts = benchmark(options.prompts, "validation", options.seed)
@@ -120,13 +138,36 @@ with step("draw"):
     for name, scales in INJECTIONS.items():
         with img.drawing(**scales):
             twin[name] = arms.best_lengths(tokens, arms.draw(name, tokens))
-print(
-    f"b* of {preset.name}, {options.prompts} validation prompts; a length s pays above (1 + s)/2:"
-)
-for name, lengths in twin.items():
-    print_lengths(name, lengths)
+check(twin["tokens"], "no image is wrong, so there is nothing to correct; raise --prompts")
+print(f"b* of {preset.name}, {options.prompts} validation prompts")
+for name, measured in twin.items():
+    print_lengths(name, measured)
 
-# %% 3. Toy worlds: b* is measured with λ 0, and says what the terms will do
+
+def longer(s, b: float):
+    """Compute the error of s times the step minus that of the step, in units of c_l's."""
+    return (1 - s / b) ** 2 - (1 - 1 / b) ** 2
+
+
+# %% [markdown]
+# ## 4. Toy worlds: b* is measured with lambda 0, and says what the terms will do
+#
+# A sample has mistakes and a layout; h sees the mistakes through noise; an image is right if less
+# than half of every mistake is left. The terms pay where winners are only better than losers
+# (half-way, or one mistake gone), where labels are noisy, and where the injection is weak. They do
+# not pay where winners are exact, nor, against a guess of ours, where training was short: a
+# regression that knows little takes short steps on purpose, and b* stays 1.
+#
+# A *learned* judge is another matter: a linear scorer fitted to the pairs likes the longer step in
+# every world, whatever the oracle says. Its score is printed as a multiple of that for L_base.
+#
+# The paper's pairs are two images of one prompt, of which people like one better. Such winners are
+# better and not exact, and two pictures differ in everything: averaged over pairs, places cancel,
+# and what remains is a direction that more of is better. That, a scale of 0.2 and a learned judge
+# all raise b*. The twin has exact winners, a tuned scale and an oracle.
+
+# %%
+STEPS = 20 if options.quick else 300
 MISTAKES, LAYOUT, LEFT = 6, 10, 0.5
 WORLDS = {
     "exact winners": {},
@@ -134,7 +175,7 @@ WORLDS = {
     "winners half-way": {"gone": 0.5},
     "one mistake gone": {"gone": "one"},
     "a fifth of labels flipped": {"flipped": 0.2},
-    "short training": {"steps": toy_steps // 10},
+    "short training": {"steps": STEPS // 10},
 }
 
 
@@ -152,7 +193,7 @@ def samples(n: int, gone: float | str = 1.0, flipped: float = 0.0) -> tuple[Tens
     return h, c_l[:, None], c_w[:, None], ideal[:, None]
 
 
-def fit(objective: str, steps: int = toy_steps, **world) -> nn.Module:
+def fit(objective: str, steps: int = STEPS, **world) -> nn.Module:
     """Train f(h, c) = c + network(h) with refreshes, and return the network."""
     torch.manual_seed(options.seed)
     network, earlier = [
@@ -189,85 +230,99 @@ def judge(network: nn.Module, arrives: float, scorer: Tensor, **world) -> tuple[
     return right.item(), (top.sum() / bottom.sum()).item(), size.item(), score.item()
 
 
-points = []
-print(f"toy worlds, {toy_steps} steps of 64, seed {options.seed}: share right by the oracle")
-print(f"{'':26} {'b*':>5} {'L_base':>7}  DPO: length, border, right (learned judge); DPO + SPIN")
+points = {"L_base + DPO": [], "L_base + DPO + SPIN": []}
+print(f"toy worlds, {STEPS} steps of 64")
 for name, world in WORLDS.items():
-    world = {"arrives": 1.0} | world
-    arrives, length = world.pop("arrives"), world.pop("steps", toy_steps)
+    arrives, length = world.pop("arrives", 1.0), world.pop("steps", STEPS)
     with step("toy worlds"):
         _, c_l, c_w, _ = samples(4000, **world)
         scorer = (c_w - c_l)[:, 0].mean(0)  # the direction that tells winners from losers
         judged = {}
         for objective in OBJECTIVES:
             judged[objective] = judge(fit(objective, length, **world), arrives, scorer, **world)
-    right, best, size, score = judged.pop("L_base")
-    line = f"{name:26} {best:5.2f} {right:7.3f}"
-    for objective, (other_right, _, other_size, other_score) in judged.items():
-        border = (1 + other_size / size) / 2
-        points.append((objective, name, best - border, other_right - right))
-        line += f"  {other_size / size:5.2f}  {border:5.2f}  {other_right:.3f}"
-        line += f" ({other_score / score:.2f})"
-    print(line)
+    right, best, size, score = judged["L_base"]
+    print(f"{name}: b* {best:.2f}, L_base right {right:.3f}")
+    for objective, worlds in points.items():
+        other_right, _, other_size, other_score = judged[objective]
+        s = other_size / size
+        border = (1 + s) / 2
+        worlds.append((name, best - border, other_right - right))
+        numbers = s, border, other_right, other_score / score
+        print(
+            "  {}: length {:.2f}, border {:.2f}, right {:.3f}, judge {:.2f}".format(
+                objective, *numbers
+            )
+        )
 
-# %% 4. The picture: fields above; rests, parabolas of the twin and toy worlds below
-figure, (upper, (left, middle, right)) = sheet(15, (4.5, [1] * 3), (4.2, [1] * 3))
-X, Y = np.meshgrid(np.linspace(-0.75, 2.05, grid), np.linspace(-1.05, 1.25, grid))
-plane = torch.tensor(np.stack([X, Y], -1)).view(-1, 1, 2)
-plane = torch.cat([plane, START])
-for axis, (name, objective) in zip(upper, OBJECTIVES.items()):
-    total = downhill(plane, **objective)
-    wind = total - 2 * (WINNER - plane)  # what the preference terms add
-    *sizes, at_start = wind.norm(dim=-1)[:, 0]
-    sizes = np.reshape(sizes, X.shape)
-    across, up = total[:-1, 0].numpy().T
-    axis.contourf(X, Y, sizes, levels=25, cmap="Oranges", vmin=0, vmax=7)
-    axis.streamplot(X, Y, across.reshape(X.shape), up.reshape(X.shape), color=BLUE, density=0.75)
-    marks = {GREEN: (WINNER, "c_w")}
-    if name in DERIVED:
-        axis.contour(X, Y, sizes, levels=[at_start], colors="black", linestyles="--")
-        marks |= {GREY: (LOSER, "c_l"), PINK: (START, "f_ref")}
-        axis.plot(DERIVED[name](1), 0, "k*", ms=13)
-    for colour, (point, label) in marks.items():
-        axis.plot(*point[0, 0], "o", color=colour, ms=11, mec="white")
-        axis.annotate(label, point[0, 0], xytext=(5, 7), textcoords="offset points")
-    axis.set(title=name, xlabel="first element of f", ylabel="second element", aspect="equal")
-for (title, derived), colour in zip(DERIVED.items(), (ORANGE, PINK)):
-    left.plot(LAMBDAS, derived(LAMBDAS), color=colour, label=title)
-    left.plot(1, LENGTHS[title], "o", color=colour, label="the twin, after training")
-left.axhline(1, color=GREEN, label="L_base")
-left.set(title="Where f comes to rest", xlabel="λ", ylabel="length of the step, in steps of L_base")
-s = np.linspace(0, 2, 50)
-for name, colour in zip(INJECTIONS, (BLUE, GREEN)):
-    if "all" in twin[name]:
-        best = twin[name]["all"]["value"]
-        middle.plot(s, (1 - s / best) ** 2, color=colour, label=f"{name}: b* {best:.2f}")
-for name, length in LENGTHS.items():
-    middle.axvline(length, color=GREY, ls=":")
-    middle.text(length, 1.02, name, rotation=90, va="top", ha="right", fontsize=7)
-middle.set(
-    title="The twin: is a longer step a better one?",
-    xlabel="length of the step, in steps of L_base's aligner",
-    ylabel="error left along the step (0: none, 1: all)",
-    ylim=(0, 1.05),
+# %% [markdown]
+# ## 5. The picture: the pushes, the lengths, b*, and when the terms pay
+#
+# It goes on with a real training and its curves: [06, training](06_training.py).
+
+# %%
+figure, ((plane, error), [pays]) = sheet(9, (3.8, [1, 1]), (3, [1]))
+for point, name in ((LOSER, "c_l"), (WINNER, "c_w"), (START, "f at first")):
+    plane.plot(*point, "o", color=GREY)
+    plane.annotate(name, point, (-6, 7), textcoords="offset points", ha="right")
+for objective, path in paths.items():
+    plane.plot(*path, color=LOOKS[objective], label=objective)
+    plane.plot(*path[:, -1], "*", color=LOOKS[objective], ms=15, mec="black")
+origin = torch.tensor([0.8, 0.95])
+for push, name in ((WINNER - LOSER, "DPO"), (WINNER - START, "SPIN")):
+    look = {"arrowstyle": "<-", "lw": 2}
+    plane.annotate(f"{name}'s push", origin, origin + 0.4 * push, va="center", arrowprops=look)
+plane.legend(loc="lower right")
+plane.set(
+    title="Two pushes, and where f comes to rest (stars)",
+    xlabel="first element",
+    ylabel="second element",
+    aspect="equal",
+    xlim=(-0.4, 1.9),
+    ylim=(-0.75, 1.15),
 )
-for objective, colour in zip(DERIVED, (ORANGE, PINK)):
-    chosen = [point for point in points if point[0] == objective]
-    right.plot([p[2] for p in chosen], [p[3] for p in chosen], "o", color=colour, label=objective)
-for objective, name, x, gain in points:
-    if objective == "L_base + DPO":
-        right.annotate(name, (x, gain), xytext=(4, 4), textcoords="offset points", fontsize=7)
-right.axhline(0, color=GREY)
-right.axvline(0, color=GREY)
-right.set(
-    title="Toy worlds", xlabel="b* minus the border (1 + s) / 2", ylabel="gain in share right"
+
+s = np.linspace(0.6, 1.6, 50)
+for name, style in zip(INJECTIONS, ("-", "--")):
+    best = twin[name]["all"]["value"]
+    label = f"injection {name}: b* {best:.2f}"
+    error.plot(s, longer(s, best), style, color=BLUE, label=label)
+    for objective, length in lengths.items():
+        error.plot(length, longer(length, best), "o", color=LOOKS[objective], ms=9)
+best = twin["as tuned"]["all"]["value"]
+error.axvline(best, color=BLUE, ls=":")
+error.text(best, 0.17, " b*", color=BLUE)
+error.axhspan(-0.2, 0, color=GREEN, alpha=0.1)
+error.legend(loc="lower left")
+error.set(
+    title="The twin: below 0 a longer step pays",
+    xlabel="length s of the step, in steps of L_base",
+    ylabel="its error minus that of s = 1",
+    ylim=(-0.2, 0.2),
 )
-for axis in (left, middle, right):
-    axis.legend()
+
+for objective, worlds in points.items():
+    look = {"color": LOOKS[objective], "ms": 8}
+    for name, ahead, gain in worlds:
+        pays.plot(ahead, gain, "o", **look)
+        if objective == "L_base + DPO":
+            pays.annotate(name, (ahead, gain), (7, 3), textcoords="offset points", fontsize=8)
+    pays.plot(best - (1 + lengths[objective]) / 2, gains[objective], "D", mec="black", **look)
+pays.axhline(0, color=GREY)
+pays.axvline(0, color=GREY)
+pays.set(
+    title="When the terms pay: toy worlds, and the twin (diamonds)",
+    xlabel="b* minus the border (1 + s) / 2",
+    ylabel="gain in share right",
+)
 caption = (
-    "Blue: -grad L, where f goes; orange: strength of the preference terms, the wind; dashed: x = "
-    "0, f as good as f_ref; star: where f rests if f_ref follows, beyond the winner. Below: the "
-    f"step's length by λ; the twin's error by length, {options.prompts} validation prompts; toy "
-    "worlds: the terms pay right of the line, where b* is above the border."
+    "left: f_ref follows f; right: the twin's wrong images of "
+    f"{options.prompts} validation prompts, dots: the lengths of the three objectives; below: "
+    "right of the line b* is above the border; the twin's gains are those of the ablations (08)"
 )
-save(figure, options, "05_preference_objective", caption)
+said_best, both = said(twin["as tuned"]["all"], ".2f"), "L_base + DPO + SPIN"
+conclusion = (
+    f"The two terms make the twin's step {lengths[both]:.2f} times as long, which pays for b* "
+    f"above {(1 + lengths[both]) / 2:.2f}; its b* is {said_best}, and they change the share that "
+    f"is right by {gains[both]:+.3f}."
+)
+save(figure, options, "05_preference_objective", caption, conclusion)

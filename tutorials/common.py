@@ -1,7 +1,15 @@
 """Begin and end a tutorial: flags, clock, and the shapes that its pictures are made of.
 
-A tutorial is a script to be read from top to bottom. Its `# %%` marks are the cells of a notebook:
-`jupytext --to notebook tutorials/01_misalignment.py` makes one, and editors know the marks, too.
+A tutorial is a script to be read from top to bottom, and a notebook: `jupytext --to notebook
+tutorials/01_misalignment.py` makes one, and editors know the marks, too. Its cells:
+
+    # %% [markdown]      the head, a docstring: "# Question?", what differs from the paper, the cost
+    # %%                 code; nothing else stands on a mark's line, because notebooks drop it
+    # %% [markdown]      the head of a section; the last one says where it goes on
+    # ## 1. Title
+    # text
+
+Each tutorial saves one picture, and its conclusion with computed numbers is the picture's title.
 """
 
 import sys
@@ -14,8 +22,8 @@ from typing import Any
 import numpy as np
 
 NOTEBOOK = "ipykernel" in sys.modules
-ROOT = Path.cwd().parent if NOTEBOOK else Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # so that a tutorial runs from anywhere
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))  # so that a tutorial runs from anywhere
 
 from img_minimal import cli
 from img_minimal.cli import check, option  # noqa: F401 - scripts import it from here
@@ -47,6 +55,7 @@ def begin(doc: str, oracle: bool = False, **flags: Any) -> tuple[Any, Preset]:
     `oracle`, raises UserError for models whose images the exact oracle cannot judge.
     """
     global _clock
+    doc = doc.removeprefix("# ")
     fields = []
     for name, flag in (FLAGS | flags).items():
         kind = str | None if flag.default is None else type(flag.default)
@@ -65,13 +74,13 @@ def begin(doc: str, oracle: bool = False, **flags: Any) -> tuple[Any, Preset]:
     from img_minimal.files import Clock
 
     _clock = Clock()
-    question = doc.strip().splitlines()[0]
+    if not NOTEBOOK:  # whose head shows it
+        print(doc.splitlines()[0])
     if options.quick:
-        question += " (quick mode: too few samples to mean anything)"
+        print("quick mode: too few samples to mean anything")
         for name, flag in flags.items():
             if "quick" in flag.metadata:
                 setattr(options, name, flag.metadata["quick"])
-    print(question)
     return options, preset
 
 
@@ -125,8 +134,9 @@ def spread(intervals) -> tuple[np.ndarray, np.ndarray]:
 def picture(axis, image, above: str = "", below: str = "", **look) -> None:
     """Show an image without ticks, with words above and below it."""
     axis.imshow(image, interpolation="nearest", **look)
-    axis.set(xticks=[], yticks=[], title=wrapped(above, 26))
-    axis.set_xlabel(wrapped(below, 30), fontsize=8)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(wrapped(above, 22), fontsize=8)
+    axis.set_xlabel(wrapped(below, 24), fontsize=8)
     axis.spines[:].set_visible(False)
 
 
@@ -135,12 +145,17 @@ def wrapped(text: str, width: int) -> str:
     return "\n".join(fill(line, width) for line in text.splitlines())
 
 
-def save(figure, options, name: str, caption: str) -> None:
-    """Save the figure above a caption, which states the sample size; print what the steps cost."""
+def save(figure, options, name: str, caption: str, conclusion: str = "") -> None:
+    """Save the figure between conclusion and caption, which states the sample size.
+
+    Prints what the steps cost, and the conclusion.
+    """
+    width = figure.get_figwidth()
+    figure.suptitle(wrapped(conclusion, int(12 * width)), fontsize=10, weight="bold")
     caption = f"{options.model}, --seed {options.seed}: {caption}"
     if options.quick:
         caption = f"QUICK MODE, too few samples to mean anything. {caption}"
-    figure.supxlabel(wrapped(caption, int(15 * figure.get_figwidth())), fontsize=8, color=GREY)
+    figure.supxlabel(wrapped(caption, int(15 * width)), fontsize=8, color=GREY)
     for axis in figure.axes:
         if not axis.has_data():
             axis.set_axis_off()
@@ -148,6 +163,7 @@ def save(figure, options, name: str, caption: str) -> None:
     figure.savefig(path, dpi=110)
     pyplot().close(figure)
     print(f"{_clock}\nsaved to {path}")
+    print(f"\n{wrapped(conclusion, 100)}")
     if NOTEBOOK:
         from IPython.display import Image, display
 
