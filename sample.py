@@ -51,7 +51,7 @@ class Config:
     sweep: str | None = option(None, "values for the last pass: scale=0,0.2,0.5 or passes=1,3")
     explain: bool = option(True, "decode what the MLLM says; guidance needs no decoding")
     mllm_device: str | None = option(None, "separate device for the MLLM, e.g. cuda:1")
-    serve: bool = option(False, "open a page in the browser instead (pip install gradio==6.31.0)")
+    serve: bool = option(False, "open a page in the browser instead; needs Gradio")
     output: str = option("outputs/sample", "folder for the pictures")
 
 
@@ -74,7 +74,7 @@ from img_minimal.plots import sheet
 from img_minimal.tiny.grammar import parse as parse_prompt
 from img_minimal.tiny.oracle import judge_pictures
 
-INSTALL = "pip install gradio==6.31.0 && pip install -r requirements.txt"
+INSTALL = "pip install -r requirements.txt gradio==6.31.0"
 NOTED = ("steps", "guidance_scale", "negative_prompt", "scale", "scale_end", "passes")
 NOTED += ("draft_steps", "only_wrong")
 SWEPT = {"scale": float, "scale_end": float, "guidance_scale": float, "steps": int, "passes": int}
@@ -86,10 +86,8 @@ def main() -> int:
     preset = find_preset(config.model).changed(**changes)
     prompts = read_request(config, preset.world)
     folder = writable_folder(config.output)
-    several = config.one_look and len(prompts) > 1
-    check(not several, "--one-look is for the images of one prompt, and the file has several")
     picture = open_image(config.image) if config.image else None
-    swept, values = parse_sweep(config.sweep, preset.sampling) if config.sweep else ("", [])
+    swept = parse_sweep(config.sweep, preset.sampling) if config.sweep else None
     quiet_libraries()
     img = IMG(preset=preset, mllm_device=config.mllm_device)
     if config.serve:
@@ -98,19 +96,20 @@ def main() -> int:
     for prompt in dict.fromkeys(prompts):
         unseen, limit = img.backbone.truncated_part(prompt)
         if unseen:
-            seen = f"the text encoders read {limit} tokens"
-            warn(f"{seen} and do not see the prompt's end, {unseen!r}; shorten the prompt")
+            warn(
+                f"the text encoders read {limit} tokens and do not see the prompt's end, "
+                f"{unseen!r}; shorten the prompt"
+            )
 
     captions = [prompt for prompt in prompts for _ in range(config.num_images)]
     seeds = [config.seed + k for k in range(config.num_images)] * len(prompts)
-    start = [picture] * len(captions) if picture else None
     drawn = img.stages(
         captions,
         seeds,
         rounds=config.rounds,
         one_look=config.one_look,
         whole=config.keep_better,
-        start=start,
+        start=[picture] * len(captions) if picture else None,
         progress=True,
     )
     stages, clock = list(map(to_pil, drawn)), img.clock
@@ -120,28 +119,28 @@ def main() -> int:
             better = img.better(stages[0], stages[-1], captions, seeds)
         pairs = zip(better, stages[0], stages[-1])
         stages[-1] = [last if improved else first for improved, first, last in pairs]
-    said = [[""] * len(images) for images in stages]
+    said = []
     if config.explain:
         with clock("put in words"):
             for k, images in enumerate(stages):
-                asked = [seed + k for seed in seeds[: len(images)]]
-                said[k] = img.explain(images, captions[: len(images)], asked)
+                asked = [seed + k for seed in seeds]
+                said.append(img.explain(images, *(x[: len(images)] for x in (captions, asked))))
     save(config, img.backbone.sampling, folder, captions, seeds, stages, said)
     if swept:
+        seen = stages[-2][:1] if config.one_look else stages[-2]
         with clock("sweep"):
-            path = folder / "sweep.png"
-            seen = stages[-2][: 1 if config.one_look else None]
-            asked = [seed + config.rounds - 1 for seed in seeds[: len(seen)]]
-            sweep(img, swept, values, captions, seeds, seen, asked, path)
-        print(f"saved to {path}")
+            sweep(img, *swept, captions, seeds, seen, config.rounds, folder / "sweep.png")
+        print(f"saved to {folder}/sweep.png")
     print(f"saved to {folder}/side-by-side.png, in {clock}")
     return 0
 
 
 def read_request(config: Config, world: str | None) -> list[str]:
     """Return the prompts to draw. Raises UserError for one that is empty or foreign to the twin."""
-    example = '"a red circle above a blue square"'
-    check(config.prompt.strip(), f"--prompt is empty; say what to draw, e.g. {example}")
+    check(
+        config.prompt.strip(),
+        '--prompt is empty; say what to draw, e.g. "a red circle above a blue square"',
+    )
     prompts = [printable(config.prompt)]
     if config.prompt_file:
         prompts = [prompt.text for prompt in read_prompts(config.prompt_file)]
@@ -175,7 +174,7 @@ def save(
             row.append((image, ""))
             if image is None:
                 continue  # one look served all seeds
-            notes = {"MLLM": said[k][i]} if said[k][i] else {}
+            notes = {"MLLM": said[k][i]} if said else {}
             if find_preset(config.model).world == "tiny":
                 [verdict] = judge_pictures([image], [parse_prompt(caption)])
                 notes["oracle"] = "right" if verdict.strict else f"wrong: {verdict.words}"
@@ -193,10 +192,9 @@ def save(
             words += [f"{stage}:", *lines]
         rows.append([*row, (None, "\n".join(words))])
         results.append({"prompt": caption, "seed": seed, "images": entries})
-    file = json.dumps({"settings": settings, "results": results}, indent=1)
-    write_whole(folder / "results.json", file)
-    title = f"{config.model}, seeds {min(seeds)} to {max(seeds)}"
-    sheet(rows, folder / "side-by-side.png", title)
+    content = {"settings": settings, "results": results}
+    write_whole(folder / "results.json", json.dumps(content, indent=1))
+    sheet(rows, folder / "side-by-side.png", f"{config.model}, seed {config.seed} on")
     # Last, for whoever reads may have gone.
     print("\n".join(report))
 
@@ -207,8 +205,10 @@ def parse_sweep(words: str, sampling: Sampling) -> tuple[str, list]:
     try:
         parsed = [SWEPT[name](value) for value in values.split(",")]
     except (KeyError, ValueError):
-        expected = f"expected a name of {', '.join(SWEPT)} and values, as in scale=0,0.2,0.5"
-        raise UserError(f"--sweep is {words!r}, {expected}") from None
+        raise UserError(
+            f"--sweep is {words!r}, expected a name of {', '.join(SWEPT)} and values, as in "
+            "scale=0,0.2,0.5"
+        ) from None
     for value in parsed:
         replace(sampling, draft_steps=None, **{name: value})
     return name, parsed
@@ -221,14 +221,15 @@ def sweep(
     captions: list[str],
     seeds: list[int],
     seen: list[Image],
-    asked: list[int],
+    rounds: int,
     path: Path,
 ) -> None:
     """Save a row for each image: its last pass, drawn at every value.
 
-    `seen` are the images of the last look, one or all, and `asked` the seeds of its questions. What
-    is right is corrected here, too.
+    `seen` are the images of the last look, in round `rounds`: one or all. What is right is
+    corrected here, too.
     """
+    asked = [seed + rounds - 1 for seed in seeds[: len(seen)]]
     guidance, mask = img.guidance(seen, captions[: len(seen)], asked)
     tokens = img.backbone.tokens(seen)
     rows = [[] for _ in captions]
@@ -253,7 +254,7 @@ def serve(img: IMG, config: Config, examples: list[str]) -> None:
     try:
         import gradio
     except Exception as error:  # an old one beside new packages fails in many ways
-        check(False, f"--serve needs the package gradio ({error}); {INSTALL}")
+        raise UserError(f"--serve cannot import Gradio ({error!r}); {INSTALL}") from None
 
     def draw(prompt: str | None, seed: object) -> tuple[Image, str, Image]:
         try:
@@ -265,8 +266,7 @@ def serve(img: IMG, config: Config, examples: list[str]) -> None:
         except Exception as error:
             # The page takes messages for HTML; users' mistakes need no traceback in the terminal.
             words = one_line(error)
-            message = escape(words or repr(error))
-            raise gradio.Error(message, print_exception=words is None) from error
+            raise gradio.Error(escape(words or repr(error)), print_exception=not words) from error
         return out.initial[0], out.said[0], out.images[0]
 
     page = gradio.Interface(
@@ -279,7 +279,6 @@ def serve(img: IMG, config: Config, examples: list[str]) -> None:
         ],
         examples=[[example, 0] for example in examples],
         title=f"IMG: {config.model}",
-        description="Draw, look, align, draw again from the same prompt and seed.",
         flagging_mode="never",
         analytics_enabled=False,
         cache_examples=False,

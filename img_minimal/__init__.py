@@ -6,7 +6,11 @@ out.initial, out.said, out.images
 """
 
 import os
+import sys
 from importlib import import_module
+
+if sys.version_info < (3, 11):  # noqa: UP036 - others start this, too
+    sys.exit("error: IMG needs Python 3.11 or later, and this is " + sys.version.split()[0])
 
 # transformers warns on import that torchvision is missing, which none of our processors needs.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

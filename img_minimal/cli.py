@@ -16,7 +16,7 @@ from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from types import NoneType, TracebackType
+from types import NoneType
 from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
@@ -151,18 +151,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 def install_error_hook() -> None:
     """Report user errors as `run` does, in a script without a `main` function."""
-    steady_output()
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, KeyboardInterrupt):
-            sys.exit(130)
-        message = one_line(error)
-        if message is None:
-            sys.__excepthook__(kind, error, trace)
-        else:
-            end_with(message)
+    def fail(error: BaseException) -> NoReturn:
+        raise error
 
-    sys.excepthook = hook
+    sys.excepthook = lambda kind, error, trace: run(partial(fail, error))
 
 
 def end_with(message: str) -> NoReturn:
@@ -181,10 +174,13 @@ def one_line(error: BaseException) -> str | None:
     for cause in causes(error):  # a library's error may be wrapped in one of ours
         if OUT_OF_MEMORY.search(repr(cause)):
             reason = " ".join(f"{type(cause).__name__}: {error}".split())[:300]
-            advice = "try --dtype bf16, which halves the models"
-            return f"the computer's memory is full; {advice} ({reason})"
-    # OSError covers missing or read-only files, a full disk, an unreachable model hub.
-    if isinstance(error, OSError | UserError):
+            return (
+                "the computer's memory is full; try --dtype bf16, which halves the models "
+                f"({reason})"
+            )
+    # OSError covers missing or read-only files, a full disk, an unreachable model hub. Without its
+    # library: safetensors' error of writing to a full disk.
+    if isinstance(error, OSError | UserError) or type(error).__name__ == "SafetensorError":
         return " ".join(str(error).split())
     return None
 
@@ -280,8 +276,9 @@ def writable_folder(path: str | Path, name: str = "") -> Path:
         with NamedTemporaryFile(dir=path):  # a unique name: another run may test the same folder
             pass
     except OSError as error:
-        reason = f"cannot be written ({error.strerror}); choose another place"
-        raise UserError(f"{name or path}: {reason}") from None
+        raise UserError(
+            f"{name or path}: cannot be written ({error.strerror}); choose another place"
+        ) from None
     remove_partial(path)
     return path
 

@@ -24,7 +24,6 @@ from img_minimal.data.pairs import Stream, Triplet, triplet_stream
 from img_minimal.devices import Precision, best_device
 from img_minimal.hub.mllms import CHAT
 from img_minimal.hub.questions import find_questions, strip_placeholders
-from img_minimal.hub.weights import writing
 from img_minimal.hub.where import SETTINGS, fetch_folder
 from img_minimal.mllm import MLLM, ask
 from img_minimal.optimizer import optimizer_and_schedule
@@ -45,8 +44,11 @@ def finetune(run: Run, settings: Training, models: Models, triplets: str, seed: 
     dtype = precision.mllm if settings.lora_rank else torch.float32
     location = fetch_folder(models.stock_mllm, "--mllm", half=dtype != torch.float32)
     mllm = MLLM.from_pretrained(location, dtype, device, find_questions(models.questions))
-    advice = "is quantized, and --stage mllm trains whole weights; use the same model in bf16"
-    check(not getattr(mllm.model, "is_quantized", False), f"{models.stock_mllm}: {advice}")
+    check(
+        not getattr(mllm.model, "is_quantized", False),
+        f"{models.stock_mllm}: is quantized, and --stage mllm trains whole weights; use the same "
+        "model in bf16",
+    )
     torch.manual_seed(seed)  # of LoRA's initial values
     detector = Detector(mllm, settings.lora_rank, precision)
     data = detector_data(stream)
@@ -195,8 +197,11 @@ class Detector:
         for name, value in inputs.items():
             if value.shape[:2] == shape:
                 kind = self.model.config.model_type
-                advice = f"--stage mllm cannot train a {kind}, whose {name} is no type of tokens"
-                check(value.ndim == 2, f"{advice}; use an MLLM that reads images as tokens")
+                check(
+                    value.ndim == 2,
+                    f"--stage mllm cannot train a {kind}, whose {name} is no type of tokens; use "
+                    "an MLLM that reads images as tokens",
+                )
                 inputs[name] = F.pad(value, (0, longest))
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         labels = torch.full_like(ids, IGNORE)
@@ -260,9 +265,8 @@ class Detector:
         partial = partial_of(folder)
         shutil.rmtree(partial, ignore_errors=True)
         model = self.model.to(torch.bfloat16)
-        with writing(folder):
-            # Saving would undo the renaming of a converted model, but only half of it.
-            model.save_pretrained(partial, save_original_format=not self.converted)
+        # Saving would undo the renaming of a converted model, but only half of it.
+        model.save_pretrained(partial, save_original_format=not self.converted)
         processor, source = self.mllm.processor, Path(model.name_or_path)
         if isinstance(processor, LlavaProcessor):
             processor.save_pretrained(partial)

@@ -114,8 +114,10 @@ def check_provenance(note: Path, settings: dict, advice: str, used: bool) -> Non
     for name in sorted(settings | before):
         was, now = before.get(name), settings.get(name)
         if was != now:
-            difference = f"another {name} ({json.dumps(was):.60}; now {json.dumps(now):.60})"
-            raise UserError(f"{note.parent} was made with {difference}; {advice}")
+            raise UserError(
+                f"{note.parent} was made with another {name} ({json.dumps(was):.60}; now "
+                f"{json.dumps(now):.60}); {advice}"
+            )
     write_whole(note, json.dumps(settings, indent=1))
 
 
@@ -181,8 +183,10 @@ def open_image(path: str) -> Image.Image:
         return decode(Path(path).read_bytes())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        expected = f"{', '.join(IMAGE_FORMATS)} of at most {MAX_SIDE} pixels a side"
-        raise UserError(f"{path}: {reason}; expected {expected}") from None
+        raise UserError(
+            f"{path}: {reason}; expected {', '.join(IMAGE_FORMATS)} of at most {MAX_SIDE} pixels a "
+            "side"
+        ) from None
 
 
 def decode(data: bytes) -> Image.Image:

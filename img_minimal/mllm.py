@@ -176,22 +176,28 @@ class MLLM:
         max_new_tokens: int = 60,
     ) -> list[str]:
         """Decode the MLLM's answers greedily. For inspection only: alignment uses h."""
-        # Padding would change an answer, so only inputs of equal length share a batch.
-        groups: dict[tuple, list[int]] = {}
-        for k, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
-            length = self.asked([image], [prompt], [seed])["input_ids"].shape[1]
-            groups.setdefault((length, image.size), []).append(k)
+        # Padding would change an answer, so only inputs of equal shapes share a batch.
         answers = [""] * len(images)
-        for group in groups.values():
-            for start in range(0, len(group), DECODED_AT_ONCE):
-                batch = group[start : start + DECODED_AT_ONCE]
-                look = [[values[k] for k in batch] for values in (images, prompts, seeds)]
-                inputs = self.asked(*look)
-                for k, answer in zip(batch, self._decode(inputs, max_new_tokens)):
-                    answers[k] = answer
+        waiting: dict[tuple, dict[int, BatchFeature]] = {}
+
+        def decode(batch: dict[int, BatchFeature]) -> None:
+            names = next(iter(batch.values()))
+            inputs = {n: torch.cat([alone[n] for alone in batch.values()]) for n in names}
+            for k, answer in zip(batch, self._decode(inputs, max_new_tokens)):
+                answers[k] = answer
+
+        for k, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
+            inputs = self.asked([image], [prompt], [seed])
+            key = image.size, *(value.shape for value in inputs.values())
+            batch = waiting.setdefault(key, {})
+            batch[k] = inputs
+            if len(batch) == DECODED_AT_ONCE:
+                decode(waiting.pop(key))
+        for batch in waiting.values():
+            decode(batch)
         return answers
 
-    def _decode(self, inputs: BatchFeature, max_new_tokens: int) -> list[str]:
+    def _decode(self, inputs: dict[str, Tensor], max_new_tokens: int) -> list[str]:
         tokenizer, stop = self.processor.tokenizer, self.stop
         ends = self.model.generation_config.eos_token_id
         ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}

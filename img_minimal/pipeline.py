@@ -149,7 +149,7 @@ class IMG:
         `one_look`, the first image alone is looked at until the last round, which draws all seeds.
         """
         sampling, count = self.backbone.sampling, len(prompts)
-        check_drawing(prompts, seeds, sampling, one_look)
+        check_drawing(prompts, seeds, sampling, one_look, call or {})
         looked = prompts[:1] if one_look else prompts
         asked = numbers(seeds, count)[: len(looked)]
         first = generators(seeds)

@@ -47,8 +47,10 @@ def call_arguments(pipe: DiffusionPipeline, call: dict[str, Any], count: int) ->
         if isinstance(value, Tensor) and (value.ndim == 4 or name in TENSORS):
             value = list(value.split(1))
         if name in TEXTS or name in EMBEDS:
-            found = f"{name} has {len(value)} entries"
-            check(len(value) == count, f"{found}, expected one for each prompt: {count}")
+            check(
+                len(value) == count,
+                f"{name} has {len(value)} entries, expected one for each prompt: {count}",
+            )
         result[name] = value
     return result
 
@@ -99,8 +101,10 @@ def check_counts(prompts: Sequence[str], **others: Sequence | torch.Generator) -
     """Raise UserError unless there is one of each of `others`, if it is a list, per prompt."""
     for name, given in others.items():
         if not isinstance(given, torch.Generator):
-            counts = f"{len(prompts)} prompts and {len(given)} {name}"
-            check(len(given) == len(prompts), f"{counts}; expected one for each")
+            check(
+                len(given) == len(prompts),
+                f"{len(prompts)} prompts and {len(given)} {name}; expected one for each",
+            )
 
 
 def check_request(
@@ -114,11 +118,21 @@ def check_request(
     check_counts(prompts, seeds=seeds, images=prompts if images is None else images)
 
 
-def check_drawing(prompts: list[str], seeds: Seeds, sampling: Sampling, one_look: bool) -> None:
+def check_drawing(
+    prompts: list[str], seeds: Seeds, sampling: Sampling, one_look: bool, call: dict[str, Any]
+) -> None:
     """Raise UserError for a request that cannot be drawn as it says."""
     check_request(prompts, seeds)
+    given = min({"sigmas", "timesteps"} & call.keys(), default=None)
+    check(
+        not (given and sampling.draft_steps),
+        f"draft_steps saves nothing where {given} are given; leave out one of the two",
+    )
     several = one_look and len(set(prompts)) > 1
     check(not several, "one look serves the seeds of one prompt, and these are several")
     some = isinstance(seeds, torch.Generator) and (one_look or sampling.only_wrong)
-    advice = "for one_look or only_wrong pass a list, one for each"
-    check(not some or len(prompts) == 1, f"one generator draws all images together; {advice}")
+    check(
+        not some or len(prompts) == 1,
+        "one generator draws all images together; for one_look or only_wrong pass a list, one for "
+        "each",
+    )

@@ -13,7 +13,7 @@ from PIL import Image
 
 from img_minimal.data.pairs import START, Pair, Stream, StreamPosition, pair_stream
 
-FORMATS = ("parquet", "arrow", "tar", "json", "jsonl")
+FORMATS = ("parquet", "arrow", "tar", "json", "jsonl", "csv")
 
 
 def read_pairs(path: str | Path, limit: int = 0) -> tuple[list[Pair], int]:
@@ -83,6 +83,9 @@ def write_as(kind: str, folder: Path, table: list[dict]) -> Path:
             line = {"prompt": row["caption"], "path1": "1.png", "path2": "2.png"}
             lines.append(json.dumps(line))
         text = f"[{','.join(lines)}]" if kind == "json" else "\n\n".join(lines)
+        if kind == "csv":  # labels are text, and a prompt may hold a comma
+            lines = [f'"{row["caption"]}",1.png,2.png,0' for row in table]
+            text = "\n".join(["prompt,image_0,image_1,label", *lines])
         (folder / f"train.{kind}").write_text(text)
     return folder
 

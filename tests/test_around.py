@@ -217,6 +217,7 @@ def test_requests_that_cannot_be_drawn_as_they_say_are_refused_as_by_the_command
         ("--width is 60, this model draws multiples of 8", {"width": 60}),
         ("--guidance-scale is -1", {"guidance_scale": -1}),
         ("--passes is 0", {"passes": 0}),
+        ("saves nothing where timesteps", {"draft_steps": 1, "timesteps": [9, 5]}),
         ("there are no prompts", {"num_images_per_prompt": 0}),
     ):
         with refused(words):

@@ -70,7 +70,7 @@ def test_sample_draws_the_prompts_of_a_file_and_a_sweep(call, tmp_path, sweep):
     settings = json.loads((tmp_path / "results.json").read_text())["settings"]
     assert (settings["negative_prompt"], settings["guidance_scale"]) == ("a green cross", 3.0)
     words = ("--one-look", "--prompt-file", tmp_path / "two.txt")
-    assert_refused(call("sample.py", *words, "--output", tmp_path), "the images of one prompt")
+    assert_refused(call("sample.py", *words, "--output", tmp_path), "seeds of one prompt")
 
 
 def test_the_first_image_is_kept_where_the_mllm_prefers_it(call, tmp_path, monkeypatch):

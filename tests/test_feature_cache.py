@@ -207,7 +207,8 @@ def test_a_cache_built_with_other_settings_is_refused_by_what_differs(
 def test_a_cache_depends_on_everything_that_features_depend_on(tmp_path):
     source = write(tmp_path / "pairs", rows(3))
     preset = TWIN.changed(("data",), pairs=str(source), cache_dir=str(tmp_path / "caches"))
-    before = open_cache(preset, "mllm", 0, 1.0).note["making"]
+    cache = open_cache(preset, "mllm", 0, 1.0)
+    before, first = cache.note["making"], cache.folder
 
     def changed(preset: Preset = preset, guidance: str = "mllm", seed: int = 0) -> set[str]:
         now = open_cache(preset, guidance, seed, 1.0).note["making"]
@@ -229,7 +230,9 @@ def test_a_cache_depends_on_everything_that_features_depend_on(tmp_path):
     (tmp_path / "encoder" / "config.json").write_text(json.dumps(settings | {"image_size": 128}))
     encoder = preset.changed(image_encoder=str(tmp_path / "encoder"))
     assert changed(encoder) == {"the image encoder"}
-    assert changed() == set()
+    assert changed() == set() and open_cache(preset, "mllm", 0, 1.0).folder == first
+    other = preset.changed(("data",), pairs=str(write(tmp_path / "other" / "pairs", rows(3, 9))))
+    assert open_cache(other, "mllm", 0, 1.0).folder != first, "many tables have one name"
     [table] = source.glob("*.parquet")
     os.utime(table, ns=(0, 0))  # as if it was replaced by one of the same size
     assert changed() == {"the pairs"}

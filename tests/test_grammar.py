@@ -114,8 +114,10 @@ def test_reading_forgives_case_spaces_a_full_stop_and_a_comma(text):
         ("a pink circle", "'a pink circle' is not"),
         ("an astronaut\nriding a horse", "'an astronaut riding a horse' is not"),
         ("a red circle above a blue square below a green cross", "below a green cross' is not"),
-        ("a red circle, a blue square, a green cross and a purple cross", "at most three kinds"),
-        ("three red circles and two blue squares", "four shapes fit"),
+        ("a red circle, a blue square, a green cross and a purple cross", "names too many"),
+        ("three red circles and two blue squares", "at most three kinds and four shapes"),
+        ("five red circles", "Numbers: a, two, three, four; colours"),
+        ("a red circle next to a blue square", "relations: left of, right of, above, below; at"),
         ("a red circle and a red circle", "same kind twice"),
     ],
 )

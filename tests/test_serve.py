@@ -79,7 +79,7 @@ def test_a_gradio_that_cannot_be_imported_is_refused_with_the_reason(monkeypatch
     (tmp_path / "gradio.py").write_text(f"raise ImportError({reason!r})")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "gradio", raising=False)
-    with refused(reason, "pip install gradio=="):
+    with refused(reason, "pip install -r requirements.txt gradio=="):
         sample.serve(None, CONFIG, ["a red circle"])
 
 

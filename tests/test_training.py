@@ -87,15 +87,6 @@ def test_what_cannot_be_is_said_in_one_line_before_any_work(tmp_path, call, flag
     assert not (folder / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", ["guidance", "loser", "winner"])
-def test_a_nan_in_the_features_is_found_before_training_and_its_sample_named(name):
-    data = some_features()
-    row = data.lengths[:17].sum() if name == "guidance" else 17
-    getattr(data, name)[row] = torch.nan
-    with refused(f"{name} features of sample 17"):
-        data.check_finite()
-
-
 def test_batches_go_through_chunks_in_order_and_through_every_sample_once_an_epoch():
     def parts(position: StreamPosition) -> Iterator[Part]:
         for k in range(position.chunk, 2):

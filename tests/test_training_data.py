@@ -124,3 +124,6 @@ def test_equal_images_are_encoded_once_and_some_winners_become_identity_samples(
     other = encoder(pairs, chunk=1).guidance
     same = other.shape == features.guidance.shape and torch.equal(other, features.guidance)
     assert not same, "each chunk draws other questions"
+    next(encoder.tokenizer.head.parameters()).data.flatten()[0] = torch.nan
+    with refused("the loser features of chunk 0 are not finite; check the model"):
+        encoder(pairs[:2])

@@ -92,15 +92,6 @@ class Features:
         """Memory of one sample, on average."""
         return 1 + sum(value.nbytes for value in vars(self).values()) // max(1, len(self))
 
-    def check_finite(self) -> None:
-        """Raise UserError naming the first sample with a NaN or an infinity."""
-        advice = "check the model that made them, delete the feature cache and run again"
-        guidance = self.guidance.split(self.lengths.tolist())
-        for name, samples in ("guidance", guidance), ("loser", self.loser), ("winner", self.winner):
-            for k, sample in enumerate(samples):
-                message = f"the {name} features of sample {k} are not finite; {advice}"
-                check(sample.isfinite().all(), message)
-
 
 @dataclass
 class Encoder:
@@ -134,9 +125,13 @@ class Encoder:
         longest = torch.full_like(lengths, int(lengths.max()))
         validation = torch.tensor([sample.validation for sample in samples])
         is_identity = torch.arange(len(samples)) >= len(pairs)
-        features = Features(guidance, lengths, longest, loser, winner, validation, is_identity)
-        features.check_finite()
-        return features
+        for name, values in ("guidance", guidance), ("loser", loser), ("winner", winner):
+            check(
+                values.isfinite().all(),
+                f"the {name} features of chunk {chunk} are not finite; check the model that made "
+                "them, delete the feature cache and run again",
+            )
+        return Features(guidance, lengths, longest, loser, winner, validation, is_identity)
 
     def tokens(self, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
         """Compute image tokens (N, K, D) of winners and losers; equal images are encoded once."""
@@ -219,8 +214,11 @@ class FeatureCache:
         before = self.note["making"]
         for name in [*provenance, *before]:
             was, now = before.get(name), provenance.get(name)
-            difference = f"these features were made with {name} {was}, this run has {now}"
-            check(was == now, f"{folder}: {difference}; {advice}")
+            check(
+                was == now,
+                f"{folder}: these features were made with {name} {was}, this run has {now}; "
+                f"{advice}",
+            )
 
     def _shard(self, chunk: int) -> Path:
         return self.folder / f"{chunk:05d}.safetensors"
@@ -271,13 +269,11 @@ class FeatureCache:
             state = encoder()(chunk.items, chunk.position.chunk).state_dict()
             size = sum(value.nbytes for value in state.values()) + 4096  # of the file's header
             if size > self.room:
-                pairs, room = len(chunk.items), max(0.0, self.room)
                 check(
                     self.files,
-                    f"{self.folder.parent}: the features of {pairs} pairs take {size / 1e9:.3g} "
-                    f"GB, and there is room for {room / 1e9:.3g}; raise --cache-gb, lower "
-                    "--max-pairs, delete old caches there, or compute features in every epoch "
-                    "with --cache-dir none",
+                    f"{self.folder.parent}: has no room for the {size / 1e9:.3g} GB of features of "
+                    f"{len(chunk.items)} pairs; raise --cache-gb, lower --max-pairs, delete old "
+                    "caches there, or compute features in every epoch with --cache-dir none",
                 )
                 self._write_note(full=self.room)
                 return
@@ -363,8 +359,10 @@ class CachedData:
                 cache.collect(stream, encoder, share)
         self.data = cache.open()
         self.widths, self.unseen = self.data.widths, _validation_samples(self.data)
-        held_out = f"{self.data.validation.sum()} of them for validation"
-        self.description = f"{len(self.data)} samples in {cache.folder}, {held_out}"
+        self.description = (
+            f"{len(self.data)} samples in {cache.folder}, {self.data.validation.sum()} of them for "
+            "validation"
+        )
 
     def batches(self, batch_size: int, seed: int, ranks: Ranks) -> "Batches":
         """Return endless batches that ranks share. Raises UserError if the size is indivisible."""
@@ -464,8 +462,10 @@ class Batches:
                     yielded_any = True
                     yield part.data[index]
                 self.batch = 0
-            reason = "no pair has a preference, or all are for validation"
-            check(yielded_any, f"there is nothing to train on: {reason}")
+            check(
+                yielded_any,
+                "there is nothing to train on: no pair has a preference, or all are for validation",
+            )
             self.epoch += 1
             self.position = START
 

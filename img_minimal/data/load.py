@@ -66,9 +66,9 @@ def compute_features(
     """
     stream, encoder, features = _to_cache(preset, guidance, seed, cache_gb)
     features.collect(stream, encoder, share)
-    shards = sorted(features.folder.glob("[0-9]*.safetensors"))
-    summary = f"{len(shards)} shards in {features.folder}"
-    return summary + (", all there are" if features.complete else "")
+    shards = [*features.folder.glob("[0-9]*.safetensors")]
+    end = ", all there are" if features.complete else ""
+    return f"{len(shards)} shards in {features.folder}{end}"
 
 
 def _to_cache(
@@ -86,9 +86,10 @@ def open_cache(preset: Preset, guidance: str, seed: int, cache_gb: float) -> Fea
     models, data, guide = preset.models, preset.data, preset.guide(guidance)
     pairs, source, path = data.pairs, data.pairs.replace("/", "--"), Path(data.pairs)
     if path.exists():
-        source = path.stem
         files = [(fingerprint(file), version(file)) for file in training_files(path)]
         pairs = f"{path.name} {short_hash(files)}"
+        # Many files are called train.parquet.
+        source = f"{path.stem}-{short_hash(files)}"
     name = f"{preset.name}-{guidance}-{source}-{data.max_pairs or 'all'}-seed{seed}"
     provenance = {
         "the MLLM" if guidance != "text" else "the base": model_name(guide),

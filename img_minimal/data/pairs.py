@@ -4,6 +4,7 @@ Pick-a-Pic                caption, jpg_0, jpg_1 (bytes), label_0, label_1 (1, 0,
 Open Image Preferences    prompt, chosen, rejected
 HPDv3                     prompt, path1, path2: image files; the first was preferred
 HPDv2                     prompt, image_path: image files, human_preference: [1, 0] or [0, 1]
+One's own, e.g. a .csv    prompt, image_0, image_1: image files, label: number of the better one
 InstructPix2Pix           original_image, edited_prompt, edit_prompt: what to change, in words
 
 A *source* is a file, a folder, or a data set on the hub. It is read in chunks, from any chunk on.
@@ -95,12 +96,14 @@ def text_of(cell: object) -> str:
 
 
 def parse_pair(prompt: object, images: Any, labels: Any, decode: Decode) -> Pair:
-    """Build a pair of two images, the winner being the one with label 1.
+    """Build a pair of two images, the winner being the one with label 1, or of this number.
 
     Raises Skipped for a tie, or without a prompt or labels, and OSError for damaged images.
     """
     prompt = text_of(prompt)
     try:
+        if not isinstance(labels, list | tuple):
+            labels = 1 - float(labels), labels
         (first, second), (label, other_label) = images, map(float, labels)
     except (TypeError, ValueError, OverflowError):
         raise Skipped(UNLABELLED) from None
@@ -134,6 +137,9 @@ PAIRS = {
     ("prompt", "path1", "path2"): _two_columns("path1", "path2"),
     ("prompt", "image_path", "human_preference"): lambda row, decode: parse_pair(
         row["prompt"], row["image_path"], row["human_preference"], decode
+    ),
+    ("prompt", "image_0", "image_1", "label"): lambda row, decode: parse_pair(
+        row["prompt"], (row["image_0"], row["image_1"]), row["label"], decode
     ),
 }
 TRIPLETS = {("original_image", "edit_prompt", "edited_prompt"): parse_triplet}
@@ -249,8 +255,6 @@ class Stream(Generic[Item]):
                 cell = row.get(column)
                 if cell is None:
                     raise Skipped(f"without {column}")
-                if isinstance(cell, Skipped):
-                    raise cell
             return self.parse(row, decoder)
         except Skipped as reason:
             return str(reason)

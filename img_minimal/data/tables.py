@@ -1,4 +1,4 @@
-"""Read tables in the formats people have: parquet, `datasets.save_to_disk`, webdataset, JSON, hub.
+"""Read tables as people have them: parquet, `datasets.save_to_disk`, webdataset, JSON, CSV, hub.
 
 A table has files, and a file has rows, as dicts. A *layout* is a tuple of column names: a table is
 read in the first layout whose columns it has. Local files are read here and not by `datasets`,
@@ -6,6 +6,7 @@ which takes paths for patterns and test rows for training rows, and reads all ro
 differently if one of them is odd.
 """
 
+import csv
 import json
 import re
 import tarfile
@@ -23,7 +24,7 @@ from img_minimal.cli import UserError, check, warn
 # Raised by readers for damaged files; pyarrow's own errors are subclasses of these.
 DAMAGE = (
     *(OSError, ValueError, TypeError, NotImplementedError, EOFError, SystemError),
-    *(tarfile.TarError, RecursionError, MemoryError),
+    *(tarfile.TarError, RecursionError, MemoryError, csv.Error),
 )
 # Words in names of files and folders that tell which rows they hold.
 EVALUATION = {"validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
@@ -84,8 +85,10 @@ def open_table(source: str, layouts: Collection[Layout]) -> Table:
 
 def _open_hub(source: str, layouts: Collection[Layout], wanted: str) -> Table:
     """Stream a data set from the hub; nothing is kept on disk."""
-    removed = "this data set was removed from the hub in 2025"
-    check(source not in REMOVED, f"{source}: {removed}; use {INSTEAD_OF_REMOVED}")
+    check(
+        source not in REMOVED,
+        f"{source}: this data set was removed from the hub in 2025; use {INSTEAD_OF_REMOVED}",
+    )
     import datasets  # takes a second, and only the hub needs it
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the errors below say it all
@@ -93,8 +96,9 @@ def _open_hub(source: str, layouts: Collection[Layout], wanted: str) -> Table:
         data = datasets.load_dataset(source, split="train", streaming=True)
         columns = data.column_names or list(next(iter(data)))
     except ConnectionError:
-        advice = "name a local parquet file or folder instead"
-        raise UserError(f"{source}: the hub cannot be reached; {advice}") from None
+        raise UserError(
+            f"{source}: the hub cannot be reached; name a local parquet file or folder instead"
+        ) from None
     except (*DAMAGE, StopIteration) as error:
         raise _unreadable(source, error, wanted) from None
     layout = _choose_layout(columns, layouts, source, wanted)
@@ -220,7 +224,7 @@ def _tar_rows(path: Path) -> Iterator[dict]:
 
     Cells are bytes as they stand, whatever they look like.
     """
-    cells, row_key, root = [], None, path.resolve()
+    cells, row_key = [], None
     with tarfile.open(path, "r|*") as file:
         for member in file:
             if NO_DATA.search(member.name) or not member.isfile():
@@ -231,9 +235,7 @@ def _tar_rows(path: Path) -> Iterator[dict]:
                 yield _as_row(cells)
                 cells = []
             row_key = folder, key
-            content = file.extractfile(member).read()
-            cell = content if find_inside(root, member.name) else Skipped(OUTSIDE)
-            cells.append((column.split(".")[0], cell))
+            cells.append((column.split(".")[0], file.extractfile(member).read()))
     if cells:
         yield _as_row(cells)
 
@@ -252,10 +254,20 @@ def _read_json(path: Path, layout: Layout, first: int) -> Iterator[dict]:
             yield row
 
 
+def _read_csv(path: Path, layout: Layout, first: int) -> Iterator[dict]:
+    """Yield rows of the columns that the first line names; all cells are text."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = filter(None, csv.reader(file))
+        names = next(rows, [])
+        for cells in islice(rows, first, None):
+            yield _as_row(list(zip(names, cells)))
+
+
 READERS = {
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
     ".tar": _read_tar,
     ".jsonl": _read_json,
     ".json": _read_json,
+    ".csv": _read_csv,
 }

@@ -51,16 +51,20 @@ def open_vision_encoder(
             output_loading_info=True,
         )
     for key in sorted(report["missing_keys"]):
-        advice = "use the folder of a CLIP vision model"
-        check(not key.startswith(used), f"{folder}: lacks {key!r}; {advice}")
+        check(
+            not key.startswith(used),
+            f"{folder}: lacks {key!r}; use the folder of a CLIP vision model",
+        )
     return encoder, processor
 
 
 def check_encoder_width(folder: str, width: int, expected: int, encoder: str) -> None:
     """Raise UserError if the vision encoder's features do not fit the adapter."""
-    found = f"its features have width {width}, the IP-Adapter expects {expected}"
-    advice = f"use the image encoder that the IP-Adapter was trained with ({encoder})"
-    check(width == expected, f"{folder}: {found}; {advice}")
+    check(
+        width == expected,
+        f"{folder}: its features have width {width}, the IP-Adapter expects {expected}; use the "
+        f"image encoder that the IP-Adapter was trained with ({encoder})",
+    )
 
 
 def read_ip_adapter(models: Models) -> tuple[State, State, State | None]:
@@ -82,8 +86,10 @@ def read_ip_adapter(models: Models) -> tuple[State, State, State | None]:
         ("image_proj", resampler, models.resampler or models.ip_adapter),
     )
     for name, part, path in parts:
-        message = f"has no {name!r} weights, so it is not an IP-Adapter; check which file it is"
-        check(part, f"{path}: {message}")
+        check(
+            part,
+            f"{path}: has no {name!r} weights, so it is not an IP-Adapter; check which file it is",
+        )
     return resampler, branch, replaced
 
 
@@ -107,8 +113,9 @@ def read_xlabs_adapter(path: str) -> tuple[State, State]:
             if re.fullmatch(theirs, key):
                 known = True
                 part[re.sub(theirs, ours, key).replace("proj.", "image_embeds.")] = value
-        message = f"has an unknown key {key!r}, so it is not XLabs' IP-Adapter; {XLABS_V1}"
-        check(known, f"{path}: {message}")
+        check(
+            known, f"{path}: has an unknown key {key!r}, so it is not XLabs' IP-Adapter; {XLABS_V1}"
+        )
     for part, key in (
         (projection, "norm.weight"),
         (projection, "image_embeds.weight"),
@@ -123,35 +130,34 @@ def check_sdxl(pipe: StableDiffusionXLPipeline, location: str) -> None:
 
     Inpainting UNets take more channels; the refiner's reads another text encoder and other sizes.
     """
-    unet, vae = pipe.unet.config, pipe.vae.config
-    advice = "use a UNet of SDXL that draws from text alone"
+    unet, encoders = pipe.unet.config, (pipe.text_encoder, pipe.text_encoder_2)
+    fits = unet.in_channels == unet.out_channels == pipe.vae.config.latent_channels
+    if fits := fits and None not in encoders:
+        added = encoders[1].config.projection_dim + 6 * (unet.addition_time_embed_dim or 0)
+        fits = unet.cross_attention_dim == sum(part.config.hidden_size for part in encoders)
+        fits = fits and unet.projection_class_embeddings_input_dim == added
     check(
-        unet.in_channels == unet.out_channels == vae.latent_channels,
-        f"{location}: its UNet takes {unet.in_channels} channels and gives {unet.out_channels}, "
-        f"the VAE has {vae.latent_channels}: it is made for inpainting or another VAE; {advice}",
-    )
-    encoders = pipe.text_encoder, pipe.text_encoder_2
-    message = "the pipeline lacks a text encoder, as the refiner does"
-    check(None not in encoders, f"{location}: {message}; {advice}")
-    text = sum(encoder.config.hidden_size for encoder in encoders)
-    added = encoders[1].config.projection_dim + 6 * (unet.addition_time_embed_dim or 0)
-    check(
-        (unet.cross_attention_dim, unet.projection_class_embeddings_input_dim) == (text, added),
-        f"{location}: its UNet reads text of width {unet.cross_attention_dim}, the text encoders "
-        f"give {text}: it is the refiner's or of another model; {advice}",
+        fits,
+        f"{location}: its UNet does not fit the VAE and the two text encoders: it is made for "
+        "inpainting, the refiner's, or of another model; use a UNet of SDXL that draws from text "
+        "alone",
     )
 
 
 def check_flux_folder(base: Path) -> None:
     """Raise UserError, before anything big is loaded, for another kind of FLUX."""
     kind = read_json(base / "model_index.json", dict, FLUX_DEV).get("_class_name")
-    message = f"is a {kind}, not a FluxPipeline (FLUX.2, Kontext and others differ)"
-    check(kind == "FluxPipeline", f"{base}: {message}; {FLUX_DEV}")
+    check(
+        kind == "FluxPipeline",
+        f"{base}: is a {kind}, not a FluxPipeline (FLUX.2, Kontext and others differ); {FLUX_DEV}",
+    )
     config = read_json(base / "transformer" / "config.json", dict, FLUX_DEV)
     check_guidance_embedding(config, str(base))
 
 
 def check_guidance_embedding(config: dict, location: str) -> None:
     """Raise UserError for a transformer without guidance embedding, as FLUX.1-schnell's."""
-    message = "has no guidance embedding, as FLUX.1-schnell has none"
-    check(config.get("guidance_embeds"), f"{location}: {message}; {FLUX_DEV}")
+    check(
+        config.get("guidance_embeds"),
+        f"{location}: has no guidance embedding, as FLUX.1-schnell has none; {FLUX_DEV}",
+    )

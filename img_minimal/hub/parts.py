@@ -43,17 +43,22 @@ def open_parts(
     which is known by the small ones: weights are not downloaded before.
     """
     preset = find_preset_for(pipe, preset)
-    fixed = {"offload"} if pipe is not None else set()
+    check(guidance != "text" or mllm is None, "guidance by text needs no mllm; leave it out")
+    fixed = {"base", "unet", "offload"} if pipe is not None else set()
     if isinstance(pipe, Backbone):
         fixed = changes.keys() - FREE
-    fixed &= changes.keys()
-    advice = "is a setting of this backbone; open it with that, or use img.drawing(...)"
-    check(not fixed, f"{min(fixed, default='')!r} {advice}")
-    check(guidance != "text" or mllm is None, "guidance by text needs no mllm; leave it out")
     if isinstance(mllm, str | PathLike):
         changes["mllm"], mllm = str(mllm), None
+    elif mllm is not None:
+        fixed = fixed | {"questions"}
     if isinstance(aligner, str | PathLike):
         changes["aligner"], aligner = str(aligner), None
+    fixed = min(fixed & changes.keys(), default=None)
+    check(
+        fixed is None,
+        f"{fixed!r} is a setting of this backbone or MLLM, which is loaded; open it with that, or "
+        "use img.drawing(...)",
+    )
     preset = preset.guided_by(guidance).changed(**changes)
 
     names, width, location = [], None, "text"
@@ -106,8 +111,10 @@ def find_preset_for(pipe: object, preset: Preset | str | None) -> Preset:
     preset = preset or default
     if not isinstance(preset, Preset):
         preset = find_preset(preset)
-    message = f"preset {preset.name!r} is for {preset.backbone}, and the pipeline is of {kind}"
-    check(kind in (None, preset.backbone), message)
+    check(
+        kind in (None, preset.backbone),
+        f"preset {preset.name!r} is for {preset.backbone}, and the pipeline is of {kind}",
+    )
     return preset
 
 
@@ -141,5 +148,7 @@ def warn_of_other_guide(aligner: ImplicitAligner, location: str) -> None:
     name = model_name(location)
     # A copy in another folder has the same fingerprint, which comes last.
     if aligner.guide.split()[-1] != name.split()[-1]:
-        found = f"this aligner was trained with {aligner.guide}, and is guided by {name}"
-        warn(f"{found}; unless these are the same model, its corrections will be wrong")
+        warn(
+            f"this aligner was trained with {aligner.guide}, and is guided by {name}; unless these "
+            "are the same model, its corrections will be wrong"
+        )

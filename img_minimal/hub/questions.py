@@ -47,17 +47,15 @@ def find_questions(name: str) -> tuple[str, ...]:
     if name in BANKS:
         return BANKS[name]
     path = Path(name).expanduser()
-    example = "How to make the image match the prompt: {}?"
-    expected = f'expected a JSON list of phrasings such as "{example}"'
-    questions = []
-    for number, phrasing in enumerate(read_json(path, list, expected), 1):
-        check(isinstance(phrasing, str), f"{path}, entry {number}: is no text; {expected}")
-        places = len(PROMPT_PLACE.findall(phrasing))
-        found = f"has {places} places for the prompt, expected one {{}}: {phrasing[:80]!r}"
-        check(places == 1, f"{path}, entry {number}: {found}")
-        questions.append(PROMPT_PLACE.sub("{}", phrasing))
+    expected = (
+        'expected a JSON list of phrasings such as "How to make the image match the prompt: {}?"'
+    )
+    questions = read_json(path, list, expected)
     check(questions, f"{path}: holds no phrasing; {expected}")
-    return tuple(questions)
+    for phrasing in questions:
+        fits = isinstance(phrasing, str) and len(PROMPT_PLACE.findall(phrasing)) == 1
+        check(fits, f"{path}: {phrasing!r:.80} has not one place for the prompt; {expected}")
+    return tuple(PROMPT_PLACE.sub("{}", phrasing) for phrasing in questions)
 
 
 def strip_placeholders(text: str, marks: Sequence[str] = ()) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -30,8 +30,10 @@ def read_weights(path: str | Path, holds: str | None = None) -> dict:
     path = Path(path)
     with opening(path, WEIGHT_FILE):
         state = load_file(path) if path.suffix == ".safetensors" else _load_torch(path)
-    found = f"expected a state dict, found {type(state).__name__}"
-    check(isinstance(state, dict) and state, f"{path}: {found}; pass weights only")
+    check(
+        isinstance(state, dict) and state,
+        f"{path}: expected a state dict, found {type(state).__name__}; pass weights only",
+    )
     state = _drop_prefix(state)
     return (_find(state, holds) if holds else None) or state
 
@@ -84,24 +86,13 @@ def write_weights(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = OrderedDict((key, value.detach().cpu()) for key, value in state.items())
-    with writing(path), replacing(path) as partial:
+    with replacing(path) as partial:
         if path.suffix in TORCH_SUFFIXES:
             setattr(tensors, NOTES, {NOTES: metadata or {}})
             torch.save(tensors, partial)
         else:
             tensors = {key: value.contiguous() for key, value in tensors.items()}
             save_file(tensors, partial, metadata=metadata or {"format": "pt"})
-
-
-@contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Convert safetensors' way of reporting a full disk into a UserError."""
-    try:
-        yield
-    except SafetensorError as error:
-        reason = str(error).splitlines()[0]
-        message = f"{path}: cannot be written ({reason}); is the disk full?"
-        raise UserError(message) from error
 
 
 @contextmanager

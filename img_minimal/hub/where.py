@@ -10,7 +10,6 @@ show before the first model is loaded.
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +23,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import safe_open
-from tqdm import tqdm
 
 from img_minimal.cli import UserError, causes, check, flag_name
 from img_minimal.devices import Precision, Turns, best_device
@@ -73,11 +71,16 @@ def fetch_file(location: str, flag: str) -> Path:
     if hub_id is None:
         return Path(location).expanduser()
     repo, inside = hub_id
-    example = f"as in {location}/file.safetensors"
-    check(inside, f"{location}: is a repository, {flag} needs a file in it, {example}")
+    check(
+        inside,
+        f"{location}: is a repository, {flag} needs a file in it, as in "
+        f"{location}/file.safetensors",
+    )
     path = _download(location, repo, [inside], flag) / inside
-    missing = f"{location}: the repository {repo} has no such file; check the path after its name"
-    check(path.is_file(), missing)
+    check(
+        path.is_file(),
+        f"{location}: the repository {repo} has no such file; check the path after its name",
+    )
     return path
 
 
@@ -160,16 +163,10 @@ def split_hub_id(location: str, flag: str) -> tuple[str, str] | None:
     is_hub_id = re.fullmatch(r"(?!.*(--|\.\.))\w[\w.-]*(/[\w.-]+)+", location)
     # A local folder that is named like an owner hides no repository; owner/name there does.
     fits = is_hub_id and not is_file and not Path(*pieces[:2]).exists()
-    advice = f"check {flag} (a path, or owner/name on the hub)"
-    check(fits, f"{location}: no such file or folder; {advice}")
+    check(
+        fits, f"{location}: no such file or folder; check {flag} (a path, or owner/name on the hub)"
+    )
     return "/".join(pieces[:2]), "/".join(pieces[2:])
-
-
-class _Bar(tqdm):
-    """Show the hub's progress bar only after a second."""
-
-    def __init__(self, *arguments: object, **options: object):
-        super().__init__(*arguments, **(options | {"delay": 1, "leave": False}))
 
 
 def _download(location: str, repo: str, patterns: list[str], flag: str) -> Path:
@@ -184,14 +181,16 @@ def _download(location: str, repo: str, patterns: list[str], flag: str) -> Path:
             get_cached_repo_tree(repo)
             return Path(root)
         # Unlike hf_hub_download it falls back on its cache at once when there is no network.
-        return Path(snapshot_download(repo, allow_patterns=patterns, tqdm_class=_Bar))
+        return Path(snapshot_download(repo, allow_patterns=patterns))
     except Exception as error:  # HTTP errors of several libraries, and the disk's
         status = None
         for cause in causes(error):
             status = status or getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(error, GatedRepoError) or status == 403:
-            terms = f"accept the terms on https://huggingface.co/{repo}"
-            reason = f"access is restricted; {terms} and log in with `hf auth login`"
+            reason = (
+                f"access is restricted; accept the terms on https://huggingface.co/{repo} and log "
+                "in with `hf auth login`"
+            )
         elif isinstance(error, RepositoryNotFoundError) or status in (401, 404):
             reason = (
                 "not a local path, and the hub has no such model or does not show it to you; "
@@ -204,8 +203,9 @@ def _download(location: str, repo: str, patterns: list[str], flag: str) -> Path:
                 "not a local path, not (wholly) in the hub's cache, and the hub cannot be reached "
                 f"({type(error).__name__}); go online, unset HF_HUB_OFFLINE"
             )
-        instead = f"or download it elsewhere and name the local copy with {flag}"
-        raise UserError(f"{location}: {reason}, {instead}") from None
+        raise UserError(
+            f"{location}: {reason}, or download it elsewhere and name the local copy with {flag}"
+        ) from None
 
 
 def _check_folder(
@@ -219,17 +219,19 @@ def _check_folder(
     weights = chosen(path, names, half, without)
     problem = None
     if "adapter_config.json" in names or "non_lora_trainables.bin" in names:
-        advice = f"(peft's merge_and_unload) and name the merged folder with {flag}"
-        problem = f"is a LoRA adapter and no whole model; merge it into its base model {advice}"
+        problem = (
+            "is a LoRA adapter and no whole model; merge it into its base model (peft's "
+            f"merge_and_unload) and name the merged folder with {flag}"
+        )
     elif "config.json" not in names and "model_index.json" not in names:
         inner = ", ".join(sorted(file.parent.name for file in path.glob("*/config.json")))
         problem = f"holds no config.json, so no model; check {flag} (subfolders: {inner or 'none'})"
     elif not any(name.endswith((".safetensors", ".bin")) for name in names):
         problem = f"holds settings but no weights; download it again, or check {flag}"
-    shards = Counter(re.sub(r"-\d+-of-", "-*-of-", name) for name in weights)
-    for name, count in shards.items():
+    for name in weights:
         total = re.search(r"-of-(\d+)", name)
-        if total and count != int(total[1]):
+        count = sum(total[0] in other for other in weights) if total else 0
+        if total and count % int(total[1]):
             problem = f"has {count} of {int(total[1])} files {name}; download the others"
     check(not problem, f"{location}: {problem}")
     for name in names:
@@ -246,8 +248,10 @@ def check_depth(path: Path) -> None:
     text = path.read_text(errors="replace")
     many = re.search(r'"\w*((layers|depth)"[\s\[\d,:]*\d{4}|per_block"[\s\[\d,:]*\d{3})', text)
     if many:
-        message = f"asks for too many layers ({' '.join(many[0].split())[:80]}...)"
-        raise UserError(f"{path}: {message}; download it again")
+        raise UserError(
+            f"{path}: asks for too many layers ({' '.join(many[0].split())[:80]}...); download it "
+            "again"
+        )
 
 
 def _names(path: Path) -> list[str]:

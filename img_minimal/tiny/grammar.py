@@ -175,9 +175,11 @@ def parse(text: str) -> Prompt:
     except PromptError as error:
         examples = "; ".join(map(repr, EXAMPLES))
         raise PromptError(
-            f"the tiny world cannot draw {text!r}: {error}. Colours: {', '.join(COLOURS)}; "
-            f"shapes: {', '.join(FORMS)}. Try {examples} - or a real model, for any prompt: "
-            "--model sdxl"
+            f"the tiny world cannot draw {text!r}: {error}. Numbers: "
+            f"{', '.join(NUMBERS.values())}; colours: {', '.join(COLOURS)}; shapes: "
+            f"{', '.join(FORMS)}; relations: "
+            f"{', '.join(RELATIONS)}; at most three kinds and four shapes. Try {examples} - or a "
+            "real model, for any prompt: --model sdxl"
         ) from None
 
 
@@ -197,7 +199,7 @@ def _read_prompt(words: str) -> Prompt:
     groups = tuple(map(_read_group, parts))
     prompt = Prompt(groups, relation and relation[1])
     if len(groups) > 3 or len(prompt.kinds) > 4:
-        raise PromptError("at most three kinds and four shapes fit a picture")
+        raise PromptError("it names too many")
     if not prompt.is_distinct:
         raise PromptError("it names the same kind twice; say 'two red circles' instead")
     return prompt
