@@ -129,7 +129,7 @@ def main() -> int:
     if swept:
         seen = stages[-2][:1] if config.one_look else stages[-2]
         with clock("sweep"):
-            sweep(img, *swept, captions, seeds, seen, config.rounds, folder / "sweep.png")
+            sweep(img, *swept, captions, seeds, seen, folder / "sweep.png")
         print(f"saved to {folder}/sweep.png")
     print(f"saved to {folder}/side-by-side.png, in {clock}")
     return 0
@@ -174,19 +174,16 @@ def save(
             row.append((image, ""))
             if image is None:
                 continue  # one look served all seeds
+            file = f"{stem}seed{seed}-{k}-{stage.replace(' ', '')}.png"
+            text = settings | {"prompt": caption, "seed": seed, "stage": stage}
+            write_whole(folder / file, png(image, text))
             notes = {"MLLM": said[k][i]} if said else {}
             if find_preset(config.model).world == "tiny":
                 [verdict] = judge_pictures([image], [parse_prompt(caption)])
                 notes["oracle"] = "right" if verdict.strict else f"wrong: {verdict.words}"
-
-            file = f"{stem}seed{seed}-{k}-{stage.replace(' ', '')}.png"
-            text = settings | {"prompt": caption, "seed": seed, "stage": stage}
-            write_whole(folder / file, png(image, text))
-            entry = {"file": file, "stage": stage}
             if k and any(image is first for first in stages[0]):
-                entry["kept first"] = True
-                stage += ", first image kept"
-            entries.append(entry | notes)
+                notes["kept first"] = True
+            entries.append({"file": file, "stage": stage} | notes)
             lines = [f"{who}: {what}" for who, what in notes.items()]
             report.append(f"seed {seed}, {stage}: " + "; ".join(lines))
             words += [f"{stage}:", *lines]
@@ -221,23 +218,18 @@ def sweep(
     captions: list[str],
     seeds: list[int],
     seen: list[Image],
-    rounds: int,
     path: Path,
 ) -> None:
-    """Save a row for each image: its last pass, drawn at every value.
+    """Save a row for each image: a pass from the images `seen`, drawn at every value.
 
-    `seen` are the images of the last look, in round `rounds`: one or all. What is right is
-    corrected here, too.
+    What is right is corrected here, too. One look at one image serves all.
     """
-    asked = [seed + rounds - 1 for seed in seeds[: len(seen)]]
-    guidance, mask = img.guidance(seen, captions[: len(seen)], asked)
-    tokens = img.backbone.tokens(seen)
-    rows = [[] for _ in captions]
+    one_look, rows = len(seen) < len(captions), [[] for _ in captions]
+    start = seen * (len(captions) // len(seen))
     for value in values:
-        with img.drawing(draft_steps=None, **{name: value}):
-            aligned = img.correct(tokens, guidance, mask).expand(len(captions), -1, -1)
-            images = to_pil(img.backbone.draw(captions, seeds, aligned))
-        for row, image, caption, seed in zip(rows, images, captions, seeds):
+        with img.drawing(draft_steps=None, only_wrong=False, **{name: value}):
+            _, drawn = img.stages(captions, seeds, one_look=one_look, start=start)
+        for row, image, caption, seed in zip(rows, to_pil(drawn), captions, seeds):
             note = "" if row else f'\n"{caption}", seed {seed}'
             row.append((image, f"{name} {value:g}{note}"))
     sheet(rows, path, f"the last pass at several values of {name}")

@@ -44,11 +44,6 @@ def finetune(run: Run, settings: Training, models: Models, triplets: str, seed: 
     dtype = precision.mllm if settings.lora_rank else torch.float32
     location = fetch_folder(models.stock_mllm, "--mllm", half=dtype != torch.float32)
     mllm = MLLM.from_pretrained(location, dtype, device, find_questions(models.questions))
-    check(
-        not getattr(mllm.model, "is_quantized", False),
-        f"{models.stock_mllm}: is quantized, and --stage mllm trains whole weights; use the same "
-        "model in bf16",
-    )
     torch.manual_seed(seed)  # of LoRA's initial values
     detector = Detector(mllm, settings.lora_rank, precision)
     data = detector_data(stream)
@@ -196,12 +191,7 @@ class Detector:
         longest, shape = max(map(len, answers)), inputs["input_ids"].shape
         for name, value in inputs.items():
             if value.shape[:2] == shape:
-                kind = self.model.config.model_type
-                check(
-                    value.ndim == 2,
-                    f"--stage mllm cannot train a {kind}, whose {name} is no type of tokens; use "
-                    "an MLLM that reads images as tokens",
-                )
+                check(value.ndim == 2, f"--stage mllm cannot train this MLLM, for its {name}")
                 inputs[name] = F.pad(value, (0, longest))
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         labels = torch.full_like(ids, IGNORE)

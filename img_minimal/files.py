@@ -236,17 +236,18 @@ def as_pictures(images: Image.Image | Tensor | Sequence[Image.Image | Tensor]) -
     Raises UserError for tensors other than uint8 or floats in [0, 1].
     """
     alone = isinstance(images, Image.Image) or (isinstance(images, Tensor) and images.ndim == 3)
-    expected = "expected PIL images, or a tensor (B, 3, H, W) of uint8 or of floats in [0, 1]"
     pictures = []
     for image in [images] if alone else images:
         if isinstance(image, Tensor):
-            found = f"{image.dtype} {tuple(image.shape)} from {image.min():g} to {image.max():g}"
-            image = image / 255 if image.dtype == torch.uint8 else image
-            fits = image.is_floating_point() and image.ndim == 3 and len(image) == 3
-            fits = fits and (image.sub(0.5).abs() <= 0.501).all()
-            check(fits, f"a picture is {found}, {expected}")
-            [image] = to_pil([image])
-        check(isinstance(image, Image.Image), f"a picture is {image!r:.60}, {expected}")
+            values = image / 255 if image.dtype == torch.uint8 else image
+            fits = values.is_floating_point() and values.ndim == 3 and len(values) == 3
+            if fits and (values.sub(0.5).abs() <= 0.501).all():
+                [image] = to_pil([values])
+        check(
+            isinstance(image, Image.Image),
+            f"a picture is {' '.join(repr(image).split()):.60}, expected PIL images, or a tensor (B, 3, H, W) of uint8 "
+            "or of floats in [0, 1]",
+        )
         pictures.append(flattened(image))
     return pictures
 

@@ -345,7 +345,9 @@ PRESETS = {
 }
 
 
-def find_preset(name: str) -> Preset:
-    """Look up a preset. Raises UserError listing the known names."""
+def find_preset(name: str | Preset) -> Preset:
+    """Look up a preset by its name. Raises UserError listing the known names."""
+    if isinstance(name, Preset):
+        return name
     check(name in PRESETS, f"unknown model {name!r}; this version has: {', '.join(PRESETS)}")
     return PRESETS[name]

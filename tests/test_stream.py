@@ -12,10 +12,8 @@ from PIL import Image
 from refusals import refused
 
 from img_minimal.data.features import prefetch
-from img_minimal.data.pairs import PAIRS, ImageDecoder, Skipped, pair_stream, triplet_stream
+from img_minimal.data.pairs import ImageDecoder, Skipped, pair_stream, parse_pair, triplet_stream
 from img_minimal.files import decode
-
-PARSE = next(iter(PAIRS.values()))  # of Pick-a-Pic's rows
 
 
 def test_every_pair_comes_once_winner_first_in_an_order_of_the_seed_and_ties_are_dropped(tmp_path):
@@ -51,12 +49,12 @@ def test_every_pair_comes_once_winner_first_in_an_order_of_the_seed_and_ties_are
 )
 def test_rows_with_odd_cells_are_skipped_under_their_reason(changes, reason):
     with pytest.raises(Skipped, match=reason):
-        PARSE(rows(1)[0] | changes, lambda cell: None)
+        parse_pair([*(rows(1)[0] | changes).values()][:5], lambda cell: None)
 
 
 def test_text_and_numbers_are_also_read_from_bytes():
     row = rows(1)[0] | {"caption": b"caf\xc3\xa9", "label_0": "1", "label_1": b"0"}
-    assert PARSE(row, lambda cell: None).prompt == "café"
+    assert parse_pair([*row.values()][:5], lambda cell: None).prompt == "café"
 
 
 @pytest.mark.parametrize("cell", [7, "nowhere.jpg", ["a"], {"path": "x"}, {"bytes": None}])

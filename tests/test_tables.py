@@ -225,7 +225,6 @@ def test_a_file_that_is_no_table_is_refused_by_name(tmp_path, content, kind, rea
         ("mixed", ["has no column 'label_1'", "which train-0.parquet has"]),
         ("notes.txt", ["is no table", ".parquet"]),
         ("somebody/pairs", ["hub cannot be reached", "name a local parquet file"]),
-        ("yuvalkirstain/pickapic_v2", ["removed from the hub", "--pairs"]),
     ],
 )
 def test_a_source_without_such_a_table_is_refused_with_what_to_do(tmp_path, source, words):

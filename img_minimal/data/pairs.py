@@ -14,7 +14,7 @@ Unusable rows are skipped and counted by reason.
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +43,7 @@ Item = TypeVar("Item")
 Share = tuple[int, int]  # (r, n): the r-th of n parts, counted from 0; one for each of n processes
 EVERYTHING = (0, 1)
 Decode = Callable[[Any], Image]  # a cell -> its image
-Parse = Callable[[dict, Decode], Any]  # a row -> an item
+Parse = Callable[[list, Decode], Any]  # the cells of a layout -> an item
 LONGEST_TEXT = 2000  # characters: batches are padded to the longest prompt
 DECODED_AT_ONCE = 64  # rows, in threads
 
@@ -95,16 +95,19 @@ def text_of(cell: object) -> str:
     return cell
 
 
-def parse_pair(prompt: object, images: Any, labels: Any, decode: Decode) -> Pair:
-    """Build a pair of two images, the winner being the one with label 1, or of this number.
+def parse_pair(cells: list, decode: Decode) -> Pair:
+    """Build a pair of a row's prompt, two images, and labels: 1 marks the winner.
 
-    Raises Skipped for a tie, or without a prompt or labels, and OSError for damaged images.
+    One label is the number of the winner, and without any it is the first image. Raises Skipped for
+    a tie, or without a prompt or labels, and OSError for damaged images.
     """
+    prompt, first, second, *labels = cells
     prompt = text_of(prompt)
     try:
-        if not isinstance(labels, list | tuple):
-            labels = 1 - float(labels), labels
-        (first, second), (label, other_label) = images, map(float, labels)
+        if isinstance(first, list):  # a list of images, and one of labels
+            (first, second), labels = first, second
+        labels = list(map(float, labels)) or [1, 0]
+        label, other_label = labels if labels[1:] else (1 - labels[0], labels[0])
     except (TypeError, ValueError, OverflowError):
         raise Skipped(UNLABELLED) from None
     if label == other_label and label in (0, 0.5, 1):
@@ -115,34 +118,24 @@ def parse_pair(prompt: object, images: Any, labels: Any, decode: Decode) -> Pair
     return Pair(prompt, decode(winner), decode(loser))
 
 
-def parse_triplet(row: dict, decode: Decode) -> Triplet:
-    """Build a triplet.
+def parse_triplet(cells: list, decode: Decode) -> Triplet:
+    """Build a triplet of a row's image, prompt and instruction.
 
     Raises Skipped without a prompt or instruction, and OSError for a damaged image.
     """
-    texts = [text_of(row[name]).strip() for name in ("edited_prompt", "edit_prompt")]
-    return Triplet(decode(row["original_image"]), *texts)
+    image, *texts = cells
+    texts = [text_of(text).strip() for text in texts]
+    return Triplet(decode(image), *texts)
 
 
-def _two_columns(winner: str, loser: str) -> Parse:
-    return lambda row, decode: parse_pair(row["prompt"], (row[winner], row[loser]), (1, 0), decode)
-
-
-# Layout -> parser of its rows.
-PAIRS = {
-    ("caption", "jpg_0", "jpg_1", "label_0", "label_1"): lambda row, decode: parse_pair(
-        row["caption"], (row["jpg_0"], row["jpg_1"]), (row["label_0"], row["label_1"]), decode
-    ),
-    ("prompt", "chosen", "rejected"): _two_columns("chosen", "rejected"),
-    ("prompt", "path1", "path2"): _two_columns("path1", "path2"),
-    ("prompt", "image_path", "human_preference"): lambda row, decode: parse_pair(
-        row["prompt"], row["image_path"], row["human_preference"], decode
-    ),
-    ("prompt", "image_0", "image_1", "label"): lambda row, decode: parse_pair(
-        row["prompt"], (row["image_0"], row["image_1"]), row["label"], decode
-    ),
-}
-TRIPLETS = {("original_image", "edit_prompt", "edited_prompt"): parse_triplet}
+PAIRS = (
+    ("caption", "jpg_0", "jpg_1", "label_0", "label_1"),
+    ("prompt", "chosen", "rejected"),
+    ("prompt", "path1", "path2"),
+    ("prompt", "image_path", "human_preference"),
+    ("prompt", "image_0", "image_1", "label"),
+)
+TRIPLETS = (("original_image", "edited_prompt", "edit_prompt"),)
 
 
 @dataclass(frozen=True)
@@ -176,7 +169,8 @@ class Stream(Generic[Item]):
 
     def __init__(
         self,
-        layouts: Mapping[Layout, Parse],
+        layouts: Collection[Layout],
+        parse: Parse,
         source: str | Path,
         size: int = 0,
         limit: int = 0,
@@ -188,7 +182,7 @@ class Stream(Generic[Item]):
         # This rank's part of the limit, which may be no item at all.
         self.limit = (limit + world - 1 - rank) // world if limit else sys.maxsize
         self.table = open_table(self.source, layouts)
-        self.parse = layouts[self.table.layout]
+        self.parse = parse
         generator = torch.Generator().manual_seed(seed)
         files = torch.randperm(len(self.table.files), generator=generator).tolist()
         # With enough files each process gets whole ones; otherwise all read every file.
@@ -252,10 +246,9 @@ class Stream(Generic[Item]):
         """Parse a row to an item, or return the reason why it is skipped."""
         try:
             for column in self.table.layout:
-                cell = row.get(column)
-                if cell is None:
+                if row.get(column) is None:
                     raise Skipped(f"without {column}")
-            return self.parse(row, decoder)
+            return self.parse([row[column] for column in self.table.layout], decoder)
         except Skipped as reason:
             return str(reason)
         # PIL's decoders raise nearly anything for bad bytes, and a cell may hold no bytes at all.
@@ -268,8 +261,8 @@ class Stream(Generic[Item]):
         return "rows skipped: " + ", ".join(counts) if counts else ""
 
 
-pair_stream = partial(Stream, PAIRS)
-triplet_stream = partial(Stream, TRIPLETS)
+pair_stream = partial(Stream, PAIRS, parse_pair)
+triplet_stream = partial(Stream, TRIPLETS, parse_triplet)
 
 
 def prefetch(chunks: Iterator[Chunk]) -> Iterator[Chunk]:

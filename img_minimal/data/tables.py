@@ -32,12 +32,6 @@ TRAINING = {"train", "training"}
 # Names of what is no data, and of what lies in it: .ipynb_checkpoints, ._train.parquet, __MACOSX,
 # Spark's _temporary, $RECYCLE.BIN, the notes of `datasets`.
 NO_DATA = re.compile(r"(^|/)(\.[^./]|__|_temporary|\$|(state|dataset_info|dataset_dict)\.json$)")
-REMOVED = ("yuvalkirstain/pickapic_v1", "yuvalkirstain/pickapic_v2")
-INSTEAD_OF_REMOVED = (
-    "--pairs with a copy that you have (parquet or webdataset tars), or with another set: "
-    "data-is-better-together/open-image-preferences-v1-binarized, or local folders of HPDv2 and "
-    "HPDv3"
-)
 Layout = tuple[str, ...]
 FIRST_ROWS = 20  # of JSON or a tar, which tell the columns, since a row may lack one
 OUTSIDE = "with files outside of the data set"
@@ -85,10 +79,6 @@ def open_table(source: str, layouts: Collection[Layout]) -> Table:
 
 def _open_hub(source: str, layouts: Collection[Layout], wanted: str) -> Table:
     """Stream a data set from the hub; nothing is kept on disk."""
-    check(
-        source not in REMOVED,
-        f"{source}: this data set was removed from the hub in 2025; use {INSTEAD_OF_REMOVED}",
-    )
     import datasets  # takes a second, and only the hub needs it
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the errors below say it all
@@ -117,7 +107,7 @@ def _choose_layout(
     for layout in layouts:
         if set(layout) <= set(columns):
             return layout
-    nearest = max(layouts, key=lambda layout: len(set(layout) & set(columns)))
+    nearest = min(layouts, key=lambda layout: len(set(layout) - set(columns)))
     missing = next(column for column in nearest if column not in columns)
     raise UserError(f"{name}: has no column {missing!r}, {wanted}")
 

@@ -414,6 +414,9 @@ def open_model(
             problems.append(f"has an unknown key {key!r}")
     for key, found, right in report["mismatched_keys"]:
         problems.append(f"has {key!r} of shape {tuple(found)}, not {tuple(right)}")
-    reason = f"so it is not the {cls.__name__} that its config.json says; download both again"
-    check(not problems, f"{folder}: {next(iter(problems), '')}, {reason}")
+    check(
+        not problems,
+        f"{folder}: {next(iter(problems), '')}, so it is not the {cls.__name__} that its "
+        "config.json says; download both again",
+    )
     return model, missing

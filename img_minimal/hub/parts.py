@@ -103,14 +103,10 @@ def open_parts(
 
 def find_preset_for(pipe: object, preset: Preset | str | None) -> Preset:
     """Choose the named preset or the pipeline's. Raises UserError if they do not fit."""
-    default, kind = "tiny-sdxl", None
     if isinstance(pipe, Backbone):
-        default = pipe.preset
-    elif pipe is not None:
-        default = kind = pipeline_kind(pipe)
-    preset = preset or default
-    if not isinstance(preset, Preset):
-        preset = find_preset(preset)
+        return find_preset(preset or pipe.preset)
+    kind = None if pipe is None else pipeline_kind(pipe)
+    preset = find_preset(preset or kind or "tiny-sdxl")
     check(
         kind in (None, preset.backbone),
         f"preset {preset.name!r} is for {preset.backbone}, and the pipeline is of {kind}",

@@ -226,8 +226,6 @@ def _check_folder(
     elif "config.json" not in names and "model_index.json" not in names:
         inner = ", ".join(sorted(file.parent.name for file in path.glob("*/config.json")))
         problem = f"holds no config.json, so no model; check {flag} (subfolders: {inner or 'none'})"
-    elif not any(name.endswith((".safetensors", ".bin")) for name in names):
-        problem = f"holds settings but no weights; download it again, or check {flag}"
     for name in weights:
         total = re.search(r"-of-(\d+)", name)
         count = sum(total[0] in other for other in weights) if total else 0
