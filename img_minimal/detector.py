@@ -127,12 +127,6 @@ class Examples(list[Triplet]):
     def __getitem__(self, index: Tensor) -> list[Triplet]:
         return [list.__getitem__(self, i) for i in index.tolist()]
 
-    @property
-    def sample_bytes(self) -> int:
-        """Memory of one example's image."""
-        width, height = list.__getitem__(self, 0).image.size
-        return 3 * width * height
-
 
 def detector_data(stream: Stream[Triplet]) -> StreamedData:
     """Stream triplets; the end of the first chunk is held out.

@@ -245,8 +245,8 @@ def as_pictures(images: Image.Image | Tensor | Sequence[Image.Image | Tensor]) -
                 [image] = to_pil([values])
         check(
             isinstance(image, Image.Image),
-            f"a picture is {' '.join(repr(image).split()):.60}, expected PIL images, or a tensor (B, 3, H, W) of uint8 "
-            "or of floats in [0, 1]",
+            f"a picture is {' '.join(repr(image).split()):.60}, expected PIL images, or a tensor "
+            "(B, 3, H, W) of uint8 or of floats in [0, 1]",
         )
         pictures.append(flattened(image))
     return pictures

@@ -377,8 +377,7 @@ class CachedData:
 class StreamedData:
     """A chunk of samples at a time, while the next one is read; each process has its own stream.
 
-    `encode(items, chunk number)` makes data that are indexed by tensors, with `validation` (N,) and
-    `sample_bytes`. The first chunk holds the samples for validation, `unseen`. Raises UserError if
+    `encode(items, chunk number)` makes data that are indexed by tensors, with `validation` (N,). The first chunk holds the samples for validation, `unseen`. Raises UserError if
     the stream is empty; `what` names its items.
     """
 
@@ -419,7 +418,7 @@ class StreamedData:
 
 def _validation_samples(data: Any) -> Any:
     """Select the samples for validation, as many as fit into a gigabyte."""
-    most = int(MAX_VALIDATION_BYTES / data.sample_bytes)
+    most = int(MAX_VALIDATION_BYTES / getattr(data, "sample_bytes", 1))
     return data[data.validation.nonzero().flatten()[:most]]
 
 
