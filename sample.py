@@ -123,13 +123,12 @@ def main() -> int:
     if config.explain:
         with clock("put in words"):
             for k, images in enumerate(stages):
-                asked = [seed + k for seed in seeds]
-                said.append(img.explain(images, *(x[: len(images)] for x in (captions, asked))))
+                asked = [seed + k for seed in seeds[: len(images)]]
+                said.append(img.explain(images, captions[: len(images)], asked))
     save(config, img.backbone.sampling, folder, captions, seeds, stages, said)
     if swept:
         seen = stages[-2][:1] if config.one_look else stages[-2]
-        with clock("sweep"):
-            sweep(img, *swept, captions, seeds, seen, folder / "sweep.png")
+        sweep(img, *swept, captions, seeds, seen, folder / "sweep.png")
         print(f"saved to {folder}/sweep.png")
     print(f"saved to {folder}/side-by-side.png, in {clock}")
     return 0

@@ -16,7 +16,7 @@ from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from types import NoneType
+from types import NoneType, TracebackType
 from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
@@ -151,11 +151,18 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 def install_error_hook() -> None:
     """Report user errors as `run` does, in a script without a `main` function."""
+    steady_output()
 
-    def fail(error: BaseException) -> NoReturn:
-        raise error
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(130)
+        message = one_line(error)
+        if message is None:
+            sys.__excepthook__(kind, error, trace)
+        else:
+            end_with(message)
 
-    sys.excepthook = lambda kind, error, trace: run(partial(fail, error))
+    sys.excepthook = hook
 
 
 def end_with(message: str) -> NoReturn:

@@ -27,6 +27,7 @@ from typing import IO, Any, Self
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -141,7 +142,7 @@ class Ranks:
         error = None
         try:
             yield
-        except (UserError, OSError) as caught:
+        except (UserError, OSError, SafetensorError) as caught:
             error = caught
         messages = self.gather(error and " ".join(str(error).split()))
         for rank, message in enumerate(messages):
@@ -363,7 +364,11 @@ def check_same_settings(before: dict, now: dict, done: int) -> None:
         known = before.get(name, value)  # a setting that is new since then had today's default
         if isinstance(value, dict) and isinstance(known, dict):
             check_same_settings(known, value, done)
-        elif name in WARN_IF_CHANGED and known != value and (name == "compute" or value >= done):
+        elif (
+            name in WARN_IF_CHANGED
+            and known != value
+            and (name == "compute" or value >= min(known, done))
+        ):
             warn(f"the run began with {name} {known}, now {value}: {WARN_IF_CHANGED[name]}")
         else:
             check(

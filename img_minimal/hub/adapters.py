@@ -132,7 +132,9 @@ def check_sdxl(pipe: StableDiffusionXLPipeline, location: str) -> None:
     """
     unet, encoders = pipe.unet.config, (pipe.text_encoder, pipe.text_encoder_2)
     fits = unet.in_channels == unet.out_channels == pipe.vae.config.latent_channels
-    if fits := fits and None not in encoders:
+    if None in encoders:
+        fits = False
+    elif fits:
         added = encoders[1].config.projection_dim + 6 * (unet.addition_time_embed_dim or 0)
         fits = unet.cross_attention_dim == sum(part.config.hidden_size for part in encoders)
         fits = fits and unet.projection_class_embeddings_input_dim == added

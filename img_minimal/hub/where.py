@@ -10,6 +10,7 @@ show before the first model is loaded.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -226,10 +227,10 @@ def _check_folder(
     elif "config.json" not in names and "model_index.json" not in names:
         inner = ", ".join(sorted(file.parent.name for file in path.glob("*/config.json")))
         problem = f"holds no config.json, so no model; check {flag} (subfolders: {inner or 'none'})"
-    for name in weights:
+    shards = Counter(re.sub(r"-\d+-of-", "-*-of-", name) for name in weights)
+    for name, count in shards.items():
         total = re.search(r"-of-(\d+)", name)
-        count = sum(total[0] in other for other in weights) if total else 0
-        if total and count % int(total[1]):
+        if total and count != int(total[1]):
             problem = f"has {count} of {int(total[1])} files {name}; download the others"
     check(not problem, f"{location}: {problem}")
     for name in names:
