@@ -45,7 +45,7 @@ def option(default: Any, text: str = "", **extra: Any) -> Any:
     """Declare a dataclass field together with its `--help` line.
 
     `least` and `most` bound a number; `choices` lists the accepted values, of which `bare` is meant
-    by the flag alone or True, and the default by its `--no-` form or False.
+    by the flag alone or True, and the default by False.
     """
     return field(default=default, metadata={"help": text, **extra})
 
@@ -104,8 +104,6 @@ def _add_flag(parser: argparse.ArgumentParser, flag: Field, from_preset: bool) -
         settings |= {"type": kind, "choices": choices, "metavar": metavar}
     if "bare" in flag.metadata:
         settings |= {"nargs": "?", "const": flag.metadata["bare"]}
-        off = {"action": "store_const", "const": flag.default, "help": argparse.SUPPRESS}
-        parser.add_argument(flag_name(f"no_{flag.name}"), dest=flag.name, **off)
     parser.add_argument(flag_name(flag.name), **settings)
 
 

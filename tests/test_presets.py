@@ -67,7 +67,6 @@ def test_every_field_with_a_help_line_is_a_flag_that_changes_it_alone():
         (["--offload"], "models"),
         (["--offload", "--steps", "48"], "models"),
         (["--offload", "layers"], "layers"),
-        (["--offload", "--no-offload"], "none"),
     ],
 )
 def test_offload_alone_means_models_and_python_takes_true_and_false(arguments, offload):

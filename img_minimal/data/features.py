@@ -377,8 +377,9 @@ class CachedData:
 class StreamedData:
     """A chunk of samples at a time, while the next one is read; each process has its own stream.
 
-    `encode(items, chunk number)` makes data that are indexed by tensors, with `validation` (N,). The first chunk holds the samples for validation, `unseen`. Raises UserError if
-    the stream is empty; `what` names its items.
+    `encode(items, chunk number)` makes data that are indexed by tensors, with `validation` (N,).
+    The first chunk holds the samples for validation, `unseen`. Raises UserError if the stream is
+    empty; `what` names its items.
     """
 
     def __init__(self, stream: Stream, encode: Callable[[list, int], Any], what: str = PREFERENCE):
