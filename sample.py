@@ -190,7 +190,8 @@ def save(
         results.append({"prompt": caption, "seed": seed, "images": entries})
     content = {"settings": settings, "results": results}
     write_whole(folder / "results.json", json.dumps(content, indent=1))
-    sheet(rows, folder / "side-by-side.png", f"{config.model}, seed {config.seed} on")
+    title = f"{config.model}, seeds {min(seeds)} to {max(seeds)}"
+    sheet(rows, folder / "side-by-side.png", title)
     # Last, for whoever reads may have gone.
     print("\n".join(report))
 
