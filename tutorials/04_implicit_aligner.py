@@ -76,7 +76,7 @@ for name in ("first", "second"):
 #
 # Of eight images, that with which the MLLM is most content. How far each token is moved is painted
 # where the Resampler reads that token; below, what is drawn with the corrected tokens. Watch the
-# yellow cross come out orange: colours are what the tokens hold least well, see 03.
+# yellow cross come out orange: a colour is easily lost in tokens, see [03](03_image_prompt.py).
 
 # %%
 RIGHT = "a red circle and a blue square"
