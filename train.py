@@ -5,7 +5,7 @@
     python train.py --preference-weight 1 --output-dir outputs/full    the paper's whole objective
     python train.py --rounds 3                 two more rounds, on pairs the aligner makes itself
     python train.py --stage mllm               finetune the MLLM that says what to correct
-    python train.py --model sdxl               the paper's run, streaming pairs, on one GPU
+    python train.py --model sdxl               the paper's settings on 10,000 public pairs, one GPU
     python train.py --model sdxl --max-pairs 10000 --cache-dir features --cache-gb 70    ablations
     python train.py --model sdxl --cache-dir features --shard 3/16    part 3 (0 to 15) of the cache
     torchrun --nproc_per_node=8 train.py --model sdxl      eight GPUs that share --batch-size

@@ -303,10 +303,13 @@ def check_adapter(kind: str, models: Models) -> None:
         backbone.open_branch(models, network)
 
 
-def announced_token_width(kind: str, models: Models) -> int:
-    """Return D by the adapter's file, without loading CLIP. Raises UserError."""
+def announced_head(kind: str, models: Models) -> tuple[int, tuple[int, int]]:
+    """Count the parameters of the adapter's head; also return the tokens' (N, D).
+
+    Without loading CLIP. Raises UserError if the adapter is damaged or of another kind.
+    """
     with opening(models.ip_adapter, "IP-Adapter of this model"):
-        return backbone_class(kind).image_prompts.head_size(models)[1][1]
+        return backbone_class(kind).image_prompts.head_size(models)
 
 
 def unseen_end(tokenizer: Any, prompt: str, limit: int) -> str:

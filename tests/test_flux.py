@@ -216,7 +216,7 @@ def test_the_end_of_a_prompt_that_t5_does_not_read_is_known(img):
 
 
 def test_the_public_files_fill_our_modules_at_true_size_and_none_is_left_over():
-    parts = models("llava-13b", "flux")
+    parts = models("flux", "llava-13b")
     shapes = {
         "ip_adapter_proj_model.proj.weight": (16384, 768),
         "ip_adapter_proj_model.proj.bias": (16384,),
@@ -227,7 +227,7 @@ def test_the_public_files_fill_our_modules_at_true_size_and_none_is_left_over():
         for kind in "kv":
             name = f"double_blocks.{i}.processor.ip_adapter_double_stream_{kind}_proj"
             shapes |= {f"{name}.weight": (3072, 4096), f"{name}.bias": (3072,)}
-    ours = public_names(parts["projection"], parts["branch"])
+    ours = public_names(parts["head"], parts["branch"])
     assert {key: tuple(value.shape) for key, value in ours.items()} == shapes
     counts = {
         "transformer": 11_901_408_320,
@@ -235,7 +235,7 @@ def test_the_public_files_fill_our_modules_at_true_size_and_none_is_left_over():
         "text_encoder": 123_060_480,
         "image_encoder": 303_966_208,
         "branch": 478_267_392,
-        "projection": 12_607_488,
+        "head": 12_607_488,
         "vae": 83_819_683,
         "aligner": 675_401_728,
     }

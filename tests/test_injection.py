@@ -8,7 +8,7 @@ from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from release_folder import UNET
 from torch import nn
 
-from img_minimal.bench.memory import SDXL_UNET
+from img_minimal.bench.memory import SIZES
 from img_minimal.sdxl import Resampler, cross_attentions, inject, new_branch
 
 B, N, D = 2, 4, 32
@@ -17,12 +17,16 @@ SMALL = {**UNET, "cross_attention_dim": D}
 NARROW = ("sample_size", "cross_attention_dim", "norm_num_groups", "addition_time_embed_dim")
 NARROW += ("projection_class_embeddings_input_dim",)
 # The attention map of the true SDXL, with narrow layers.
-TRUE_MAP = SDXL_UNET | {key: SMALL[key] for key in NARROW} | {"block_out_channels": (40, 80, 160)}
+TRUE_MAP = (
+    SIZES["sdxl"]["unet"]
+    | {key: SMALL[key] for key in NARROW}
+    | {"block_out_channels": (40, 80, 160)}
+)
 
 
 def new_unet(config: dict) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    return UNet2DConditionModel(**config).eval()
+    return UNet2DConditionModel.from_config(config).eval()
 
 
 def lively_branch(unet: UNet2DConditionModel) -> nn.ModuleDict:

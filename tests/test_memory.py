@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from img_minimal import devices
 from img_minimal.bench import __main__ as bench
-from img_minimal.bench.memory import GIB, TRAIN, counting, needs, table, usable
-from img_minimal.devices import Precision, Turns
+from img_minimal.bench.memory import GIB, TRAIN, models, needs, peak_of, table, usable
+from img_minimal.devices import Precision, Turns, count_parameters
 from img_minimal.hub.parts import open_guide
 from img_minimal.pipeline import IMG
 
@@ -193,55 +193,45 @@ def test_a_cpu_is_fast_in_bf16_if_it_has_the_units_and_torch_may_use_them(monkey
 def test_activations_are_counted_while_they_live_and_parameters_never():
     with torch.device("meta"):
         layer = nn.Linear(1000, 1000, bias=False)
-    with counting() as alive, torch.no_grad():
+
+    @torch.no_grad()
+    def forward() -> None:
         x = layer(torch.empty(10, 1000))  # input and output: 2 x 40 KB
         for _ in range(5):
             x = layer(x)  # each output replaces the one before
-    assert alive.peak == 2 * 40_000 and alive.now == 40_000
-    with counting() as alive:
-        layer(torch.empty(10, 1000)).sum().backward()
-    assert alive.peak >= 40_000 + 4_000_000, "gradients count"
+
+    assert peak_of(forward) == 2 * 40_000
+    backward = peak_of(lambda: layer(torch.empty(10, 1000)).sum().backward())
+    assert backward >= 40_000 + 4_000_000, "gradients count"
 
 
 def test_attention_maps_are_left_out_as_fused_attention_has_none():
-    with counting() as alive:
+    def attend() -> None:
         q = torch.empty(1, 1, 10_000, 8)
         assert nn.functional.scaled_dot_product_attention(q, q, q).shape == q.shape
-    assert alive.peak == 2 * q.numel() * 4
+
+    assert peak_of(attend) == 2 * 10_000 * 8 * 4
 
 
-@pytest.fixture(scope="module")
-def rows() -> dict:
-    """Compute what SDXL with LLaVA-13B needs, by run and dtype."""
-    return {(need.run, need.dtype): need for need in needs("sdxl", "llava-13b")}
-
-
-def test_the_table_adds_up_from_parameter_counts(rows):
+def test_the_table_adds_up_from_parameter_counts():
+    rows = needs("sdxl", "llava-13b")
     unet, branch, text = 2_567_463_684, 340_787_200, 123_060_480 + 694_659_840
     vision, resampler, aligner = 632_076_800, 82_961_664, 195_094_528
     vae, llava = 83_653_863, 13_351_494_656
     half, fp32 = unet + branch + text + vision + llava, vae + resampler + aligner
-    assert rows["sample", "fp16, bf16"].weights == 2 * half + 4 * fp32
-    assert rows["sample", "fp32"].weights == 4 * (half + fp32)
-    assert rows["sample --offload", "fp16, bf16"].weights == 2 * llava
-    train = rows["train the aligner, features as they come", "fp16, bf16"]
-    assert train.weights == 2 * (vision + llava) + 4 * resampler + 16 * aligner
-    cached = rows["train the aligner, features from a cache", "fp32"]
-    assert cached.weights == 16 * aligner
-    assert cached.activations > 4 * aligner, "gradients are among the activations"
-
-
-def test_drawing_needs_the_vaes_decoder_in_fp32_most_and_offload_needs_less(rows):
-    largest = 2 * 32064 * 5120  # bytes of the MLLM's embeddings in half precision
-    train = f"{TRAIN}, features as they come"
-    saved = 2 * 13_351_494_656 - 2 * largest
-    weights = rows[train, "fp16, bf16"].weights - saved
-    assert rows[f"{train} --offload layers", "fp16, bf16"].weights == weights
+    assert rows["sample", "fp16, bf16"][0] == 2 * half + 4 * fp32
+    assert rows["sample", "fp32"][0] == 4 * (half + fp32)
+    assert rows["sample --offload", "fp16, bf16"][0] == 2 * llava
+    train, layers = f"{TRAIN}, features as they come", 4 * 32064 * 5120  # of the embeddings
+    frozen = 2 * vision + 4 * resampler + 16 * aligner
+    assert rows[train, "fp16, bf16"][0] == 2 * llava + frozen
+    assert rows[f"{train} --offload layers", "fp16, bf16"][0] == layers + frozen
+    weights, activations = rows[f"{TRAIN}, features from a cache", "fp32"]
+    assert weights == 16 * aligner
+    assert activations > 4 * aligner, "gradients are among the activations"
     for dtype in ("fp32", "fp16, bf16"):
-        sample, widest = rows["sample", dtype], 256 * 1024 * 1024  # channels, pixels
-        assert 2 * 4 * widest <= sample.activations <= 4 * 4 * widest
-        models, layers = rows["sample --offload", dtype], rows["sample --offload layers", dtype]
-        assert layers.total < models.total < sample.total
+        sample, widest = rows["sample", dtype], 4 * 256 * 1024 * 1024  # bytes, channels, pixels
+        assert 2 * widest <= sample[1] <= 4 * widest, "the VAE's decoder in fp32 needs most"
     assert usable(16) < 16 * GIB < usable(24)
 
 
@@ -252,4 +242,4 @@ def test_the_page_of_real_models_shows_what_the_command_prints(monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["bench", "memory", "--model", "flux"])
     assert bench.main() == 0
     assert capsys.readouterr().out in page
-    assert "| qwen2.5-vl-7b | 8,292.2 |" in table("sdxl", "qwen2.5-vl-7b")
+    assert count_parameters(models("sdxl", "qwen2.5-vl-7b")["mllm"]) == 8_292_166_656

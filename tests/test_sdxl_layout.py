@@ -4,20 +4,18 @@ Keys and shapes are spelled out from the published files, independently of the c
 """
 
 import torch
-from diffusers import UNet2DConditionModel
 
-from img_minimal.aligner import ImplicitAligner
-from img_minimal.bench.memory import SDXL_UNET, models
+from img_minimal.bench.memory import models
 from img_minimal.devices import count_parameters
 from img_minimal.hub.weights import fill
-from img_minimal.sdxl import Resampler, new_branch
+from img_minimal.sdxl import Resampler
 
 Shapes = dict[str, tuple[int, ...]]
 COUNTS = {
     "unet": 2_567_463_684,
     "image_encoder": 632_076_800,
     "branch": 340_787_200,
-    "resampler": 82_961_664,
+    "head": 82_961_664,
     "aligner": 195_094_528,
 }
 
@@ -72,14 +70,13 @@ def on_meta(shapes: Shapes) -> dict[str, torch.Tensor]:
 
 
 def test_every_key_of_the_public_files_finds_its_place_and_none_is_left_over():
-    with torch.device("meta"):
-        branch = new_branch(UNet2DConditionModel(**SDXL_UNET))
-        fill(ImplicitAligner(2048, 5120), on_meta(public_aligner()), "aligner_sdxl.pth")
-        fill(branch, on_meta(public_branch()), "ip-adapter.bin")
+    parts = models("sdxl", "llava-13b")
+    fill(parts["aligner"], on_meta(public_aligner()), "aligner_sdxl.pth")
+    fill(parts["branch"], on_meta(public_branch()), "ip-adapter.bin")
     resampler = Resampler.from_state_dict(on_meta(public_resampler()))
     assert resampler.latents.shape == (1, 16, 1280) and resampler.layers[3][0].heads == 20
 
 
 def test_the_models_of_true_size_have_the_published_parameter_counts():
-    parts = models("llava-13b")
+    parts = models("sdxl", "llava-13b")
     assert {name: count_parameters(parts[name]) for name in COUNTS} == COUNTS

@@ -1,5 +1,6 @@
 """Training from the command line: its plan, what is loaded, streamed, cached and encoded once."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from mllm_folders import write_original_llava
 from pair_files import read_pairs, rows, tie, write
 from refusals import refused
 from release_folder import flags, locations
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from img_minimal.aligner import ImplicitAligner
+from img_minimal.bench.memory import SIZES
 from img_minimal.bench.plan import aligner_plan
 from img_minimal.data.features import distinct
 from img_minimal.data.load import load_encoder
@@ -52,8 +53,8 @@ def test_streamed_and_cached_training_print_a_plan_load_nothing_that_draws_and_a
     assert len(plans) == 2, "a complete cache needs no MLLM"
     for plan, kept in zip(plans, ("streamed", "at most 70 GB")):
         for words in (
-            *("an aligner for tiny-sdxl, 3 steps of 64", "1.93 M parameters", "nothing that draws"),
-            *("a sample: 41.1 KB guidance", "checkpoint.pt 13.5 MB", kept),
+            *("an aligner for tiny-sdxl, 3 steps of 64", "1.93M parameters", "nothing that draws"),
+            *("a sample: 41.1kB guidance", "checkpoint.pt 13.5MB", kept, "is seen 3.2 times"),
         ):
             assert words in plan
 
@@ -77,31 +78,31 @@ def test_sdxl_trains_from_a_stream_with_flags_that_point_at_the_released_files(
 
 
 def test_the_plan_of_the_real_models_shows_their_costs(tmp_path):
-    sizes = {"hidden_size": 5120, "intermediate_size": 13824, "vocab_size": 32064}
-    llama = LlamaConfig(num_hidden_layers=40, num_attention_heads=40, **sizes)
-    LlavaConfig(text_config=llama).save_pretrained(tmp_path / "mllm")
-    sizes = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
-    clip = CLIPVisionConfig(patch_size=14, num_attention_heads=16, projection_dim=1024, **sizes)
-    clip.save_pretrained(tmp_path / "encoder")
+    mllm = SIZES["llava-13b"] | {"model_type": "llava"}
+    for name, settings in (("mllm", mllm), ("encoder", SIZES["sdxl"]["image_encoder"])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
     mllm, encoder = str(tmp_path / "mllm"), str(tmp_path / "encoder")
     preset = SDXL.changed(mllm=mllm, image_encoder=encoder, dtype="bf16")
     plan = aligner_plan(preset, "mllm", tmp_path, 70.0)
     assert Config().refresh_after == 10
     for words in (
-        *("13.4 B parameters   26.7 GB", "632 M parameters", "195 M parameters   3.9 GB"),
-        *("100,000 steps of 8", "6.55 MB guidance (about 640 x 5120, bf16) + 262 KB tokens"),
+        *("13.4G parameters  26.7GB", "632M parameters", "195M parameters  3.90GB"),
+        *("100,000 steps of 8", "6.55MB guidance (about 640 x 5120, bf16) + 262kB tokens"),
         *("all pairs of data-is-better-together/", "streamed", "none on disk"),
-        *("checkpoint.pt 3.12 GB, aligner.safetensors 780 MB",),
+        *("checkpoint.pt 3.12GB", "aligner.safetensors 780MB"),
     ):
         assert words.replace(" ", "") in plan.replace(" ", ""), plan
+    assert "each pair" not in plan, "how many the hub holds is not known"
     cached = preset.changed(("data",), cache_dir=str(tmp_path), max_pairs=10_000)
-    assert "at most 70 GB (10,269 pairs)" in aligner_plan(cached, "mllm", tmp_path, 70.0)
+    plan = aligner_plan(cached, "mllm", tmp_path, 70.0)
+    assert "at most 70 GB (10,269 pairs)" in plan and "each pair is seen 80.0 times" in plan
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
-    with refused("1 KB are free there, the run writes"):
+    with refused("1.00kB are free there, the run writes"):
         aligner_plan(TWIN, "mllm", tmp_path, 70.0)
 
 

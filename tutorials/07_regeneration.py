@@ -24,8 +24,8 @@ h and c_0 are frozen: computed once, they serve every number of passes and scale
 colours of the bars: a setting that fixes more often breaks more, too, and its worth is the
 difference, the black point. The length also says what the push of the preference terms could be worth: they carry f
 beyond the winner (tutorial 05), and that is a longer correction. With --model sdxl there is no
-oracle, and the pictures alone are shown. What the steps cost at SDXL's and FLUX's size is computed
-by `python -m img_minimal.bench sampling`.
+oracle, and the pictures alone are shown. What the steps cost at SDXL's and FLUX's size is measured
+by `python -m img_minimal.bench.true_size`, on a GPU.
 """  # noqa: E501
 
 # %% Options

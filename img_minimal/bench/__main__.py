@@ -1,35 +1,31 @@
 """Measure what parts of the method cost. `python -m img_minimal.bench [SUBJECT]`
 
     memory        which card holds sampling and training, computed from shapes (--model, --mllm)
-    aligner       one and three passes and a training step at true size
+    aligner       one and three passes and a training step at true size (SDXL, LLaVA-13B)
     features      pairs on their way to features: decode, image tokens, MLLM
-    sampling      IMG's steps: the twin's measured, at true size computed (--model, --mllm)
+    sampling      IMG on the twin: its steps, the whole, with drafts and with one look
 
-Without a subject, all but memory are measured, in one table. Times are of this machine, so read the
-ratios: calls are made in turn, and compared with the first of them; *spread* is the lowest
-and the highest ratio. Keep the machine idle meanwhile.
-`python -m img_minimal.bench.true_size` runs everything at true size on a GPU.
+Without a subject, all but memory are measured. Times are of this machine, so read the
+ratios: calls are made in turn, and compared with the subject's first, in operations (on a CPU those
+of attention are not counted) and in time. Keep the machine idle meanwhile.
+`python -m img_minimal.bench.true_size` does all of it at true size on a GPU.
 """
 
 import argparse
+from collections.abc import Iterable
 from functools import partial
-from statistics import median
 
 from img_minimal.cli import quiet_libraries, run
-
-MLLMS = ("llava-13b", "llava-7b", "qwen2.5-vl-7b")
-TIMED = ("aligner", "sampling", "features")
 
 
 def command_line() -> argparse.Namespace:
     """Read the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    text = "default: all but memory"
-    parser.add_argument("subject", nargs="?", choices=("memory", *TIMED), help=text)
-    for flag, choices in (("--mllm", MLLMS), ("--model", ("sdxl", "flux"))):
-        text = f"to compute for (default: {choices[0]})"
-        parser.add_argument(flag, default=choices[0], choices=choices, help=text)
+    parser.add_argument("subject", nargs="?", choices=("memory", "aligner", "features", "sampling"))
+    parser.add_argument("--model", default="sdxl", choices=("sdxl", "flux"))
+    mllms = "llava-13b", "llava-7b", "qwen2.5-vl-7b"
+    parser.add_argument("--mllm", default=mllms[0], choices=mllms)
     return parser.parse_args()
 
 
@@ -37,17 +33,13 @@ if __name__ == "__main__":
     command_line()  # answers --help before torch is imported, which takes seconds
 
 import torch
+from torch.utils.benchmark import timer
+from torch.utils.flop_counter import FlopCounterMode
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.bench.memory import (
-    DRAFT,
-    MLLM_TOKENS,
-    Calls,
-    operations_table,
-    seconds,
-    table,
-)
-from img_minimal.data.load import load_encoder
+from img_minimal.bench.memory import GIB, MLLM_TOKENS, Calls, markdown, table
+from img_minimal.bench.plan import PUBLIC_HEADS
+from img_minimal.data.features import Encoder
 from img_minimal.data.pairs import pair_stream
 from img_minimal.devices import Precision, best_device
 from img_minimal.files import to_pil
@@ -55,114 +47,115 @@ from img_minimal.mllm import guidance_features
 from img_minimal.pipeline import IMG
 from img_minimal.presets import find_preset
 
-TWIN = find_preset("tiny-sdxl")
-PROMPT = "a red circle above a blue square"
+DRAFT = 0.3  # of the denoising steps
+PAIRS = find_preset("tiny-sdxl").data.pairs
 
 
-class Report:
-    """A Markdown table of times."""
-
-    def __init__(self, rounds: int = 5):
-        self.rounds, self.device = rounds, best_device()
-        self.lines = ["| measured | ms | ratio | spread |", "|---|---|---|---|"]
-
-    def in_turn(self, title: str, calls: Calls) -> None:
-        """Make each call once per round, and add a row for each.
-
-        The first round only warms up. Ratios to the first call are taken within a round, so that
-        the drift of a busy machine cancels.
-        """
-        rounds = []
-        for _ in range(self.rounds + 1):
-            rounds.append([seconds(call) for call in calls.values()])
-        for name, times in zip(calls, zip(*rounds[1:])):
-            ratios = [time / row[0] for time, row in zip(times, rounds[1:])]
-            spread = f"{median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f}"
-            self.lines.append(f"| {title}, {name} | {1e3 * median(times):.1f} | {spread} |")
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines)
+def aligner(img: IMG, guidance_width: int = 5120) -> Calls:
+    """Return passes and a training step of the backbone's public aligner, at true size."""
+    device, (_, tokens) = best_device(), PUBLIC_HEADS[img.backbone.preset.backbone]
+    f = ImplicitAligner(tokens[1], guidance_width).to(device)
+    h = torch.randn(1, MLLM_TOKENS, guidance_width, device=device)
+    c = torch.randn(1, *tokens, device=device)
+    one_pass = torch.no_grad()(partial(f, h, c))
+    return {
+        "aligner, passes: 1": one_pass,
+        "aligner, passes: 3": partial(one_pass, passes=3),
+        "aligner, training step": lambda: f(h, c).square().mean().backward(),
+    }
 
 
-def aligner(report: Report, width: int = 2048, guidance_width: int = 5120) -> None:
-    """Measure passes and a training step of the aligner of SDXL and LLaVA-13B."""
-    torch.manual_seed(0)
-    f = ImplicitAligner(width, guidance_width).to(report.device)
-    h = torch.randn(1, MLLM_TOKENS, guidance_width, device=report.device)
-    c = torch.randn(1, 16, width, device=report.device)
-
-    def step() -> None:
-        f.zero_grad(set_to_none=True)
-        f(h, c).square().mean().backward()
-
-    calls: Calls = {}
-    for n in (1, 3):
-        calls[f"passes: {n}"] = torch.no_grad()(partial(f, h, c, passes=n))
-    report.in_turn("aligner", calls | {"training step": step})
-
-
-def features(report: Report, pairs: int = 256) -> None:
-    """Measure the twin's stages from pairs to features; ratios are shares of the whole."""
-    encoder, source = load_encoder(TWIN, "mllm", 0), TWIN.data.pairs
+def features(img: IMG, pairs: int = 256) -> Calls:
+    """Return the stages from the twin's pairs to features; ratios are shares of the whole."""
+    prompt, guide, models = img.backbone.image_prompt, img.guide, img.backbone.preset.models
+    img.turns.bring(prompt, guide.model)
+    encoder = Encoder(prompt, guide, 0.0, 0, models.encode_batch, models.mllm_batch)
 
     def decode() -> list:
-        return next(pair_stream(source, pairs, pairs).chunks()).items
+        return next(pair_stream(PAIRS, pairs, pairs).chunks()).items
 
     items = decode()
     look = [item.loser for item in items], [item.prompt for item in items], range(pairs)
-    calls = {
-        "all": lambda: encoder(decode()),
+    return {
+        f"features of {pairs} pairs": lambda: encoder(decode()),
         "read and decode": decode,
         "image tokens": partial(encoder.tokens, items),
-        "MLLM": partial(guidance_features, encoder.guide, *look),
+        "MLLM": partial(guidance_features, guide, *look, models.mllm_batch),
     }
-    report.in_turn(f"features of {pairs} pairs of the twin", calls)
 
 
-def sampling(report: Report, count: int = 4, steps: int = TWIN.sampling.steps) -> None:
-    """Measure on the twin each step of the method, and the whole, of `count` images of a prompt.
-
-    The whole includes the MLLM's words.
-    """
-    img, draft = IMG(preset=TWIN.changed(steps=steps)), max(1, round(DRAFT * steps))
-    prompts, seeds = [PROMPT] * count, list(range(count))
-    images = to_pil(img.backbone.draw(prompts, seeds))
-    look = images, prompts, seeds
-    h, mask = img.guidance(*look)
-    c = img.backbone.tokens(images)
-    aligned = img.correct(c, h, mask)
-    calls = {
-        "draw": partial(img.backbone.draw, prompts, seeds),
-        "look": partial(img.guidance, *look),
-        "image tokens": partial(img.backbone.tokens, images),
-        "align": partial(img.correct, c, h, mask),
-        "draw again": partial(img.backbone.draw, prompts, seeds, aligned),
+def sampling(img: IMG, count: int = 4) -> Calls:
+    """Return steps of the method, and the whole with the MLLM's words, for images of a prompt."""
+    prompts, seeds = ["a red circle above a blue square"] * count, list(range(count))
+    look = to_pil(img.backbone.draw(prompts, seeds)), prompts, seeds
+    draft = max(1, round(DRAFT * img.backbone.sampling.steps))
+    return {
+        f"draw {count} images": partial(img.backbone.draw, prompts, seeds),
+        "look and align": partial(img.align, *look),
         "explain": partial(img.explain, *look),
         "IMG": partial(img, prompts),
         f"IMG, draft of {draft} steps": partial(img, prompts, draft_steps=draft),
         "IMG, one look at the draft": partial(img, prompts, draft_steps=draft, one_look=True),
     }
-    report.in_turn(f"{count} images of the twin", calls)
 
 
-MEASURES = {f.__name__: f for f in (aligner, sampling, features)}
+MEASURES = {f.__name__: f for f in (aligner, features, sampling)}
+
+
+def in_turn(calls: Calls, rounds: int) -> dict[str, list]:
+    """Make each call once per round; return columns, which compare each call with the first.
+
+    A round before warms up and counts. Ratios of times are taken within a round, so that the drift
+    of a busy machine cancels.
+    """
+    flop, peaks = torch.zeros(2, len(calls))
+    times = torch.zeros(rounds, len(calls))
+    for k, call in enumerate(calls.values()):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        flop[k] = counter.get_total_flops()
+    for own in times:
+        for k, call in enumerate(calls.values()):
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            start = timer()
+            call()
+            own[k] = timer() - start
+            peaks[k] = torch.cuda.max_memory_allocated()
+    ratios = times / times[:, :1]
+    columns = {
+        "GFLOP": flop / 1e9,
+        "GFLOP ratio": flop / flop[0].clamp(1),
+        "ms": 1e3 * times.median(0).values,
+        "ratio": ratios.median(0).values,
+        "lowest": ratios.amin(0),
+        "highest": ratios.amax(0),
+        "GPU GiB": peaks / GIB,
+    }
+    return {"measured": [*calls], **{name: column.tolist() for name, column in columns.items()}}
+
+
+def measure(img: IMG, subjects: Iterable[str], rounds: int = 5) -> dict[str, dict[str, list]]:
+    """Measure subjects; print a table of each, and return their columns."""
+    found = {}
+    for subject in subjects:
+        columns = found[subject] = in_turn(MEASURES[subject](img), rounds)
+        rows = [(name, *(f"{n:,.2f}" for n in values)) for name, *values in zip(*columns.values())]
+        print(markdown([*columns], rows), end="\n\n", flush=True)
+    return found
 
 
 def main() -> int:
-    """Measure and print."""
-    options = command_line()
+    """Print what is asked for."""
+    options, device = command_line(), best_device()
     if options.subject == "memory":
         print(table(options.model, options.mllm))
         return 0
     quiet_libraries()
-    report = Report()
-    compute = Precision.named("fp32", report.device).described(report.device)
+    compute = Precision.named("fp32", device).described(device)
     print(f"{compute}; {torch.get_num_threads()} threads\n", flush=True)
-    for subject in [options.subject] if options.subject else TIMED:
-        MEASURES[subject](report)
-    print(report)
-    if options.subject in ("sampling", "features"):
-        print(f"\n{operations_table(options.model, options.mllm)}")
+    img = IMG(preset="tiny-sdxl", dtype="fp32")
+    measure(img, [options.subject] if options.subject else MEASURES)
     return 0
 
 

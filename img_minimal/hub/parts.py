@@ -9,7 +9,7 @@ from tqdm import tqdm
 from img_minimal.aligner import ImplicitAligner
 from img_minimal.backbone import (
     Backbone,
-    announced_token_width,
+    announced_head,
     check_adapter,
     open_backbone,
     pipeline_kind,
@@ -81,7 +81,8 @@ def open_parts(
             aligner = ImplicitAligner.from_file(preset.sampling.aligner)
         aligner.check_widths(width, None)
         if "ip_adapter" in names:
-            aligner.check_widths(None, announced_token_width(preset.backbone, preset.models))
+            _, (_, token_width) = announced_head(preset.backbone, preset.models)
+            aligner.check_widths(None, token_width)
         if pipe is None:
             check_adapter(preset.backbone, preset.models)
 
