@@ -39,10 +39,11 @@ class Config:
 
     prompt: str = option("a red circle above a blue square", "what to draw")
     prompt_file: str | None = option(
-        None, "file of prompts: .txt (one a line), .jsonl, .tsv, .json"
+        None, "file of prompts: .txt (one a line), .csv, .tsv, .json, .jsonl"
     )
     image: str | None = option(None, "picture to start from instead of drawing one")
     model: str = option("tiny-sdxl", "models and settings", choices=list(PRESETS))
+    guidance: str = option("mllm", "what guides the aligner", choices=["mllm", "stock", "text"])
     seed: int = option(0, "seed of the first image; the same seed gives the same images")
     num_images: int = option(4, "images per prompt, from consecutive seeds", least=1, most=1000)
     rounds: int = option(1, "times to look and draw again", least=1, most=100)
@@ -86,10 +87,13 @@ def main() -> int:
     preset = find_preset(config.model).changed(**changes)
     prompts = read_request(config, preset.world)
     folder = writable_folder(config.output)
+    answers = config.guidance != "text" or not config.keep_better
+    check(answers, "--keep-better asks an MLLM, and guidance by text has none")
     picture = open_image(config.image) if config.image else None
     swept = parse_sweep(config.sweep, preset.sampling) if config.sweep else None
     quiet_libraries()
-    img = IMG(preset=preset, mllm_device=config.mllm_device)
+    files = {name: changes[name] for name in ("mllm", "aligner") if name in changes}
+    img = IMG(preset=preset, guidance=config.guidance, mllm_device=config.mllm_device, **files)
     if config.serve:
         serve(img, config, prompts)
         return 0
@@ -120,7 +124,7 @@ def main() -> int:
         pairs = zip(better, stages[0], stages[-1])
         stages[-1] = [last if improved else first for improved, first, last in pairs]
     said = []
-    if config.explain:
+    if config.explain and config.guidance != "text":
         with clock("put in words"):
             for k, images in enumerate(stages):
                 asked = [seed + k for seed in seeds[: len(images)]]

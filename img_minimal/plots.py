@@ -8,8 +8,9 @@ import argparse
 import io
 import json
 import os
+from collections import defaultdict
 from contextlib import suppress
-from itertools import product
+from itertools import accumulate, chain, cycle, product
 from pathlib import Path
 from textwrap import fill
 from types import ModuleType
@@ -62,16 +63,12 @@ def pyplot() -> ModuleType:
 
 def sheet(rows: list[list[Cell]], path: str | Path, title: str = "", caption: str = "") -> None:
     """Save rows of images with a text below each; a cell without an image shows its text alone."""
-    plt, columns = pyplot(), max(len(row) for row in rows)
-    heights = []
+    plt, columns, heights = pyplot(), max(map(len, rows)), []
     for row in rows:
-        height = 2.8  # inches, of an image without a caption
+        height = 2.8  # inches, of an image
         for image, text in row:
-            lines = 0.16 * (_wrap(text, 36).count("\n") + 1)
-            if image is None:
-                height = max(height, lines + 0.3)
-            elif text:
-                height = max(height, 3.5, lines + 2.7)
+            lines = len(_wrap(text, 36).splitlines())
+            height = max(height, (0.3 if image is None else 2.9) + 0.16 * lines)
         heights.append(height)
     figure, axes = plt.subplots(
         len(rows),
@@ -85,12 +82,11 @@ def sheet(rows: list[list[Cell]], path: str | Path, title: str = "", caption: st
         axis.spines[:].set_visible(False)
     for row, line in zip(rows, axes):
         for (image, text), axis in zip(row, line):
-            text = _wrap(text, 36)
             if image is None:
-                axis.text(0, 0.5, text, fontsize=9, va="center", transform=axis.transAxes)
-                continue
-            axis.imshow(image, interpolation="nearest" if image.width < 256 else None)
-            axis.set_xlabel(text, fontsize=9)
+                axis.text(0, 0.5, _wrap(text, 36), fontsize=9, va="center")
+            else:
+                axis.imshow(image, interpolation="nearest" if image.width < 256 else None)
+                axis.set_xlabel(_wrap(text, 36), fontsize=9)
     figure.suptitle(_wrap(title, 36 * columns), fontsize=11)
     figure.supxlabel(_wrap(caption, 46 * columns), fontsize=8, color=GREY)
     _save(figure, path, 120)
@@ -117,46 +113,42 @@ def curves(
 ) -> None:
     """Save one panel per title with the numbers named for it, of every run; nothing without data.
 
-    Numbers that most rows have are smoothed; numbers that few rows have are marked.
+    Numbers that most rows have are smoothed, but no counters; numbers that few rows have are
+    marked.
     """
-    plt = pyplot()
-    known = {name for rows in runs.values() for row in rows for name in row}
-    shown = {}
+    plt, shown = pyplot(), defaultdict(list)
     for title, names in panels.items():
-        if names := [name for name in names if name in known]:
-            shown[title] = names
+        for label, name in product(runs, names):
+            if points := line(runs[label], x, name):
+                shown[title].append((f"{name.replace('_', ' ')} {label}", *points))
     if not shown:
         return
-    columns = min(3, len(shown))
-    lines = -(-len(shown) // columns)
+    lines, columns = -(-len(shown) // 3), min(3, len(shown))
     size = (4.2 * columns, 2.9 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
-    for (title, names), axis in zip(shown.items(), axes.flat):
-        for k, (label, name) in enumerate(product(runs, names)):
-            words = [name.replace("_", " ")] if len(names) > 1 else []
-            words += [label] if label else []
-            colour = COLOURS[k % len(COLOURS)]
-            _plot_line(axis, runs[label], x, name, ", ".join(words), colour)
+    for (title, drawn), axis in zip(shown.items(), axes.flat):
+        for colour, (label, steps, values, look) in zip(cycle(COLOURS), drawn):
+            axis.plot(steps, values, look, color=colour, label=label)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(x, fontsize=8)
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=8)
+        axis.legend(fontsize=8)
     _save(figure, path, 110)
 
 
-def _plot_line(axis, rows: list[dict], x: str, name: str, label: str, colour: str) -> None:
-    """Plot one number of a run."""
-    known = [row for row in rows if x in row and isinstance(row.get(name), int | float)]
-    few = 2 * len(known) < len(rows) or len(rows) < 50
-    smoothed: list[float] = []
-    for row in known:
-        previous = smoothed[-1] if smoothed else row[name]
-        smoothed.append(row[name] if few else 0.95 * previous + 0.05 * row[name])
-    marker = "o" if few else None
-    steps = [row[x] for row in known]
-    axis.plot(steps, smoothed, label=label or None, color=colour, marker=marker)
+def line(rows: list[dict], x: str, name: str) -> tuple[list, list, str] | None:
+    """Return the steps and values of a number, and how to draw them; None without any."""
+    points = [(row[x], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    if not points:
+        return None
+    steps, values = map(list, zip(*points))
+    if 2 * len(points) < len(rows) or len(rows) < 50:
+        return steps, values, "o-"
+    # Whole numbers count something, and a mean of counts is none.
+    if not all(isinstance(value, int) for value in values):
+        values = list(accumulate(values, lambda mean, value: 0.95 * mean + 0.05 * value))
+    return steps, values, "-"
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -202,17 +194,15 @@ def main() -> int:
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     writable_file(options.output, "--output", PICTURES)
     runs = {str(Path(folder)): read_metrics(folder) for folder in options.runs}
-    numbers: dict[str, None] = {}
-    for rows in runs.values():
-        for row in rows:
-            numbers |= {name: None for name, v in row.items() if isinstance(v, int | float)}
-    del numbers["step"]
-    check(numbers, "no run has a number beside its step yet")
-    unknown = [name for name in options.only or () if name not in numbers]
-    known = ", ".join(numbers)
-    check(not unknown, f"--only {' '.join(unknown)}: no run has that; they have {known}")
-    panels = {name.replace("_", " "): (name,) for name in options.only or numbers}
-    curves(runs, panels, options.output)
+    known: dict[str, None] = {}
+    for row in chain(*runs.values()):
+        known |= {name: None for name, value in row.items() if isinstance(value, int | float)}
+    del known["step"]
+    check(known, "no run has a number beside its step yet")
+    names = options.only or known
+    unknown = " ".join(name for name in names if name not in known)
+    check(not unknown, f"--only {unknown}: no run has that; they have {', '.join(known)}")
+    curves(runs, {name.replace("_", " "): (name,) for name in names}, options.output)
     print(f"saved to {options.output}")
     if options.tensorboard:
         write_tensorboard(runs, options.tensorboard)

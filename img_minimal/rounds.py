@@ -12,27 +12,25 @@ Both are drawn whole, whatever `draft_steps` is: x0 is a candidate, and not only
     both are right    x0 is its own target    and to leave alone what is right
     both wrong alike  dropped
 
-Each round is a folder rounds/N that can be interrupted at any moment: images, pairs.parquet, and a
-run of its own.
+Each round can be interrupted at any moment: its images are files in pairs/, its pairs a table of
+them in Pick-a-Pic's columns, pairs/N.jsonl, and its training is a run of its own in the folder N.
 """
 
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from img_minimal.aligner import ImplicitAligner
-from img_minimal.cli import UserError
+from img_minimal.cli import check
 from img_minimal.data.features import (
     Batches,
     CachedData,
@@ -44,16 +42,8 @@ from img_minimal.data.features import (
 )
 from img_minimal.data.load import load_encoder
 from img_minimal.data.pairs import StreamPosition, held_back, pair_stream, prompts_of
-from img_minimal.evaluate.judges import find_judge
-from img_minimal.files import (
-    cached_images,
-    from_pil,
-    png,
-    read_json,
-    replacing,
-    to_pil,
-    write_whole,
-)
+from img_minimal.evaluate.judges import OUTCOMES, RoundJudge
+from img_minimal.files import cached_images, write_whole
 from img_minimal.pipeline import IMG
 from img_minimal.plots import ROUNDS, curves, read_rows
 from img_minimal.presets import Data, Preset
@@ -61,14 +51,6 @@ from img_minimal.run import Ranks, Run
 
 FIRST_SEED = 2_000_000_000  # of drawn images; no pair and no evaluation has such seeds
 GATE_PROMPTS = 200
-PAIR_SCHEMA = pa.schema(
-    {
-        **{"caption": pa.string(), "ranking_id": pa.int64()},
-        **{"jpg_0": pa.binary(), "jpg_1": pa.binary()},
-        **{"label_0": pa.float64(), "label_1": pa.float64()},
-        **{"model_0": pa.string(), "model_1": pa.string()},
-    }
-)
 
 
 @dataclass
@@ -95,16 +77,14 @@ class Mixture:
         new = Shards([features for shards in self.rounds for features in shards.parts])
         for part in self.original.parts(start):
             old = part.data.parts if isinstance(part.data, Shards) else [part.data]
-            joined, first = Shards([*old, *new.parts]), sum(len(features) for features in old)
-            room = len(new)
+            joined, first = Shards([*old, *new.parts]), sum(map(len, old))
+            samples, room = part.samples[:0], len(new)
             if self.replay:
-                room = round(len(part.samples) * (1 - self.replay) / self.replay)
+                samples = part.samples
+                room = round(len(samples) * (1 - self.replay) / self.replay)
             generator = torch.Generator().manual_seed(self.seed + part.position.chunk)
-            order = torch.randperm(len(new), generator=generator)
-            samples = first + order[:room].sort().values
-            if self.replay:
-                samples = torch.cat([part.samples, samples])
-            yield Part(joined, samples, part.position)
+            chosen = torch.randperm(len(new), generator=generator)[:room].sort().values
+            yield Part(joined, torch.cat([samples, first + chosen]), part.position)
 
 
 def train_rounds(
@@ -125,18 +105,15 @@ def train_rounds(
     `train` is that of train.py, without run, mixture, settings, start and seed. If it is stopped,
     `run.stopped` is set.
     """
-    maker = PairMaker(preset, guidance, seed, run.path / "rounds")
-    table = maker.folder / "metrics.jsonl"
-    rows = finished_rounds(table)
+    maker = PairMaker(preset, first, guidance, seed, run.path / "rounds")
+    rows = read_rows(maker.table)
     if not rows:
-        first.save(maker.folder / "0" / "aligner.safetensors")
-        row = {"round": 0, "kept": True} | maker.measure(first) | last_row(run.metrics)
-        write_row(table, rows, row)
+        first.save(maker.aligner_path(0))
+        row = {"round": 0, "kept": True} | maker.measure(0, first) | last_row(run.metrics)
+        maker.write_row(rows, row)
     accepted = [row for row in rows if row["kept"]][-1]
-    aligner = first
-    if accepted["round"] > 0:
-        path = maker.folder / str(accepted["round"]) / "aligner.safetensors"
-        aligner = ImplicitAligner.from_file(path).to(next(first.parameters()).device)
+    aligner = ImplicitAligner.from_file(maker.aligner_path(accepted["round"]))
+    aligner = aligner.to(next(first.parameters()).device)
 
     for number in range(len(rows), rounds):
         counts = maker.make_pairs(number, aligner)
@@ -151,13 +128,13 @@ def train_rounds(
         if run.stopped:
             return aligner
 
-        measured = maker.measure(trained)
+        trained.save(maker.aligner_path(number))
+        measured = maker.measure(number, trained)
         better = measured["score"] >= accepted["score"]
         safer = measured["damage"] <= accepted["damage"]
         kept = not gate or (better and safer)
-        trained.save(inner.path / "aligner.safetensors")
         row = {"round": number, "kept": kept} | counts | measured | last_row(inner.metrics)
-        write_row(table, rows, row)
+        maker.write_row(rows, row)
         if kept:
             aligner, accepted = trained, row
         else:
@@ -169,54 +146,43 @@ def train_rounds(
 class PairMaker:
     """Draws, judges and encodes the pairs of all rounds; models are loaded once, when needed."""
 
-    def __init__(self, preset: Preset, guidance: str, seed: int, folder: Path):
-        self.preset, self.guidance, self.seed, self.folder = preset, guidance, seed, folder
-        self.judge = find_judge(preset.world)
+    def __init__(
+        self, preset: Preset, first: ImplicitAligner, guidance: str, seed: int, folder: Path
+    ):
+        self.preset, self.first, self.guidance, self.folder = preset, first, guidance, folder
+        self.seed, self.first_seed = seed, FIRST_SEED + 10_000 * seed
+        self.table = folder / "metrics.jsonl"
+        self.judge = RoundJudge(preset.world)
         self.prompts = training_prompts(preset.data, preset.training.round_prompts, seed)
-        self._img: IMG | None = None
 
-    def img(self, aligner: ImplicitAligner) -> IMG:
-        """Return the method with this aligner."""
-        if self._img is None:
-            self._img = IMG(preset=self.preset, aligner=aligner, guidance=self.guidance)
-        self._img.aligner = aligner.eval()
-        return self._img
+    def aligner_path(self, number: int) -> Path:
+        """Return the file of a round's aligner."""
+        return self.folder / str(number) / "aligner.safetensors"
 
-    def make_pairs(self, number: int, aligner: ImplicitAligner) -> dict:
-        """Draw, judge and write rounds/N/pairs.parquet unless it exists; returns their counts.
+    @cached_property
+    def img(self) -> IMG:
+        """Load the method, with some aligner."""
+        return IMG(preset=self.preset, aligner=self.first, guidance=self.guidance)
 
-        Images are kept on disk, not in memory: 4,000 pairs of SDXL's take 24 GB. Raises UserError
-        if no pair has a better image.
+    def make_pairs(self, number: int, aligner: ImplicitAligner) -> dict[str, int]:
+        """Draw, judge and write a round's pairs, unless they exist; returns their counts.
+
+        Raises UserError if no pair has a better image.
         """
-        folder = self.folder / str(number)
-        note = folder / "pairs.json"
-        if note.exists():
-            return read_json(note, dict, f"delete {folder} and --resume")
-        seeds = self._seeds(len(self.prompts))
-        size = self.preset.sampling.draw_batch
-        batches = [slice(k, k + size) for k in range(0, len(seeds), size)]
-        for batch in tqdm(batches, desc=f"round {number}, drawing", leave=False):
-            self._drawn(folder / "images", aligner, self.prompts[batch], seeds[batch])
-        outcomes, written = [], 0
-        with (
-            replacing(folder / "pairs.parquet") as partial,
-            pq.ParquetWriter(partial, PAIR_SCHEMA) as writer,
-        ):
-            for batch in tqdm(batches, desc=f"round {number}, judging", leave=False):
-                prompts = self.prompts[batch]
-                x0, x1 = self._drawn(folder / "images", aligner, prompts, seeds[batch])
-                judged = self.judge.compare(prompts, x0, x1)
-                drawn_by = f"img, round {number}"
-                rows = pair_rows(prompts, x0, x1, judged, drawn_by, len(outcomes))
-                writer.write_table(pa.Table.from_pylist(rows, PAIR_SCHEMA))
-                outcomes += judged
-                written += len(rows)
-        if not written:
-            tried = f"none of {len(outcomes)} pairs has a better image"
-            raise UserError(f"round {number}: {tried}; end with fewer --rounds")
-        counts = count_outcomes(outcomes)
-        write_whole(note, json.dumps(counts))
-        return counts
+        path, size = self.folder / "pairs" / f"{number}.jsonl", self.preset.sampling.draw_batch
+        if not path.exists():
+            rows = []
+            # Batches are always the same: in another one, sums would be rounded otherwise.
+            for k in tqdm(range(0, len(self.prompts), size), desc=f"round {number}, drawing"):
+                prompts = self.prompts[k : k + size]
+                x0, x1 = self.drawn("pairs", number, aligner, prompts, k)
+                rows += pair_rows(prompts, k, self.judge.compare(prompts, x0, x1), number)
+            tried = f"none of {len(self.prompts)} pairs has a better image"
+            check(rows, f"round {number}: {tried}; end with fewer --rounds")
+            write_lines(path, rows)
+        counts = Counter(json.loads(row)["outcome"] for row in path.read_text().splitlines())
+        drawn = {"drawn": len(self.prompts), "pairs": counts.total()}
+        return drawn | {outcome: counts[outcome] for outcome in OUTCOMES}
 
     def features(self, number: int) -> list[Shards]:
         """Compute or read the features of this round's pairs and of the round before."""
@@ -224,50 +190,51 @@ class PairMaker:
         preset = replace(self.preset, data=data)
         encoder = cache(lambda: load_encoder(preset, self.guidance, self.seed))
         rounds = []
-        for k in [number, number - 1] if number > 1 else [1]:
-            folder = self.folder / str(k)
-            features = FeatureCache(folder / "features", {"the round": str(k)}, float("inf"))
-            stream = pair_stream(folder / "pairs.parquet")
+        for k in range(number, max(0, number - 2), -1):
+            folder = self.folder / str(k) / "features"
+            features = FeatureCache(folder, {"the round": str(k)}, float("inf"))
+            stream = pair_stream(self.folder / "pairs" / f"{k}.jsonl")
             rounds.append(CachedData(stream, encoder, features).data)
         return rounds
 
-    def measure(self, aligner: ImplicitAligner) -> dict[str, float]:
+    def measure(self, number: int, aligner: ImplicitAligner) -> dict[str, float]:
         """Compute the gate's `score` and `damage` of an aligner, always on the same prompts."""
         if self.preset.world == "tiny":
             from img_minimal.tiny.grammar import benchmark
 
-            drawn = benchmark(GATE_PROMPTS, "validation", seed=1000 + self.seed)
-            prompts = [str(prompt) for prompt in drawn]
+            prompts = list(map(str, benchmark(GATE_PROMPTS, "validation", 1000 + self.seed)))
         else:
             prompts = training_prompts(self.preset.data, GATE_PROMPTS, self.seed, validation=True)
-        seeds = [5_000 + seed for seed in self._seeds(len(prompts))]
-        x0, x1 = self._drawn(None, aligner, prompts, seeds)
+        x0, x1 = self.drawn("gate", number, aligner, prompts, 5_000)
         return self.judge.measure(prompts, x0, x1)
 
-    def _seeds(self, count: int) -> list[int]:
-        return [FIRST_SEED + 10_000 * self.seed + k for k in range(count)]
-
-    def _drawn(
-        self, images: Path | None, aligner: ImplicitAligner, prompts: list[str], seeds: list[int]
+    def drawn(
+        self, kind: str, number: int, aligner: ImplicitAligner, prompts: list[str], first: int
     ) -> tuple[list[Image], list[Image]]:
-        """Draw x0 and x1 of a batch, or read them; the gate (no folder) keeps x0 alone.
+        """Draw x0 and x1 of prompts, from seeds numbered from `first` on, or read them."""
+        numbers = range(first, first + len(prompts))
+        seeds = [self.first_seed + k for k in numbers]
 
-        Batches are always the same: in another one, sums would be rounded otherwise.
-        """
-        advice = "delete its folder and --resume"
-        base = self.folder / ("gate" if images is None else "base")
-
-        def draw_base() -> Tensor:
-            return self.img(aligner).backbone.draw(prompts, seeds)
+        def draw(tokens: Tensor | None = None) -> Tensor:
+            return self.img.backbone.draw(prompts, seeds, tokens)
 
         def draw_again() -> Tensor:
-            img = self.img(aligner)
-            return img.backbone.draw(prompts, seeds, img.align(from_pil(x0), prompts, seeds))
+            self.img.aligner = aligner.eval()
+            return draw(self.img.align(x0, prompts, seeds))
 
-        x0 = cached_images([base / f"{seed}.png" for seed in seeds], draw_base, advice)
-        if images is None:
-            return x0, to_pil(draw_again())
-        return x0, cached_images([images / f"{seed}.png" for seed in seeds], draw_again, advice)
+        def cached(name: str, draw: Callable[[], Tensor]) -> list[Image]:
+            paths = [self.folder / kind / name / f"{k}.png" for k in numbers]
+            return cached_images(paths, draw, "delete its folder and --resume")
+
+        x0 = cached("base", draw)
+        return x0, cached(str(number), draw_again)
+
+    def write_row(self, rows: list[dict], row: dict) -> None:
+        """Append a row to the table of rounds, and print it."""
+        rows.append(row)
+        write_lines(self.table, rows)
+        cells = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items()]
+        print(", ".join(cells), flush=True)
 
 
 def training_prompts(data: Data, number: int, seed: int, validation: bool = False) -> list[str]:
@@ -283,77 +250,37 @@ def training_prompts(data: Data, number: int, seed: int, validation: bool = Fals
         if len(found) == 4 * number:
             break
     kind = "held-back" if validation else "training"
-    if not found:
-        raise UserError(f"{data.pairs}: has no {kind} prompt to draw")
+    check(found, f"{data.pairs}: has no {kind} prompt to draw")
     prompts = list(found)
     random.Random(seed).shuffle(prompts)
     return prompts[:number]
 
 
-def pair_rows(
-    prompts: Sequence[str],
-    base: Sequence[Image],
-    img: Sequence[Image],
-    outcomes: Sequence[str],
-    model: str,
-    first: int = 0,
-) -> list[dict]:
-    """Build rows in Pick-a-Pic's columns, numbered from `first`; `model` drew the `img` images."""
+def pair_rows(prompts: list[str], first: int, outcomes: list[str], round_number: int) -> list[dict]:
+    """Build rows in Pick-a-Pic's columns, of images by their numbers from `first` on."""
     rows = []
-    judged = zip(prompts, base, img, outcomes, strict=True)
-    for number, (prompt, x0, x1, outcome) in enumerate(judged, first):
-        if outcome == "none":
-            continue
-        second, drawn_by = (x0, "base") if outcome == "both" else (x1, model)
-        label = float(outcome != "img")
-        rows.append(
-            {
-                **{"caption": prompt, "ranking_id": number},
-                **{"jpg_0": png(x0), "jpg_1": png(second)},
-                **{"label_0": label, "label_1": 1 - label},
-                **{"model_0": "base", "model_1": drawn_by},
-            }
-        )
+    for number, (prompt, outcome) in enumerate(zip(prompts, outcomes), first):
+        second = "base" if outcome == "both_right" else round_number
+        images = {"jpg_0": f"base/{number}.png", "jpg_1": f"{second}/{number}.png"}
+        img_wins = outcome == "img_better"
+        labels = {"label_0": not img_wins, "label_1": img_wins}
+        if outcome != "none":
+            rows.append({"caption": prompt, "outcome": outcome} | images | labels)
     return rows
 
 
-def count_outcomes(outcomes: Sequence[str]) -> dict[str, int]:
-    """Count the pairs of each outcome."""
-    counts = Counter(outcomes)
-    return {
-        "drawn": len(outcomes),
-        "pairs": len(outcomes) - counts["none"],
-        "img_better": counts["img"],
-        "base_better": counts["base"],
-        "both_right": counts["both"],
-    }
-
-
-def step_size(features: Features | Shards, most: int = 1000) -> float:
+def step_size(features: Features | Shards) -> float:
     """Compute the mean |c_w - c_l| of pairs: how far they ask the aligner to go."""
-    some = features[torch.arange(min(len(features), most))]
+    some = features[torch.arange(min(len(features), 1000))]
     distance = (some.winner - some.loser).flatten(1).norm(dim=1)
     moved = distance[~some.is_identity & (distance > 0)]
     return moved.mean().item() if len(moved) else 0.0
 
 
-def finished_rounds(table: Path) -> list[dict]:
-    """Read the rows of whole rounds, up to the first that is missing or damaged."""
-    rows: list[dict] = []
-    for row in read_rows(table):
-        if row.get("round") != len(rows) or not {"kept", "score", "damage"} <= row.keys():
-            break
-        rows.append(row)
-    return rows
-
-
-def write_row(path: Path, rows: list[dict], row: dict) -> None:
-    """Append a row to the table of rounds, and print it."""
-    rows.append(row)
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """Write rows as .jsonl."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(r) + "\n" for r in rows))
-    cells = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items()]
-    print(", ".join(cells), flush=True)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def last_row(log: Path) -> dict[str, float]:

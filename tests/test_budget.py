@@ -51,13 +51,13 @@ def test_a_way_is_compared_with_whole_img_and_with_the_base_from_the_same_seeds(
     assert rows["base model"]["share"]["value"] <= 1
 
 
-def test_four_images_are_compared_with_each_other(rows):
+def test_four_images_are_compared_with_each_other(rows, capsys):
     assert rows[budget.BASE]["distance"]["value"] == 1
     look = rows["IMG, drafts of 2 steps, only what is wrong, one look for four"]
     assert 0 < look["distance"]["value"] < rows[budget.WHOLE]["distance"]["value"]
     assert look["all_right"] + look["all_wrong"] <= 1
-    line = budget.line("a way", look)
-    assert line.startswith("a way") and "1.12" in line
+    budget.print_row("a way", look)
+    assert capsys.readouterr().out.startswith("a way; 1.12 drawings; strict")
 
 
 def test_a_network_that_is_called_by_names_is_counted_too(twin):

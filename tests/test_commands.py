@@ -16,8 +16,10 @@ from PIL import Image
 from refusals import assert_refused
 from release_folder import flags, locations
 
+from img_minimal.aligner import ImplicitAligner
 from img_minimal.pipeline import IMG
 from img_minimal.plots import read_rows
+from img_minimal.presets import find_preset
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "a red circle above a blue square"
@@ -157,6 +159,18 @@ def test_evaluate_writes_every_arm_with_its_size_and_interval_also_with_drafts(c
     assert results["win_rate"]["img_vs_base"].keys() == {"value", "low", "high", "decided"}
 
 
+def test_an_aligner_is_evaluated_and_drawn_with_the_guidance_it_was_trained_with(call, tmp_path):
+    aligner = ImplicitAligner.from_file(find_preset("tiny-sdxl").sampling.text_aligner)
+    aligner.guide = "text"
+    aligner.save(tmp_path / "a.safetensors")
+    commands = {"evaluate": ["--prompts", 5, "--only-img"], "sample.py": ["--num-images", 1]}
+    for name, words in commands.items():
+        words += ["--aligner", tmp_path / "a.safetensors", "--steps", 2, "--output", tmp_path]
+        assert_refused(call(name, *words), "trained with text", "choose --guidance text")
+        done = call(name, *words, "--guidance", "text")
+        assert done.returncode == 0, done.stderr
+
+
 def test_train_stopped_by_sigterm_says_how_to_resume_and_resumes(call, tmp_path):
     folder = tmp_path / "run"
     words = ["--output-dir", folder, "--cache-dir", tmp_path / "cache", "--max-pairs", 60]
@@ -171,7 +185,7 @@ def test_train_stopped_by_sigterm_says_how_to_resume_and_resumes(call, tmp_path)
 
     done = call("train.py", *words, "--resume")
     assert done.returncode == 0, done.stderr
-    assert "strict alignment on 5 validation prompts: base" in done.stdout
+    assert "strict alignment on 5 validation prompts" in done.stdout
     assert "b*, the best multiple of the aligner's steps" in done.stdout
     assert [row["step"] for row in read_rows(metrics)] == list(range(1, 61))
     made = {path.name for path in folder.iterdir()}

@@ -16,9 +16,9 @@ PROMPTS = ["a red circle", "a purple cross and a blue square", "three green squa
 RESULTS = {
     "train": ("aligner.safetensors", "metrics.jsonl"),
     "cache": ("aligner.safetensors", "metrics.jsonl", "features/*/*.safetensors"),
-    "rounds": ("aligner.safetensors", "rounds/metrics.jsonl", "rounds/1/pairs.parquet"),
+    "rounds": ("aligner.safetensors", "rounds/metrics.jsonl", "rounds/pairs/1.jsonl"),
     "mllm": ("mllm/*.safetensors", "metrics.jsonl"),
-    "evaluate": ("*.png", "scores-*.json", "results.json"),
+    "evaluate": ("*.png", "results.json"),
 }
 
 

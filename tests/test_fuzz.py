@@ -22,7 +22,7 @@ from img_minimal.backbone import open_backbone
 from img_minimal.cli import UserError
 from img_minimal.data.features import FeatureCache
 from img_minimal.data.pairs import pair_stream
-from img_minimal.evaluate.judges import ClipJudge, JudgeFiles
+from img_minimal.evaluate.judges import find_judges
 from img_minimal.evaluate.prompts import read_prompts
 from img_minimal.files import check_provenance, decode
 from img_minimal.hub.adapters import read_ip_adapter
@@ -156,8 +156,8 @@ def mllm(folder: Path, _: str) -> Reader:
 
 
 def judge(folder: Path, _: str) -> Reader:
-    files = JudgeFiles.find("clipscore", str(make_clip(folder)))
-    return lambda: ClipJudge.open(files)
+    [files] = find_judges("clipscore", None, clipscore_model=str(make_clip(folder)))
+    return files.open
 
 
 def flux(folder: Path, name: str) -> Reader:
@@ -177,6 +177,7 @@ def note(folder: Path, name: str) -> Reader:
         "prompts.json": '[{"prompt": "a", "category": "b"}, "c"]',
         "prompts.jsonl": '{"prompt": "a", "tag": "b"}\n"c"\n',
         "prompts.tsv": "Prompt\tCategory\na\tb\n",
+        "prompts.csv": 'Prompt,Category\n"a, a",b\n',
     }
     (folder / name).write_text(content[name])
     readers = {
@@ -205,7 +206,7 @@ FILES = [
     (flux, 25, ["base/model_index.json", "base/transformer/config.json", "ip_adapter.safetensors"]),
     (flux, 25, ["base/scheduler/scheduler_config.json", "aligner_flux.pth"]),
     (note, 100, ["cache.json", "settings.json", "questions.json"]),
-    (note, 100, ["prompts.json", "prompts.jsonl", "prompts.tsv"]),
+    (note, 100, ["prompts.json", "prompts.jsonl", "prompts.tsv", "prompts.csv"]),
 ]
 CASES = [(write, name, count) for write, count, names in FILES for name in names]
 

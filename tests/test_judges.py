@@ -16,7 +16,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from img_minimal.evaluate.judges import JUDGES, ClipJudge, JudgeFiles
+from img_minimal.evaluate.judges import ClipJudge, find_judges
 from img_minimal.evaluate.prompts import FilePrompt, read_prompts
 from img_minimal.presets import find_preset
 
@@ -66,7 +66,9 @@ def clip(tmp_path_factory) -> Path:
 
 
 def open_judge(name: str, model: Path, processor: Path | None = None) -> ClipJudge:
-    return ClipJudge.open(JudgeFiles.find(name, str(model), processor and str(processor)))
+    locations = {f"{name}_model": str(model), "judge_processor": processor and str(processor)}
+    [judge] = find_judges(name, None, **locations)
+    return judge.open()
 
 
 def pictures(n: int = 4) -> list[Image.Image]:
@@ -93,7 +95,7 @@ def test_every_score_is_its_formula_of_the_cosine_in_float64(clip):
         "hpsv2": 100 * cosine,
         "clipscore": 100 * np.maximum(cosine, 0),
     }
-    assert expected.keys() == JUDGES.keys()
+    assert list(expected) == [judge.name for judge in find_judges(None, None)]
     for name, values in expected.items():
         scores = open_judge(name, clip).score(pictures(), PROMPTS)
         assert np.abs(scores - values).max() < 1e-4
@@ -139,7 +141,7 @@ def test_a_processor_that_does_not_fit_the_model_is_refused(clip, tmp_path):
 
 def test_a_judge_that_is_not_there_is_refused_with_its_flag():
     with refused("yuvalkirstain/PickScore_v1", "cannot be reached", "--pickscore-model"):
-        ClipJudge.open(JudgeFiles.find("pickscore"))
+        find_judges("pickscore", None)[0].open()
 
 
 def test_a_score_that_is_not_finite_is_refused(clip):
@@ -188,6 +190,20 @@ PARTI = [
         ),
         ("photo.json", '["an iPhone.", "Elves"]', ["an iPhone.", "Elves"]),
         ("test.json", '[{"prompt": "an iPhone."}, {"prompt": "Elves"}]', ["an iPhone.", "Elves"]),
+        ("key.json", '{"version": 2, "prompts": ["bond", "Elves"]}', ["bond", "Elves"]),
+        (
+            "MJHQ.json",
+            '{"a1": {"category": "people", "prompt": "Elves"}, "b2": {"prompt": "bond"}}',
+            [("Elves", "people"), "bond"],
+        ),
+        ("lines.json", '{"caption": "bond"}\n\n{"text": "Elves"}\n', ["bond", "Elves"]),
+        ("one.csv", 'caption\n"a cat, a dog"\n\nbond\n', ["a cat, a dog", "bond"]),
+        (
+            "DrawBench.csv",
+            'Prompts,Category\r\n"say ""hi"", now",Text\r\nbond,\r\n',
+            [('say "hi", now', "Text"), "bond"],
+        ),
+        ("excel.csv", "\ufeffid;Prompt;tag\n1;a cat;one\n", [("a cat", "one")]),
     ],
 )
 def test_benchmarks_are_read_as_they_are_published(tmp_path, name, content, expected):
@@ -202,18 +218,17 @@ def test_benchmarks_are_read_as_they_are_published(tmp_path, name, content, expe
     ("name", "content", "words"),
     [
         ("p.txt", b"a cat\nan \xff owl\n", ["line 2", "UTF-8"]),
-        ("p.csv", "a cat", ["unknown kind", ".jsonl"]),
+        ("p.doc", "a cat", ["unknown kind", ".jsonl"]),
+        ("p.csv", "a cat\na dog\n", ["line 1", "0 columns `Prompt`"]),
+        ("p.csv", 'prompt\n"a cat\nbond\n', ["line 3", "quotation marks"]),
         ("p.jsonl", '{"prompt": "a cat"}\n\n{"prompt": "a d\n', ["line 3", "not JSON"]),
         ("p.jsonl", '"a cat"\n17\n', ["line 2", "no prompt"]),
         ("p.tsv", "a cat\tAnimals\n", ["line 1", "`Prompt`"]),
         ("p.tsv", "Prompt\tCategory\na cat\tAnimals\tBasic\n", ["line 2", "3 columns"]),
-        ("p.json", '{"prompt": "a cat"}', ["list", "dict"]),
-        ("p.json", '["a cat", null]', ["item 2", "no prompt"]),
-        ("p.jsonl", b'"a cat"\r17\r', ["line 2", "no prompt"]),  # of an old Mac
+        ("p.json", '{"prompt": 17}', ["item 1", "no prompt"]),
         ("p.txt", b"a cat\ran \xff owl\r", ["line 2", "UTF-8"]),
         ("p.txt", "a cat".encode("utf-16-le"), ["line 1", "NUL"]),
         ("p.jsonl", '"a cat"\n{"prompt": "a \\u0000 dog"}', ["line 2", "NUL"]),
-        ("p.tsv", "Prompt\tCategory\na\0cat\tAnimals", ["line 2", "NUL"]),
         ("p.tsv", "Prompt\tCategory\tprompt \na\tb\tc\n", ["line 1", "2 columns `Prompt`"]),
     ],
 )

@@ -262,10 +262,15 @@ def test_a_quantized_folder_opens_with_a_warning_or_says_what_is_missing(
 
 def test_an_aligner_says_which_mllm_it_was_trained_with(twin, tmp_path, capsys):
     aligner, path = copy.deepcopy(twin.aligner), tmp_path / "aligner.safetensors"
-    for guide, warned in (("", False), (model_name(TWIN.models.mllm), False), ("text", True)):
+    for guide, warned in (("", False), (model_name(TWIN.models.mllm), False), ("x 123", True)):
         aligner.guide = guide
         aligner.save(path)
         opened = IMG(twin.backbone, twin.guide, path)
         assert opened.aligner.guide == guide
-        line = "this aligner was trained with text, and is guided by llava-detector"
+        line = "this aligner was trained with x 123, and is guided by llava-detector"
         assert (line in capsys.readouterr().err) == warned
+    with refused("trained with x 123, and is guided by text", "--guidance mllm, or stock"):
+        IMG(twin.backbone, aligner=path, guidance="text")
+    aligner.guide = "text"
+    with refused("trained with text, and is guided by llava-detector", "--guidance text"):
+        IMG(twin.backbone, twin.guide, aligner)

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 from refusals import assert_refused
 
-from img_minimal.plots import read_rows, sheet
-from img_minimal.rounds import finished_rounds
+from img_minimal.plots import line, read_rows, sheet
 
 
 @pytest.fixture
@@ -36,15 +35,16 @@ def test_runs_are_drawn_over_each_other(call, runs, tmp_path):
     assert Image.open(one).width < Image.open(both).width
 
 
-def test_a_cut_last_row_is_left_out_and_said(call, runs, tmp_path):
-    with (runs[0] / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 41, "err')
-    done = call("plots", *runs, "--output", tmp_path / "a.png")
-    assert done.returncode == 0 and "1 damaged rows are left out" in done.stderr
-
-
 ODD_ROWS = [
-    *('{"loss": 1}', '{"step": "two", "loss": 1}', '{"step": null}', '{"step": 2.5}', "[]", "17"),
+    *(
+        '{"step": 41, "err',
+        '{"loss": 1}',
+        '{"step": "two", "loss": 1}',
+        '{"step": null}',
+        '{"step": 2.5}',
+        "[]",
+        "17",
+    ),
     *('{"step": true, "loss": 1}', '[["step", [1]]]', '{"step": 1e400}', "\x00", "[" * 100_000),
 ]
 
@@ -70,17 +70,15 @@ def test_a_run_without_numbers_is_refused(call, runs):
     assert_refused(call("plots", runs[0]), "no run has a number")
 
 
-@pytest.mark.parametrize(
-    "damaged",
-    ["{", '{"round": 1}', '{"round": 3, "kept": true, "score": 1, "damage": 0}', '{"step": 1}'],
-)
-def test_rounds_go_on_from_the_last_whole_row(tmp_path, damaged):
-    rows = [{"round": k, "kept": k != 2, "score": 0.5, "damage": 0} for k in range(3)]
-    lines = [json.dumps(row) for row in rows]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    assert finished_rounds(tmp_path / "a.jsonl") == rows
-    (tmp_path / "a.jsonl").write_text("\n".join([lines[0], damaged, lines[2]]))
-    assert finished_rounds(tmp_path / "a.jsonl") == rows[:1]
+def test_curves_are_smoothed_unless_they_are_short_or_count_something():
+    rows = []
+    for step in range(1, 101):
+        rows.append({"step": step, "loss": float(step % 2), "refreshes": step // 50})
+    steps, counts, look = line(rows, "step", "refreshes")
+    assert steps == list(range(1, 101)) and counts == [0] * 49 + [1] * 50 + [2] and look == "-"
+    _, means, _ = line(rows, "step", "loss")
+    assert means[:3] == pytest.approx([1, 0.95, 0.9525])
+    assert line(rows[:10], "step", "loss")[1:] == ([1.0, 0.0] * 5, "o-")
 
 
 @pytest.mark.parametrize(

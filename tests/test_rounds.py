@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from feature_sets import Data, some_features
@@ -19,11 +17,18 @@ from img_minimal.aligner import ImplicitAligner
 from img_minimal.data import tables
 from img_minimal.data.features import Part, Shards
 from img_minimal.data.pairs import START, StreamPosition, held_back, pair_stream
-from img_minimal.evaluate.judges import ClipJudges, Oracle
+from img_minimal.evaluate.judges import OUTCOMES, RoundJudge
 from img_minimal.files import to_pil
 from img_minimal.plots import read_rows
 from img_minimal.presets import find_preset
-from img_minimal.rounds import Mixture, PairMaker, pair_rows, step_size, training_prompts
+from img_minimal.rounds import (
+    Mixture,
+    PairMaker,
+    pair_rows,
+    step_size,
+    training_prompts,
+    write_lines,
+)
 from img_minimal.run import Ranks
 from img_minimal.tiny.grammar import parse
 from img_minimal.tiny.world import Shape, render
@@ -35,18 +40,19 @@ def greys(first: int) -> list[Image.Image]:
     return [Image.new("RGB", (8, 8), (first + k,) * 3) for k in range(4)]
 
 
-def test_pairs_of_a_round_are_pick_a_pics_rows_that_name_who_drew_them(tmp_path):
-    outcomes = ["img", "base", "both", "none"]
-    rows = pair_rows(["a", "b", "c", "d"], greys(0), greys(10), outcomes, "img, 1")
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
-    [chunk] = pair_stream(tmp_path / "pairs.parquet").chunks()
+def test_pairs_of_a_round_are_pick_a_pics_rows_that_name_files_of_images(tmp_path):
+    for folder, first in (("base", 0), ("1", 10)):
+        (tmp_path / folder).mkdir()
+        for k, image in enumerate(greys(first)):
+            image.save(tmp_path / folder / f"{k}.png")
+    rows = pair_rows(["a", "b", "c", "d"], 0, [*OUTCOMES, "none"], 1)
+    write_lines(tmp_path / "1.jsonl", rows)
+    [chunk] = pair_stream(tmp_path / "1.jsonl").chunks()
     found = []
     for pair in chunk.items:
         values = [image.getpixel((0, 0))[0] for image in (pair.winner, pair.loser)]
         found.append((pair.prompt, *values))
     assert found == [("a", 10, 0), ("b", 1, 11), ("c", 2, 2)]
-    drawn_by = [(row["model_0"], row["model_1"]) for row in rows]
-    assert drawn_by == [("base", "img, 1"), ("base", "img, 1"), ("base", "base")]
 
 
 def test_the_oracle_prefers_the_image_nearer_to_the_prompt_and_drops_what_is_wrong_alike():
@@ -59,10 +65,11 @@ def test_the_oracle_prefers_the_image_nearer_to_the_prompt_and_drops_what_is_wro
         picture("blue", "cross"),
     )
     cases = [(wrong, right), (right, wrong), (half, right), (right, right), (wrong, wrong)]
-    outcomes = [Oracle().compare(["a red circle"], *images)[0] for images in cases]
-    assert outcomes == ["img", "base", "img", "both", "none"]
+    judge = RoundJudge("tiny")
+    outcomes = [judge.compare(["a red circle"], *images)[0] for images in cases]
+    assert outcomes == ["img_better", "base_better", "img_better", "both_right", "none"]
     base, img = right * 2 + wrong * 2, right + wrong + right + wrong
-    measured = Oracle().measure(["a red circle"] * 4, base, img)
+    measured = judge.measure(["a red circle"] * 4, base, img)
     assert measured == {"score": 0.5, "damage": 0.25}
 
 
@@ -73,9 +80,9 @@ def test_real_judges_have_to_agree_beyond_their_margins(monkeypatch):
         ("hpsv2", "base"): [28.0] * 4,
         ("hpsv2", "img"): [29, 27, 27, 29],
     }
-    judge = ClipJudges()
+    judge = RoundJudge(None)
     monkeypatch.setattr(judge, "scores", lambda name, _, images: np.array(scores[name, images]))
-    assert judge.compare(["p"] * 4, "base", "img") == ["img", "base", "none", "none"]
+    assert judge.compare(["p"] * 4, "base", "img") == ["img_better", "base_better", "none", "none"]
 
 
 class Original(Data):
@@ -163,7 +170,5 @@ def test_a_round_says_what_it_drew_and_how_far_its_pairs_go(trained):
         counts = row["img_better"] + row["base_better"] + row["both_right"]
         assert row["drawn"] == 12 and row["pairs"] == counts
         assert row["step_original"] > 0 and "validation_error" in row and "correction" in row
-    table = pq.read_table(trained / "rounds" / "1" / "pairs.parquet").to_pylist()
-    assert {row["model_1"] for row in table} <= {"base", "img, round 1"}
-    drawn = list((trained / "rounds" / "base").glob("*.png"))
+    drawn = list((trained / "rounds" / "pairs" / "base").glob("*.png"))
     assert len(drawn) == 12, "the base draws once for all rounds"

@@ -28,7 +28,13 @@ import numpy as np
 
 from img_minimal.backbone import open_backbone
 from img_minimal.evaluate.arms import Arms
-from img_minimal.evaluate.intervals import mean_interval, paired_shares, said, win_rate
+from img_minimal.evaluate.intervals import (
+    mean_interval,
+    paired_shares,
+    said,
+    said_wins,
+    win_rate,
+)
 from img_minimal.files import to_pil
 from img_minimal.pipeline import IMG
 from img_minimal.plots import BLUE, GREEN, GREY, ORANGE
@@ -81,7 +87,7 @@ for ours, theirs in (
     print(
         f"{ours:>10} minus {theirs:10} {said(pair['difference'], '+.3f')}  ",
         f"fixed {pair['fixed']}, broken {pair['broken']};",
-        f"wins {said(wins, '.2f')} of {wins['decided']} that differ",
+        f"wins {said_wins(wins)} that differ",
     )
 
 # %% 5. The picture: the cells, and the first prompts that both models draw wrong, not chosen

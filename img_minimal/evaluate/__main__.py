@@ -3,7 +3,9 @@
     python -m img_minimal.evaluate                       256 prompts of the test split
     python -m img_minimal.evaluate --prompts 640 --json results.json
     python -m img_minimal.evaluate --budget              ways to draw less, see budget.py
-    python -m img_minimal.evaluate --prompt-file x.txt   your prompts, judged by CLIP models
+    python -m img_minimal.evaluate --prompt-file x.txt   your prompts, judged by the oracle or, for
+                                                         real models, by CLIP models
+    python -m img_minimal.evaluate --guidance text --aligner outputs/text/aligner.safetensors
 
 Arms: the base model; the same compute spent on a new seed; the better of two seeds as picked by the
 MLLM, or by the oracle (which cheats); a second pass with the tokens of a correct picture (no
@@ -13,6 +15,7 @@ with text, stock MLLM, or the finetuned MLLM (IMG).
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from img_minimal.cli import (
     PICTURES,
@@ -47,12 +50,15 @@ class Config:
     picture: str | None = option(
         None, "also save a picture of the first prompts the base gets wrong"
     )
+    guidance: str = option("mllm", "what guides the aligner", choices=["mllm", "stock", "text"])
     # With --prompt-file, see compare.py.
     prompt_file: str | None = option(
-        None, "prompts whose images CLIP models judge: .txt, .jsonl, .tsv, .json"
+        None, "prompts to draw and judge: .txt, .csv, .tsv, .json, .jsonl"
     )
-    judges: str = option("pickscore,hpsv2,clipscore", "CLIP judges for --prompt-file")
-    output: str = option("outputs/evaluate", "images and scores of --prompt-file")
+    judges: str | None = option(
+        None, "judges for --prompt-file (default: oracle of a twin, else pickscore,hpsv2,clipscore)"
+    )
+    output: str = option("outputs/evaluate", "images and results of --prompt-file")
     pickscore_model: str | None = option(
         None, "PickScore, hub id or folder (default: as published)"
     )
@@ -72,9 +78,11 @@ if __name__ == "__main__":
 import torch
 
 from img_minimal.devices import Precision, best_device
-from img_minimal.evaluate import budget, compare
-from img_minimal.evaluate.arms import Arms, ablations, before_and_after, print_results
-from img_minimal.evaluate.judges import JUDGES, ClipJudge, JudgeFiles
+from img_minimal.evaluate import compare
+from img_minimal.evaluate.arms import Arms, before_and_after, print_results
+from img_minimal.evaluate.budget import Budget, print_row
+from img_minimal.evaluate.intervals import said
+from img_minimal.evaluate.judges import find_judges
 from img_minimal.evaluate.prompts import read_prompts
 from img_minimal.files import check_provenance, identity, write_whole
 from img_minimal.pipeline import IMG
@@ -84,67 +92,68 @@ from img_minimal.tiny import grammar
 def main() -> int:
     """Read the command line, evaluate, and write the results."""
     config, changes = parse(Config, __doc__, Models, Sampling)
-    preset = find_preset(config.model).changed(**changes)
+    preset = find_preset(config.model).guided_by(config.guidance).changed(**changes)
     sampling, world = preset.sampling, preset.world and not config.prompt_file
     whole = sampling.draft_steps is None and not sampling.only_wrong
-    alone = world and not config.picture
-    check(alone or not config.budget, "--budget needs a twin's own prompts, and has no --picture")
+    alone = world and not config.picture and config.guidance != "text"
+    advice = "--budget needs a twin's own prompts and an MLLM, and has no --picture"
+    check(alone or not config.budget, advice)
     advice = "leave out --draft-steps and --only-wrong; --prompt-file and --budget decide them"
     check(whole or (world and not config.budget), advice)
     writable_file(config.json, "--json")
     writable_file(config.picture, "--picture", PICTURES)
     quiet_libraries()
-    settings = {
-        "model": preset.name,
-        "seed": config.seed,
-        "torch": torch.__version__,
-    }
-    for name in ("scale", "scale_end", "passes", "draft_steps", "only_wrong"):
-        settings[name] = getattr(sampling, name)
+    settings = asdict(config) | asdict(sampling) | {"torch": torch.__version__}
+    # Named files replace those that belong to the guidance.
+    files = {name: changes[name] for name in ("mllm", "aligner") if name in changes}
     evaluate = evaluate_world if world else evaluate_file
-    results = evaluate(config, preset, settings)
-    if config.json:
-        write_whole(config.json, json.dumps(results, indent=1))
+    save(evaluate(config, preset, settings, **files), config.json)
     return 0
 
 
-def evaluate_world(config: Config, preset: Preset, settings: dict) -> dict:
+def save(results: dict, path: str | Path | None) -> None:
+    """Write results, if there is a path to write to."""
+    if path:
+        write_whole(path, json.dumps(results, indent=1))
+
+
+def evaluate_world(config: Config, preset: Preset, settings: dict, **files: str) -> dict:
     """Draw and judge all arms on prompts of the tiny world, and print the results."""
     count, split, device = config.prompts or 256, config.split, best_device()
     compute = Precision.named(preset.models.dtype, device).described(device)
     asked = f"{count} prompts of the {split} split, seed {config.seed}"
     print(f"{preset.name}: {asked}; {compute}", flush=True)
-    img = IMG(preset=preset)
+    img = IMG(preset=preset, guidance=config.guidance, **files)
     prompts = grammar.benchmark(count, split, config.seed)
     settings |= {"prompts": count, "split": split, "compute": compute}
     if config.budget:
-        return evaluate_budget(config, budget.Budget(img, prompts, config.seed), settings)
+        results = {"ways": {}, "settings": settings}
+        for name, row in Budget(img, prompts, config.seed).rows():
+            results["ways"][name] = row
+            print_row(name, row)
+            save(results, config.json)
+        return results
     arms = Arms(img, prompts, config.seed)
     arms.controls()
     if not config.only_img:
-        ablations(arms)
+        arms.ablations()
     images = arms.aligned("img", img)
-    results = arms.results() | {"mllm": arms.words()}
-    results["settings"] = settings
-    print_results(results)
+    results = arms.results() | {"settings": settings}
+    print_results("strict", results)
+    print("The paper's order, each arm minus the one before it, strict:")
+    for name, difference in results["order"].items():
+        print(said(difference, "+.3f"), name.replace("_", " "))
+    if config.guidance != "text":
+        results["mllm"] = arms.words()
+        print("\nThe MLLM's words about the base's images:")
+        for name, shares in results["mllm"].items():
+            print(name.replace("_", " "), *(f"{kind} {s:.0%}" for kind, s in shares.items()))
     if config.picture:
         before_and_after(arms, preset.name, images, config.picture)
     return results
 
 
-def evaluate_budget(config: Config, ways: budget.Budget, settings: dict) -> dict:
-    """Draw the prompts in every way to spend less; each row is printed and saved at once."""
-    results = {"ways": {}, "settings": settings}
-    print(budget.HEAD)
-    for name, row in ways.rows():
-        results["ways"][name] = row
-        print(budget.line(name, row), flush=True)
-        if config.json:
-            write_whole(config.json, json.dumps(results, indent=1))
-    return results
-
-
-def evaluate_file(config: Config, preset: Preset, settings: dict) -> dict:
+def evaluate_file(config: Config, preset: Preset, settings: dict, **files: str) -> dict:
     """Draw the prompts of a file, judge the images, and print and save the results.
 
     Raises UserError, before anything is drawn, if prompts or judges are missing or damaged or if
@@ -156,45 +165,33 @@ def evaluate_file(config: Config, preset: Preset, settings: dict) -> dict:
     if preset.world == "tiny":
         for prompt in prompts:
             grammar.parse(prompt.text)  # its models know the words of its grammar and no others
-    names = dict.fromkeys(name.strip() for name in config.judges.split(",") if name.strip())
-    check(names, f"--judges is empty, expected some of: {', '.join(JUDGES)}")
-    judges = []
-    for name in names:
-        model = getattr(config, f"{name}_model", None)
-        judges.append(JudgeFiles.find(name, model, config.judge_processor))
-
+    judges = find_judges(config.judges, preset.world, **asdict(config))
     path = writable_folder(config.output)
-    drawn_by = {"model": preset.name, "seed": config.seed, "prompts": [asdict(p) for p in prompts]}
+    drawn_by = {"model": preset.name, "seed": config.seed, "guidance": config.guidance}
+    drawn_by["prompts"] = [asdict(prompt) for prompt in prompts]
     for name, value in (asdict(preset.models) | asdict(preset.sampling)).items():
-        if name not in compare.NOT_DRAWING:
+        if name != "offload":  # it changes no image
             drawn_by[name] = identity(value)
     advice = "repeat that run's options, or choose another --output"
     used = any(path.glob("p*-s*-*.png"))  # without images it belongs to nobody
     check_provenance(path / "settings.json", drawn_by, advice, used)
     folder = compare.ImageFolder(path, prompts, config.seed)
-    scores = [compare.Scores(folder, files) for files in judges]
-    if any(folder.lacks(prompts, arm) for arm in compare.ARMS):
-        for one in scores:
-            if one.missing():
-                ClipJudge.open(one.source)  # finds a missing file in seconds, not after hours
+    if not folder.complete:
+        for judge in judges:
+            judge.open()  # finds a missing file in seconds, not after hours
         compare.release()
-        compare.draw_missing(folder, IMG(preset=preset))
+        folder.draw_missing(IMG(preset=preset, guidance=config.guidance, **files))
 
-    results = {"judges": {}}
-    for one in scores:
+    settings |= {"prompts": len(prompts), "judges": {judge.name: judge.model for judge in judges}}
+    results = {"judges": {}, "settings": settings}
+    for judge in judges:
         compare.release()
-        one.fill()
-        result = results["judges"][one.source.name] = one.results()
-        compare.print_table(one.title, result)
-    results["settings"] = settings | {
-        "prompt_file": config.prompt_file,
-        "prompts": len(prompts),
-        "judges": [asdict(files) for files in judges],
-    }
-    print(f"\n{len(prompts)} prompts; images, scores and results.json in {path}")
-    write_whole(path / "results.json", json.dumps(results, indent=1))
+        result = results["judges"][judge.name] = compare.judge_images(folder, judge)
+        print_results(judge.title, result)
+    print(f"{len(prompts)} prompts; images and results.json in {path}")
+    save(results, path / "results.json")
     if config.picture:
-        compare.before_and_after(folder, scores, config.picture)
+        compare.before_and_after(folder, results["judges"], config.picture)
     return results
 
 

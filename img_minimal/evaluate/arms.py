@@ -8,7 +8,7 @@ stock MLLM, or the finetuned MLLM (IMG).
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,11 @@ from torch import Tensor
 from img_minimal.evaluate.intervals import (
     Interval,
     bootstrap_ratio,
-    differences,
+    compare_arms,
     mean_interval,
     said,
     said_wins,
-    win_rate,
-    win_rates,
+    shares,
 )
 from img_minimal.files import to_pil
 from img_minimal.hub.questions import NOTHING
@@ -51,7 +50,8 @@ TITLES = {
 }
 ORDER = ("no_guidance", "base", "text", "stock_mllm", "img")  # from worst to best in Table 5
 MARKS = ("strict", "soft", "graded", "unclear")  # of a verdict
-Groups = dict[str, np.ndarray]  # which prompts (n,) belong to a group
+# Soft scores tie less often than strict ones, graded ones hardly ever.
+WINS = {"win_rate": "soft", "graded_win_rate": "graded"}
 
 
 class Arms:
@@ -87,14 +87,35 @@ class Arms:
 
     def controls(self) -> None:
         """Draw and judge the arms that need no aligner."""
-        again = self.draw("new_seed", offset=NEW_SEED)
-        chosen = self.img.better(self.pictures, to_pil(again), self.captions, self.seeds)
-        self.choose("best_of_two_mllm", "new_seed", chosen)
+        again = to_pil(self.draw("new_seed", offset=NEW_SEED))
+        if isinstance(self.img.guide, MLLM):
+            chosen = self.img.better(self.pictures, again, self.captions, self.seeds)
+            self.choose("best_of_two_mllm", chosen)
         # An image is right exactly if its soft score is 1, so this prefers right ones, too.
         soft = self.marks("soft")
-        self.choose("best_of_two_oracle", "new_seed", soft["new_seed"] > soft["base"])
+        self.choose("best_of_two_oracle", soft["new_seed"] > soft["base"])
         self.draw("perfect_tokens", self.ideal)
         self.draw("no_guidance", self.own)
+
+    def choose(self, name: str, chosen: Sequence[bool]) -> None:
+        """Make up arm `name` of the base's images and, where `chosen`, of those of a new seed."""
+        both = zip(self.verdicts["base"], self.verdicts["new_seed"], chosen)
+        self.verdicts[name] = [new if better else first for first, new, better in both]
+
+    def ablations(self) -> None:
+        """Judge the arms guided by text and by the stock MLLM, except where an aligner is missing.
+
+        They look at whole images and correct all of them: text cannot say what is wrong.
+        """
+        backbone = self.img.backbone
+        for name, guidance in (("text", "text"), ("stock_mllm", "stock")):
+            path = backbone.preset.guided_by(guidance).sampling.aligner
+            if Path(path).exists():
+                with self.img.drawing(draft_steps=None, only_wrong=False):
+                    self.aligned(name, IMG(backbone, aligner=path, guidance=guidance))
+            else:
+                advice = f"train it with: python train.py --guidance {guidance}"
+                print(f"left out: {TITLES[name]}; {path} is not there, {advice}")
 
     @cached_property
     def ideal(self) -> Tensor:
@@ -112,21 +133,14 @@ class Arms:
         that of the injection, too. Returns intervals for "all" and for each category.
         """
         reached = f if redrawn is None else self.img.backbone.tokens(to_pil(redrawn))
-        top, bottom = best_length(f, self.own, self.ideal, reached)
+        parts = best_length(f, self.own, self.ideal, reached)
         wrong, captions = self.marks("strict")["base"] == 0, np.array(self.captions)
         lengths = {}
         for name, group in ({"all": wrong} | self.categories()).items():
             if (chosen := wrong & group).any():
-                parts = top.numpy()[chosen], bottom.numpy()[chosen]
-                lengths[name] = bootstrap_ratio(*parts, captions[chosen])
+                top, bottom = (part.numpy()[chosen] for part in parts)
+                lengths[name] = bootstrap_ratio(top, bottom, captions[chosen])
         return lengths
-
-    def choose(self, name: str, other: str, chosen: Sequence[bool]) -> None:
-        """Make up arm `name` of the base's images and, where `chosen`, another arm's."""
-        self.verdicts[name] = verdicts = list(self.verdicts["base"])
-        for k, takes_other in enumerate(chosen):
-            if takes_other:
-                verdicts[k] = self.verdicts[other][k]
 
     def marks(self, mark: str) -> dict[str, np.ndarray]:
         """Return one of MARKS (n,) of every arm."""
@@ -135,107 +149,69 @@ class Arms:
             marks[name] = np.array([getattr(verdict, mark) for verdict in verdicts], float)
         return marks
 
-    def categories(self) -> Groups:
-        """Group the prompts by category."""
+    def categories(self) -> dict[str, np.ndarray]:
+        """Find the prompts (n,) of each category."""
         categories = np.array([prompt.category for prompt in self.prompts])
         return {kind: categories == kind for kind in CATEGORIES}
 
-    def words(self) -> dict:
-        """Compare the MLLM's words about the base's images with the oracle's."""
-        answers = np.array(self.img.explain(self.pictures, self.captions, self.seeds))
-        right = self.marks("strict")["base"] == 1
-        oracle = np.array([verdict.words for verdict in self.verdicts["base"]])
-        exact, silent = oracle == answers, answers == NOTHING
+    @cached_property
+    def answers(self) -> list[str]:
+        """Decode what the MLLM says about the base's images."""
+        if not isinstance(self.img.guide, MLLM):
+            return ["(guided by text: no MLLM looked)"] * len(self.captions)
+        return self.img.explain(self.pictures, self.captions, self.seeds)
+
+    def words(self) -> dict[str, dict[str, float]]:
+        """Compare the MLLM's words about the base's images with the oracle's.
+
+        Returns shares of the wrong or right images, of "all" and of each category that has any.
+        """
+        answers, right = np.array(self.answers), self.marks("strict")["base"] == 1
+        exact = answers == np.array([verdict.words for verdict in self.verdicts["base"]])
         groups = {"all": np.ones_like(right)} | self.categories()
-        nothing = shares(silent, ~right, groups)
-        complaints = shares(~silent, right, groups)
         return {
-            "nothing_when_wrong": nothing.pop("all", 0.0),
-            "complaint_when_right": complaints.pop("all", 0.0),
-            "exact_when_wrong": shares(exact, ~right, groups).get("all", 0.0),
-            "n_wrong": sum(~right).item(),
-            "n_right": sum(right).item(),
-            "nothing_by_category": nothing,
-            "complaint_by_category": complaints,
+            "nothing_when_wrong": shares(answers == NOTHING, groups, ~right),
+            "exact_when_wrong": shares(exact, groups, ~right),
+            "complaint_when_right": shares(answers != NOTHING, groups, right),
         }
 
     def results(self) -> dict:
         """Score every arm, overall and by category, and compare IMG with each other arm."""
         marks = {mark: self.marks(mark) for mark in MARKS}
-        strict, captions = marks["strict"], self.captions
-        everything = np.ones(len(captions), bool)
         held_out = np.array([prompt.held_out for prompt in self.prompts])
         groups = self.categories() | {"seen": ~held_out, "held_out": held_out}
-        arms = {}
-        for name, values in strict.items():
-            arms[name] = {mark: marks[mark][name].mean().item() for mark in MARKS}
-            arms[name]["n"] = len(values)
-            arms[name]["interval"] = mean_interval(values, captions)
-            arms[name]["by_category"] = shares(values, everything, groups)
-        others = [("img", name) for name in arms if name != "img"]
-        steps = []
-        for worse, better in pairwise(filter(arms.get, ORDER)):
-            steps.append((better, worse))
-        return {
-            "arms": arms,
-            "win_rate": win_rates(marks["soft"], captions, others),
-            "graded_win_rate": win_rates(marks["graded"], captions, others),
-            "difference": differences(strict, captions, others),
-            "order": differences(strict, captions, steps),
-        }
+        results = compare_arms(marks, WINS, groups, self.captions)
+        order = results["order"] = {}
+        for worse, better in pairwise(filter(self.verdicts.get, ORDER)):
+            gain = marks["strict"][better] - marks["strict"][worse]
+            order[f"{better}_minus_{worse}"] = mean_interval(gain, self.captions)
+        return results
 
 
-def shares(hits: np.ndarray, chosen: np.ndarray, groups: Groups) -> dict[str, float]:
-    """Average hits (n,) over the `chosen` images (n,) of every group that has any."""
-    means = {}
-    for name, group in groups.items():
-        if any(chosen & group):
-            means[name] = hits[chosen & group].mean().item()
-    return means
-
-
-def print_results(results: dict) -> None:
-    """Print the table of arms, and the paired comparisons."""
-    arms = results["arms"]
-    groups = "".join(f"{group[:8]:>9}" for group in arms["img"]["by_category"])
-    print(f"{'strict':>56} soft  graded unclear{groups}")
-    for name, arm in arms.items():
-        marks = "{strict:7.3f} {soft:5.3f} {graded:6.3f} {unclear:7.3f}".format(**arm)
-        groups = "".join(f"{share:9.2f}" for share in arm["by_category"].values())
-        print(f"{TITLES[name]:48} {marks}{groups}")
-
-    columns = "strict, difference       win rate, soft score            win rate, graded score"
-    print(f"\n{'IMG against':48} {columns}")
-    for name in arms:
+def print_results(title: str, results: dict) -> None:
+    """Print the arms with their intervals, each one against IMG, and all other numbers of them."""
+    rates = [name for name in results if name.endswith("win_rate")]
+    versus = [[title, "[95 %]", "IMG minus it", *(f"IMG's {rate}" for rate in rates)]]
+    numbers = []
+    for name, arm in results["arms"].items():
+        row = [TITLES[name], said(arm["interval"])]
         if name != "img":
-            difference = said(results["difference"][f"img_minus_{name}"], "+.3f")
-            soft = said_wins(results["win_rate"][f"img_vs_{name}"])
-            graded = said_wins(results["graded_win_rate"][f"img_vs_{name}"])
-            print(f"{TITLES[name]:48} {difference}   {soft:29}   {graded}")
-
-    print("\nThe paper's order, each arm minus the one before it, strict:")
-    for name, difference in results["order"].items():
-        better, worse = name.split("_minus_")
-        print(f"{TITLES[better]:48} {said(difference, '+.3f')}   minus {TITLES[worse]}")
-    if "mllm" in results:
-        print_words(results["mllm"])
+            row.append(said(results["difference"][f"img_minus_{name}"], "+.3f"))
+            row += [said_wins(results[rate][f"img_vs_{name}"]) for rate in rates]
+        versus.append(row)
+        means = {mark: value for mark, value in arm.items() if isinstance(value, float)}
+        means |= arm["by_category"]
+        numbers.append([TITLES[name], *(f"{value:.3f}" for value in means.values())])
+    print_table(versus)
+    print_table([["", *means], *numbers])
 
 
-def print_words(words: dict) -> None:
-    """Print how the MLLM's words agree with the oracle's."""
-    report = (
-        "\nThe MLLM says nothing about {nothing_when_wrong:.0%} of the base's {n_wrong} wrong "
-        "images, and exactly\nwhat is wrong about {exact_when_wrong:.0%}; it complains about "
-        "{complaint_when_right:.0%} of {n_right} right ones."
-    )
-    print(report.format(**words))
-    titles = {
-        "nothing_by_category": "Nothing about wrong ones",
-        "complaint_by_category": "Complaints about right ones",
-    }
-    for part, title in titles.items():
-        cells = [f"{kind} {share:.0%}" for kind, share in words[part].items()]
-        print(f"{title}: {', '.join(cells)}")
+def print_table(rows: list[list[str]]) -> None:
+    """Print rows of cells, with columns as wide as their longest cell."""
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    for row in rows:
+        print(*map(str.ljust, row, widths), sep="  ")
+    print()
 
 
 def print_comparison(img: IMG, name: str, count: int, picture: Path) -> None:
@@ -243,12 +219,7 @@ def print_comparison(img: IMG, name: str, count: int, picture: Path) -> None:
     arms = Arms(img, benchmark(count, "validation"), seed=0)
     tokens = img.align(arms.base, arms.captions, arms.seeds)
     images = arms.draw("img", tokens)
-    strict, soft = arms.marks("strict"), arms.marks("soft")
-    print(
-        f"strict alignment on {count} validation prompts: base {strict['base'].mean():.3f}, IMG "
-        f"{strict['img'].mean():.3f}; win rate without ties "
-        f"{said_wins(win_rate(soft['img'], soft['base'], arms.captions), '.2f')}"
-    )
+    print_results(f"strict alignment on {count} validation prompts", arms.results())
     print("b*, the best multiple of the aligner's steps for the base's wrong images:")
     print_lengths("in tokens", arms.best_lengths(tokens))
     print_lengths("as drawn", arms.best_lengths(tokens, images))
@@ -263,20 +234,13 @@ def print_lengths(title: str, lengths: dict[str, Interval]) -> None:
 
 def before_and_after(arms: Arms, name: str, images: Tensor, path: Path | str) -> None:
     """Save both images of the first six prompts that the base draws wrong, with the verdicts."""
-    redrawn = to_pil(images)
-    cells: list[Cell] = []
-    for k, verdict in enumerate(arms.verdicts["base"]):
-        if verdict.strict or len(cells) == 12:
-            continue
-        picture, caption = arms.pictures[k], arms.captions[k]
-        answer = "(guided by text: no MLLM looked)"
-        if isinstance(arms.img.guide, MLLM):
-            [answer] = arms.img.explain([picture], [caption], [arms.seeds[k]])
-        cells.append((picture, f'"{caption}"\noracle: {verdict.words}\nMLLM: {answer}'))
-        verdict = arms.verdicts["img"][k]
-        words = "right" if verdict.strict else f"still wrong: {verdict.words}"
-        cells.append((redrawn[k], f"IMG, same seed\noracle: {words}"))
-    shown = f"the first {len(cells) // 2} of {len(redrawn)} prompts that the base draws wrong"
+    wrong = np.flatnonzero(arms.marks("strict")["base"] == 0)[:6]
+    cells = []
+    for k, image in zip(wrong, to_pil(images[wrong])):
+        before, after = (f"oracle: {arms.verdicts[arm][k].words}" for arm in ("base", "img"))
+        words = f'"{arms.captions[k]}"\n{before}\nMLLM: {arms.answers[k]}'
+        cells += [(arms.pictures[k], words), (image, f"IMG, same seed\n{after}")]
+    shown = f"the first {len(wrong)} of {len(images)} prompts that the base draws wrong"
     save_pairs(cells, path, f"{name}: {shown}, seed {arms.seed}; not chosen by result")
 
 
@@ -285,23 +249,3 @@ def save_pairs(cells: list[Cell], path: Path | str, caption: str) -> None:
     rows = [cells[k : k + 6] for k in range(0, len(cells), 6)]
     if rows:
         sheet(rows, path, caption=caption)
-
-
-def ablations(arms: Arms) -> None:
-    """Judge the arms guided by text and by the stock MLLM, except where an aligner is missing.
-
-    They look at whole images and correct all of them: text cannot say what is wrong.
-    """
-    backbone = arms.img.backbone
-    sampling = backbone.preset.sampling
-    rows = (
-        ("text", "text", sampling.text_aligner),
-        ("stock_mllm", "stock", sampling.stock_aligner),
-    )
-    for name, guidance, path in rows:
-        if Path(path).exists():
-            with arms.img.drawing(draft_steps=None, only_wrong=False):
-                arms.aligned(name, IMG(backbone, aligner=path, guidance=guidance))
-        else:
-            advice = f"train it with: python train.py --guidance {guidance}"
-            print(f"left out: {TITLES[name]}; {path} is not there, {advice}")

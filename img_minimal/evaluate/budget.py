@@ -9,7 +9,6 @@ Costs are counted, not computed: a hook sees every row that passes through the n
 """
 
 from collections.abc import Iterator
-from itertools import combinations
 
 import numpy as np
 import torch
@@ -42,82 +41,74 @@ WAYS = (
 )
 BASE, WHOLE = "base model, four images", "IMG, four images"
 Images = list[Tensor]  # (3, H, W) each, prompt by prompt
-Drawn = tuple[Images, float]  # with the evaluations of the network that each image has taken
+Way = tuple[str, Images, float]  # with the drawings that each image costs
 
 
 class Budget:
     """Draw the same prompts from the same seeds in every way."""
 
     def __init__(self, img: IMG, prompts: list[Prompt], seed: int):
-        self.img, self.prompts, self.first_seed = img, prompts, FIRST_SEED * (seed + 1)
-        self.evaluations = 0  # so far; guidance takes two a step
-        self.scores: dict[str, dict[str, np.ndarray]] = {}
+        self.img, self.prompts = img, prompts
+        self.seeds = FIRST_SEED * (seed + 1) + np.arange(len(prompts))
+        self.evaluations = 0  # of the network, so far; guidance takes two a step
+        self.drawing = 0.0  # evaluations that an image of the base takes
+        self.scores: dict[str, tuple[np.ndarray, ...]] = {}  # strict, soft, distance
 
     def rows(self) -> Iterator[tuple[str, dict]]:
         """Yield each way's name and results as soon as it is drawn."""
         network = getattr(self.img.backbone.pipe, self.img.backbone.network)
         with network.register_forward_pre_hook(self._count, with_kwargs=True):
-            for name, (images, cost) in self.ways():
-                if name == BASE:
-                    drawing = cost
-                yield name, {"drawings": cost / drawing} | self.results(name, images)
+            for name, images, drawings in self.ways():
+                yield name, {"drawings": drawings} | self.results(name, images)
 
-    def ways(self) -> Iterator[tuple[str, Drawn]]:
+    def ways(self) -> Iterator[Way]:
         """Draw in one way after another; all are compared with the first two."""
-        steps = self.img.backbone.sampling.steps
-        fours, cost = self.draw(FOUR, rounds=0)
-        yield BASE, (fours, cost)
-        images, more = self.draw(FOUR, start=fours)
-        yield WHOLE, (images, cost + more)
+        fours = list(self.img.backbone.draw(*self.requests(FOUR)))
+        self.drawing = self.evaluations / len(fours)
+        yield BASE, fours, 1.0
+        yield self.draw(WHOLE, FOUR, start=fours)
         seeds = [fours[k::FOUR] for k in range(FOUR)]
-        yield "base model", (seeds[0], cost)
+        yield "base model", seeds[0], 1.0
         for count in (2, FOUR):
-            images = self.preferred(*seeds[:count])
-            yield f"best of {count} seeds, by the MLLM", (images, count * cost)
-        for only_wrong, words in ((False, ""), (True, ", only what is wrong")):
-            images, more = self.draw(start=seeds[0], only_wrong=only_wrong)
-            yield f"IMG{words}", (images, cost + more)
-            images = self.preferred(seeds[0], images)
-            yield f"IMG{words}, the better image", (images, cost + more)
+            yield f"best of {count} seeds, by the MLLM", self.preferred(*seeds[:count]), count
+        for name in ("IMG", "IMG, only what is wrong"):
+            name, images, cost = self.draw(name, start=seeds[0], only_wrong=name != "IMG")
+            yield name, images, cost
+            yield f"{name}, the better image", self.preferred(seeds[0], images), cost
         for share, only_wrong, one_look in WAYS:
-            draft = round(share * steps)
+            draft = round(share * self.img.backbone.sampling.steps)
             name = "IMG" + f", drafts of {draft} steps" * (share < 1)
             name += ", only what is wrong" * only_wrong + ", one look for four" * one_look
             settings = {"draft_steps": draft, "only_wrong": only_wrong}
-            yield name, self.draw(FOUR if one_look else 1, one_look=one_look, **settings)
+            yield self.draw(name, FOUR if one_look else 1, one_look=one_look, **settings)
 
     def draw(
         self,
+        name: str,
         count: int = 1,
-        rounds: int = 1,
-        one_look: bool = False,
         start: Images | None = None,
+        one_look: bool = False,
         **settings: object,
-    ) -> Drawn:
-        """Draw `count` images of each prompt with IMG, or in no `rounds` without."""
+    ) -> Way:
+        """Draw `count` images of each prompt with IMG; first images are drawn unless given."""
         prompts, seeds = self.requests(count)
         size, images, before = count if one_look else len(seeds), [], self.evaluations
-        pictures = start and to_pil(start)
+        first = start and to_pil(start)
         with self.img.drawing(**settings):
             for k in range(0, len(seeds), size):
                 asked = prompts[k : k + size], seeds[k : k + size]
-                stages = self.img.stages(*asked, rounds=rounds, one_look=one_look, start=pictures)
-                images += stages[-1]
-        return images, (self.evaluations - before) / len(images)
+                images += self.img.stages(*asked, one_look=one_look, start=first)[-1]
+        drawings = (self.evaluations - before) / len(images) / self.drawing
+        return name, images, drawings + (start is not None)
 
     def requests(self, count: int = 1) -> tuple[list[str], list[int]]:
         """Repeat each caption `count` times, each time with another seed."""
-        prompts, seeds = [], []
-        for number, prompt in enumerate(self.prompts):
-            prompts += [str(prompt)] * count
-            seeds += [self.first_seed + number + k * NEW_SEED for k in range(count)]
-        return prompts, seeds
+        seeds = np.add.outer(self.seeds, NEW_SEED * np.arange(count))
+        return np.repeat(list(map(str, self.prompts)), count).tolist(), seeds.ravel().tolist()
 
     def preferred(self, *candidates: Images) -> Images:
         """Choose the image of each prompt that the MLLM is most content with."""
-        content = []
-        for images in candidates:
-            content.append(self.img.satisfaction(to_pil(images), *self.requests()))
+        content = [self.img.satisfaction(to_pil(x), *self.requests()) for x in candidates]
         best = np.argmax(content, 0)  # the first of equals
         return [candidates[k][i] for i, k in enumerate(best)]
 
@@ -129,18 +120,18 @@ class Budget:
         """
         count = len(images) // len(self.prompts)
         verdicts = judge(torch.stack(images), [p for p in self.prompts for _ in range(count)])
-        marks = [(verdict.strict, verdict.soft) for verdict in verdicts]
-        strict, soft = np.array(marks, float).T.reshape(2, -1, count)
+        marks = np.array([(verdict.strict, verdict.soft) for verdict in verdicts], float)
+        strict, soft = marks.T.reshape(2, -1, count)
         tokens = self.img.backbone.tokens(to_pil(images)).flatten(1).unflatten(0, (-1, count))
-        pairs = [(a - b).norm(dim=1).numpy() for a, b in combinations(tokens.unbind(1), 2)]
-        self.scores[name] = {"strict": strict, "soft": soft, "distance": sum(pairs)}
-        base, whole = self.scores[BASE], self.scores.get(WHOLE, self.scores[BASE])
+        distance = torch.cdist(tokens, tokens).sum((1, 2)).numpy()  # of all pairs of a prompt
+        self.scores[name] = strict, soft, distance
+        base = self.scores[BASE]
+        whole = self.scores.get(WHOLE, base)
         captions, _ = self.requests(count)
-        row = paired_shares(strict.ravel(), whole["strict"][:, :count].ravel(), captions)
-        row["win_rate"] = win_rate(soft.ravel(), base["soft"][:, :count].ravel(), captions)
+        row = paired_shares(strict.ravel(), whole[0][:, :count].ravel(), captions)
+        row["win_rate"] = win_rate(soft.ravel(), base[1][:, :count].ravel(), captions)
         if count > 1:
-            captions, _ = self.requests()
-            row["distance"] = bootstrap_ratio(sum(pairs), base["distance"], captions)
+            row["distance"] = bootstrap_ratio(distance, base[2], captions[::count])
             row["all_right"], row["all_wrong"] = strict.all(1).mean(), 1 - strict.any(1).mean()
         return row
 
@@ -149,14 +140,12 @@ class Budget:
         self.evaluations += len(latents)
 
 
-HEAD = f"{'':58} {'strict [95 %]':20} {'minus whole IMG':24} {'win rate over the base':29} "
-HEAD += "drawings; distance; all right, all wrong"
-
-
-def line(name: str, row: dict) -> str:
-    """Format a way's results."""
-    cells = [said(row["share"]), said(row["difference"], "+.3f"), said_wins(row["win_rate"])]
-    words = "{:58} {} {:24} {:29}".format(name, *cells) + f" {row['drawings']:8.2f}"
+def print_row(name: str, row: dict) -> None:
+    """Print a way's results, a line at once: the next one takes a while."""
+    line = f"{name}; {row['drawings']:.2f} drawings; strict {said(row['share'])}"
+    line += f"; minus whole IMG {said(row['difference'], '+.3f')}"
+    line += f"; wins over the base {said_wins(row['win_rate'])}"
     if "distance" in row:
-        words += f"  {said(row['distance'], '.2f')} {row['all_right']:.2f} {row['all_wrong']:.2f}"
-    return words
+        line += f"; distance {said(row['distance'])}"
+        line += "; all right {all_right:.2f}, all wrong {all_wrong:.2f}".format(**row)
+    print(line, flush=True)

@@ -6,28 +6,26 @@ import numpy as np
 
 Array = np.ndarray
 Interval = dict[str, float]  # "value", "low", "high"
-Pairs = Iterable[tuple[str, str]]  # names of arms: ours, theirs
 
 
-def bootstrap_ratio(top: Array, bottom: Array, clusters: list[str], draws: int = 4000) -> Interval:
+def bootstrap_ratio(top: Array, bottom: Array, clusters: Iterable[str]) -> Interval:
     """Compute sum(top) / sum(bottom) with a 95 % percentile interval; NaN where bottom is 0.
 
     top, bottom (n,): one entry per image. Images of one caption are not independent, so whole
     captions (`clusters`) are drawn again, not images. A mean is the ratio to ones; a win rate is
     wins to wins plus losses.
     """
-    index, drawn = _draw_clusters(clusters, draws)
+    index, drawn = _draw_clusters(clusters, 4000)
     tops, bottoms = np.bincount(index, top), np.bincount(index, bottom)
     with np.errstate(invalid="ignore", divide="ignore"):
         return _interval(top.sum() / bottom.sum(), (drawn @ tops) / (drawn @ bottoms))
 
 
-def _draw_clusters(clusters: list[str], draws: int) -> tuple[Array, Array]:
+def _draw_clusters(clusters: Iterable[str], draws: int) -> tuple[Array, Array]:
     """Return the cluster of each image (n,), and how often each is drawn (draws, clusters)."""
     _, index = np.unique(clusters, return_inverse=True)
     count = index.max() + 1
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=draws)
-    return index, drawn
+    return index, np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), draws)
 
 
 def _interval(value: float, drawn: Array) -> Interval:
@@ -38,70 +36,91 @@ def _interval(value: float, drawn: Array) -> Interval:
     return {"value": float(value), "low": float(low), "high": float(high)}
 
 
-def mean_interval(values: Array, clusters: list[str]) -> Interval:
+def mean_interval(values: Array, clusters: Iterable[str]) -> Interval:
     """Compute the mean of per-image values or paired differences (n,), with its interval."""
     return bootstrap_ratio(values.astype(float), np.ones(len(values)), clusters)
 
 
-def win_rate(ours: Array, theirs: Array, clusters: list[str]) -> Interval:
-    """Compute how often ours (n,) scores higher where the two differ, `decided` times."""
-    wins, decided = (ours > theirs).astype(float), (ours != theirs).astype(float)
-    return bootstrap_ratio(wins, decided, clusters) | {"decided": int(decided.sum())}
+def win_rate(ours: Array, theirs: Array, clusters: Iterable[str]) -> Interval:
+    """Compute how often ours (n,) scores higher where the two differ, `decided` times.
+
+    Numbers of nothing decided are None, as in JSON.
+    """
+    decided = ours != theirs
+    rate = dict.fromkeys(("value", "low", "high"))
+    if decided.any():
+        rate = bootstrap_ratio((ours > theirs).astype(float), decided.astype(float), clusters)
+    return rate | {"decided": int(decided.sum())}
 
 
-def win_rates(scores: dict[str, Array], clusters: list[str], pairs: Pairs) -> dict[str, Interval]:
-    """Compute the win rates of pairs of arms; None for numbers of nothing decided, as in JSON."""
-    rates = {}
-    for ours, theirs in pairs:
-        rate = win_rate(scores[ours], scores[theirs], clusters)
-        if not rate["decided"]:
-            rate |= dict.fromkeys(("value", "low", "high"))
-        rates[f"{ours}_vs_{theirs}"] = rate
-    return rates
+def shares(hits: Array, groups: dict[str, Array], chosen: Array | bool = True) -> dict[str, float]:
+    """Average hits (n,) over the `chosen` images (n,) of every group (n,) that has any."""
+    means = {}
+    for name, group in groups.items():
+        if (group & chosen).any():
+            means[name] = hits[group & chosen].mean().item()
+    return means
 
 
-def differences(scores: dict[str, Array], clusters: list[str], pairs: Pairs) -> dict[str, Interval]:
-    """Compute the mean differences of pairs of arms."""
-    gains = {}
-    for ours, theirs in pairs:
-        gain = scores[ours] - scores[theirs]
-        gains[f"{ours}_minus_{theirs}"] = mean_interval(gain, clusters)
-    return gains
+def compare_arms(
+    marks: dict[str, dict[str, Array]],
+    wins: dict[str, str],
+    groups: dict[str, Array],
+    clusters: Iterable[str],
+) -> dict:
+    """Score every arm, overall and in each group (n,) of prompts, and compare IMG with the others.
+
+    marks: {mark: {arm: (n,)}}; of the first one are intervals, groups and differences. `wins` names
+    win rates, and the mark that each one compares.
+    """
+    scores, arms = next(iter(marks.values())), {}
+    results = {"arms": arms, "difference": {}} | {rate: {} for rate in wins}
+    for name, values in scores.items():
+        arms[name] = {mark: by_arm[name].mean().item() for mark, by_arm in marks.items()}
+        arms[name]["n"] = len(values)
+        arms[name]["interval"] = mean_interval(values, clusters)
+        arms[name]["by_category"] = shares(values, groups)
+        if name == "img":
+            continue
+        gain = scores["img"] - values
+        results["difference"][f"img_minus_{name}"] = mean_interval(gain, clusters)
+        for rate, mark in wins.items():
+            pair = marks[mark]["img"], marks[mark][name]
+            results[rate][f"img_vs_{name}"] = win_rate(*pair, clusters)
+    return results
 
 
-def paired_shares(ours: Array, theirs: Array, clusters: list[str]) -> dict:
+def paired_shares(ours: Array, theirs: Array, clusters: Iterable[str]) -> dict:
     """Compare two arms, right or wrong (n,) on the same prompts and seeds.
 
     {"share", "difference"}: that of ours, and ours minus theirs, with intervals; {"fixed",
     "broken"}: how many are right in ours only, and in theirs only. Their difference over n is
     "difference", which alone would hide how many images break.
     """
-    ours, theirs = np.asarray(ours, bool), np.asarray(theirs, bool)
+    gain = np.subtract(ours, theirs, dtype=float)
     return {
         "share": mean_interval(ours, clusters),
-        "difference": mean_interval(1.0 * ours - theirs, clusters),
-        "fixed": int((ours & ~theirs).sum()),
-        "broken": int((theirs & ~ours).sum()),
+        "difference": mean_interval(gain, clusters),
+        "fixed": int((gain > 0).sum()),
+        "broken": int((gain < 0).sum()),
     }
 
 
-def ranking_interval(
-    scores: Array, right: Array, clusters: list[str], draws: int = 2000
-) -> Interval:
+def ranking_interval(scores: Array, right: Array, clusters: Iterable[str]) -> Interval:
     """Compute how often a right image scores above a wrong one, a tie counting half; (n,) each.
 
     This is the area under the ROC curve, with its interval as in `bootstrap_ratio`; NaN unless
     there are both kinds.
     """
-    right = np.asarray(right, bool)
-    high, low = scores[right][:, None], scores[~right]
-    above = ((high > low) + 0.5 * (high == low)).astype(np.float32)  # (right, wrong)
-    index, drawn = _draw_clusters(clusters, draws)
-    times = drawn.astype(np.float32)[:, index]  # how often each image is drawn, (draws, n)
-    ours, theirs = times[:, right], times[:, ~right]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        areas = ((ours @ above) * theirs).sum(1) / (ours.sum(1) * theirs.sum(1))
-        return _interval(above.sum() / above.size, areas)
+    above = (1 + np.sign(np.subtract.outer(scores, scores))) / 2  # 1 where row above column
+    index, drawn = _draw_clusters(clusters, 2000)
+
+    def area(times: Array) -> Array:
+        ours, theirs = times * right, times * (1 - right)
+        return ((ours @ above) * theirs).sum(-1) / (ours.sum(-1) * theirs.sum(-1))
+
+    with np.errstate(invalid="ignore", divide="ignore"):  # of images as often as they are drawn
+        return _interval(area(np.ones(len(scores))), area(drawn[:, index]))
 
 
 def said(interval: Interval, form: str = ".3f") -> str:
@@ -109,7 +128,7 @@ def said(interval: Interval, form: str = ".3f") -> str:
     return f"{interval['value']:{form}} [{interval['low']:{form}}, {interval['high']:{form}}]"
 
 
-def said_wins(rate: Interval, form: str = ".3f") -> str:
+def said_wins(rate: Interval) -> str:
     """Format a win rate with the number of comparisons that were decided."""
     decided = rate["decided"]
-    return f"{said(rate, form)} of {decided}" if decided else "all tied"
+    return f"{said(rate)} of {decided}" if decided else "all tied"

@@ -19,9 +19,9 @@ All three read 224 pixels and 77 tokens. An image that is not square loses its m
 processor crops it; HPSv2's own code pads it instead.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Self
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,58 +36,78 @@ from img_minimal.hub.weights import opening
 from img_minimal.hub.where import fetch_folder
 
 Images = list[Image]
-Outcome = Literal["img", "base", "both", "none"]  # the better image; both are right, or neither
-BATCH = 32
+OUTCOMES = ("img_better", "base_better", "both_right")  # of two images; else "none"
 
 
 @dataclass(frozen=True)
-class JudgeKind:
-    """A published judge, and its score of the cosine and exp(logit_scale)."""
+class Judge:
+    """A judge by name: its score of the cosine and exp(logit_scale), and where its files are.
 
-    title: str
-    model: str
-    processor: str  # for copies of the model without tokenizer and image processor
-    formula: Callable[[Tensor, Tensor], Tensor]
-
-
-JUDGES = {
-    "pickscore": JudgeKind(
-        "PickScore",
-        "yuvalkirstain/PickScore_v1",
-        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        lambda cosine, scale: scale * cosine,
-    ),
-    "hpsv2": JudgeKind(
-        "HPSv2",
-        "adams-story/HPSv2-hf",
-        "openai/clip-vit-base-patch32",
-        lambda cosine, scale: 100 * cosine,
-    ),
-    "clipscore": JudgeKind(
-        "CLIPScore",
-        "openai/clip-vit-large-patch14",
-        "openai/clip-vit-large-patch14",
-        lambda cosine, scale: 100 * cosine.clamp(min=0),
-    ),
-}
-
-
-@dataclass(frozen=True)
-class JudgeFiles:
-    """A judge's name and files: hub ids or folders; the processor is by default the model's."""
+    The oracle has no formula and no files.
+    """
 
     name: str
-    model: str
-    processor: str | None = None
+    title: str
+    formula: Callable[[Tensor, Tensor], Tensor] | None = None
+    model: str = ""  # hub id or folder
+    published: str = ""  # tokenizer and image processor of copies of the model without any
+    processor: str | None = None  # replaces the model's own
 
-    @classmethod
-    def find(cls, name: str, model: str | None = None, processor: str | None = None) -> Self:
-        """Fill in where the model was published. Raises UserError for an unknown judge."""
-        check(name in JUDGES, f"unknown judge {name!r}; this version has: {', '.join(JUDGES)}")
-        return cls(name, model or JUDGES[name].model, processor)
+    def open(self, device: torch.device | str = "cpu") -> "ClipJudge | Oracle":
+        """Load what scores images. Raises UserError for files that are missing or damaged."""
+        return ClipJudge(self, device) if self.formula else Oracle(self.name)
 
 
-@dataclass
+KNOWN = [
+    Judge("strict", "oracle: right images"),
+    Judge("soft", "oracle: share of the prompt"),
+    Judge(
+        "pickscore",
+        "PickScore",
+        lambda cosine, scale: scale * cosine,
+        "yuvalkirstain/PickScore_v1",
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    ),
+    Judge(
+        "hpsv2",
+        "HPSv2",
+        lambda cosine, scale: 100 * cosine,
+        "adams-story/HPSv2-hf",
+        "openai/clip-vit-base-patch32",
+    ),
+    Judge(
+        "clipscore",
+        "CLIPScore",
+        lambda cosine, scale: 100 * cosine.clamp(min=0),
+        "openai/clip-vit-large-patch14",
+        "openai/clip-vit-large-patch14",
+    ),
+]
+JUDGES = {judge.name: judge for judge in KNOWN}
+
+
+def find_judges(names: str | None, world: str | None, **locations: str | None) -> list[Judge]:
+    """Choose judges by names with commas between, by default all that suit the world.
+
+    "oracle" stands for both of its scores. `locations` replace where a judge's model, or the
+    `judge_processor` of all, was published. Raises UserError for no judge or an unknown one.
+    """
+    known = {name: [name] for name in ("pickscore", "hpsv2", "clipscore")}
+    default = ",".join(known)
+    if world == "tiny":
+        known["oracle"], default = ["strict", "soft"], "oracle"
+    choice = ", ".join(known)
+    judges = {}
+    for name in (default if names is None else names).replace(",", " ").split():
+        check(name in known, f"unknown judge {name!r}; this model's images are judged by: {choice}")
+        for part in known[name]:
+            model = locations.get(f"{part}_model") or JUDGES[part].model
+            processor = locations.get("judge_processor")
+            judges[part] = replace(JUDGES[part], model=model, processor=processor)
+    check(judges, f"--judges is empty, expected some of: {choice}")
+    return list(judges.values())
+
+
 class ClipJudge:
     """Scores images against prompts with a CLIP model, in fp32.
 
@@ -95,32 +115,24 @@ class ClipJudge:
     half precision.
     """
 
-    kind: JudgeKind
-    model: CLIPModel
-    tokenizer: CLIPTokenizer
-    processor: CLIPImageProcessorPil
-
-    @classmethod
-    def open(cls, source: JudgeFiles, device: torch.device | str = "cpu") -> Self:
+    def __init__(self, judge: Judge, device: torch.device | str = "cpu"):
         """Load a judge. Raises UserError for files that are missing, damaged, or no CLIPModel's."""
-        folder = fetch_folder(source.model, f"--{source.name}-model")
+        self.judge, folder = judge, fetch_folder(judge.model, f"--{judge.name}-model")
         with opening(folder, "CLIP model"):
             config = CLIPConfig(**read_config(folder))
-        model, _ = open_model(CLIPModel, config, folder, torch.float32, device)
-        published = JUDGES[source.name].processor
+        self.model, _ = open_model(CLIPModel, config, folder, torch.float32, device)
         own = (folder / "preprocessor_config.json").exists() and any(folder.glob("tokenizer*.json"))
-        location = source.processor or (str(folder) if own else published)
+        location = judge.processor or (str(folder) if own else judge.published)
         with opening(location, "tokenizer and image processor, see --judge-processor"):
-            processor = CLIPImageProcessorPil.from_pretrained(location)
+            self.processor = CLIPImageProcessorPil.from_pretrained(location)
             length = config.text_config.max_position_embeddings
-            tokenizer = CLIPTokenizer.from_pretrained(location, model_max_length=length)
+            self.tokenizer = CLIPTokenizer.from_pretrained(location, model_max_length=length)
         # Without files, transformers makes up an empty tokenizer.
-        crop, side = processor.crop_size, config.vision_config.image_size
-        found = f"{len(tokenizer)} words and {crop.height} x {crop.width} pixels"
+        crop, side = self.processor.crop_size, config.vision_config.image_size
+        found = f"{len(self.tokenizer)} words and {crop.height} x {crop.width} pixels"
         expected = f"{config.text_config.vocab_size} words and {side} x {side} pixels"
         advice = "give --judge-processor the one that belongs to the model"
-        check(found == expected, f"{location}: has {found}, {source.name} {expected}; {advice}")
-        return cls(JUDGES[source.name], model, tokenizer, processor)
+        check(found == expected, f"{location}: has {found}, {judge.name} {expected}; {advice}")
 
     def cut(self, prompts: list[str]) -> list[int]:
         """Count the tokens of each prompt that are beyond the judge's length and dropped."""
@@ -129,90 +141,73 @@ class ClipJudge:
 
     @torch.no_grad()
     def score(self, images: Images, prompts: list[str]) -> np.ndarray:
-        """Score B images, each against its prompt: (B,). Raises UserError for NaN and infinity."""
-        model, cosines = self.model, []
-        for k in range(0, len(images), BATCH):
-            batch, texts = [x.convert("RGB") for x in images[k : k + BATCH]], prompts[k : k + BATCH]
-            pixels = self.processor(batch, return_tensors="pt").to(model.device)
-            padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-            tokens = self.tokenizer(texts, **padded).to(model.device)
-            image = model.get_image_features(**pixels).pooler_output.cpu().double()  # (B, E)
-            text = model.get_text_features(**tokens).pooler_output.cpu().double()  # (B, E)
-            cosines.append(torch.cosine_similarity(image, text))
+        """Score B RGB images, each against its prompt: (B,). Raises UserError for NaN."""
+        model, padded = self.model, {"padding": "max_length", "truncation": True}
+        pixels = self.processor(images, return_tensors="pt").to(model.device)
+        tokens = self.tokenizer(prompts, return_tensors="pt", **padded).to(model.device)
+        image = model.get_image_features(**pixels).pooler_output.cpu().double()  # (B, E)
+        text = model.get_text_features(**tokens).pooler_output.cpu().double()  # (B, E)
         scale = model.logit_scale.cpu().double().exp()
-        scores = self.kind.formula(torch.cat(cosines), scale).numpy()
-        broken = [prompt for prompt, score in zip(prompts, scores) if not np.isfinite(score)]
+        scores = self.judge.formula(torch.cosine_similarity(image, text), scale).numpy()
+        broken = np.array(prompts)[~np.isfinite(scores)]
         problem = "is not finite; its weights are damaged: download them again"
-        check(not broken, f"{self.kind.title} of an image of {broken[:1]} {problem}")
+        check(not len(broken), f"{self.judge.title} of an image of {broken[:1]} {problem}")
         return scores
 
 
-# Judges of rounds: `compare` labels pairs; `measure` guards the gate by the `score` of IMG's images
-# and the `damage`, the share of images that were right, or better, before.
-
-
+@dataclass
 class Oracle:
-    """The tiny world's exact judge: labels by the soft score, and guards by the strict one."""
+    """The tiny world's exact judge: one mark of its verdicts."""
 
-    def verdicts(self, prompts: list[str], images: Images) -> list:
-        """Compare images with their prompts."""
+    mark: str
+
+    def cut(self, prompts: list[str]) -> list[int]:
+        """Return zeros: it reads every prompt of its world to the end."""
+        return [0] * len(prompts)
+
+    def score(self, images: Images, prompts: list[str]) -> np.ndarray:
+        """Score B images, each against its prompt: (B,)."""
         # Imported here, so that training real models imports nothing of the tiny world.
         from img_minimal.tiny.grammar import parse
         from img_minimal.tiny.oracle import judge_pictures
 
-        return judge_pictures(images, [parse(prompt) for prompt in prompts])
-
-    def compare(self, prompts: list[str], base: Images, img: Images) -> list[Outcome]:
-        """Find the better image of each pair; of equal ones, tell right from wrong."""
-        before, after = self.verdicts(prompts, base), self.verdicts(prompts, img)
-        x0, x1 = (np.array([v.soft for v in verdicts]) for verdicts in (before, after))
-        right = np.array([verdict.strict for verdict in before])
-        return np.select([x1 > x0, x1 < x0, right], ["img", "base", "both"], "none").tolist()
-
-    def measure(self, prompts: list[str], base: Images, img: Images) -> dict[str, float]:
-        """Compute strict alignment; damage is right before and wrong after."""
-        before, after = self.verdicts(prompts, base), self.verdicts(prompts, img)
-        damaged = [x0.strict and not x1.strict for x0, x1 in zip(before, after)]
-        right = [verdict.strict for verdict in after]
-        return {"score": sum(right) / len(right), "damage": sum(damaged) / len(right)}
-
-    def category(self, prompt: str) -> str:
-        """Return the category of a prompt."""
-        from img_minimal.tiny.grammar import parse
-
-        return parse(prompt).category
+        verdicts = judge_pictures(images, [parse(prompt) for prompt in prompts])
+        return np.array([getattr(verdict, self.mark) for verdict in verdicts], float)
 
 
-class ClipJudges:
-    """PickScore and HPSv2 label where both see more than a margin; CLIPScore guards the gate."""
+class RoundJudge:
+    """Label pairs of images where judges agree beyond their margins; another one guards the gate.
 
-    MARGINS = {"pickscore": 0.2, "hpsv2": 0.2}
-    GUARD, GUARD_MARGIN = "clipscore", 0.5
+    In the tiny world the oracle labels by its soft score, and guards by the strict one. For real
+    images PickScore and HPSv2 label, and CLIPScore guards.
+    """
 
-    def __init__(self):
-        self.judges: dict[str, ClipJudge] = {}
+    def __init__(self, world: str | None):
+        self.opened: dict[str, ClipJudge | Oracle] = {}
+        self.margins, self.guard, self.guard_margin = {"soft": 0.0}, "strict", 0.0
+        self.perfect = 1.0  # the score of what is right, if there is such a score
+        if world != "tiny":
+            self.margins = {"pickscore": 0.2, "hpsv2": 0.2}
+            self.guard, self.guard_margin, self.perfect = "clipscore", 0.5, math.inf
 
     def scores(self, name: str, prompts: list[str], images: Images) -> np.ndarray:
-        """Score images with a judge, which is loaded when it is needed first."""
-        if name not in self.judges:
-            self.judges[name] = ClipJudge.open(JudgeFiles.find(name), best_device())
-        return self.judges[name].score(images, prompts)
+        """Score images (B,) with a judge, which is loaded when it is needed first."""
+        if name not in self.opened:
+            self.opened[name] = JUDGES[name].open(best_device())
+        return self.opened[name].score(images, prompts)
 
-    def compare(self, prompts: list[str], base: Images, img: Images) -> list[Outcome]:
-        """Find the better image of each pair, "none" where the judges differ or hardly care."""
-        better = worse = True
-        for name, margin in self.MARGINS.items():
-            gain = self.scores(name, prompts, img) - self.scores(name, prompts, base)
+    def compare(self, prompts: list[str], base: Images, img: Images) -> list[str]:
+        """Find the OUTCOMES of pairs, "none" where judges differ or hardly care."""
+        better = worse = right = True
+        for name, margin in self.margins.items():
+            before = self.scores(name, prompts, base)
+            gain = self.scores(name, prompts, img) - before
             better, worse = better & (gain > margin), worse & (gain < -margin)
-        return np.select([better, worse], ["img", "base"], "none").tolist()
+            right = right & (before == self.perfect)
+        return np.select([better, worse, right], OUTCOMES, "none").tolist()
 
     def measure(self, prompts: list[str], base: Images, img: Images) -> dict[str, float]:
-        """Compute the mean CLIPScore; damage is a loss of more than the margin."""
-        before, after = (self.scores(self.GUARD, prompts, images) for images in (base, img))
-        damaged = after < before - self.GUARD_MARGIN
+        """Compute the mean `score` of IMG's images, and the `damage`: the share that got worse."""
+        before, after = (self.scores(self.guard, prompts, images) for images in (base, img))
+        damaged = after < before - self.guard_margin
         return {"score": after.mean().item(), "damage": damaged.mean().item()}
-
-
-def find_judge(world: str | None) -> Oracle | ClipJudges:
-    """Return the oracle in the tiny world, CLIP models elsewhere."""
-    return Oracle() if world == "tiny" else ClipJudges()

@@ -79,6 +79,7 @@ def open_parts(
         nonlocal aligner
         if aligner is None:
             aligner = ImplicitAligner.from_file(preset.sampling.aligner)
+        check_guide(aligner, location)
         aligner.check_widths(width, None)
         if "ip_adapter" in names:
             _, (_, token_width) = announced_head(preset.backbone, preset.models)
@@ -97,7 +98,6 @@ def open_parts(
             mllm = open_guide(preset.models, guidance, pipe, device)
         elif device is None and hasattr(mllm, "model"):
             mllm.model.to(home)
-    warn_of_other_guide(aligner, location)
     aligner.check_widths(mllm.width, None)
     return pipe, mllm, aligner.eval().to(home), preset
 
@@ -138,14 +138,18 @@ def open_guide(
     return guide
 
 
-def warn_of_other_guide(aligner: ImplicitAligner, location: str) -> None:
-    """Say in one line if an aligner is known to have been trained with another guide."""
+def check_guide(aligner: ImplicitAligner, location: str) -> None:
+    """Warn if an aligner is known to have been trained with another MLLM than that at a location.
+
+    Raises UserError if one of both guides is text, whose features mean something else.
+    """
     if not (location and aligner.guide):
         return
     name = model_name(location)
+    found = f"this aligner was trained with {aligner.guide}, and is guided by {name}"
+    fitting = "text" if aligner.guide == "text" else "mllm, or stock"
+    same_kind = (aligner.guide == "text") == (location == "text")
+    check(same_kind, f"{found}; choose --guidance {fitting}, or another --aligner")
     # A copy in another folder has the same fingerprint, which comes last.
     if aligner.guide.split()[-1] != name.split()[-1]:
-        warn(
-            f"this aligner was trained with {aligner.guide}, and is guided by {name}; unless these "
-            "are the same model, its corrections will be wrong"
-        )
+        warn(f"{found}; unless these are the same model, its corrections will be wrong")
