@@ -197,7 +197,7 @@ PARTI = [
             [("Elves", "people"), "bond"],
         ),
         ("lines.json", '{"caption": "bond"}\n\n{"text": "Elves"}\n', ["bond", "Elves"]),
-        ("one.csv", 'caption\n"a cat, a dog"\n\nbond\n', ["a cat, a dog", "bond"]),
+        ("one.csv", 'caption\n"a cat, a dog"\n\nbond, too\n', ["a cat, a dog", "bond, too"]),
         (
             "DrawBench.csv",
             'Prompts,Category\r\n"say ""hi"", now",Text\r\nbond,\r\n',

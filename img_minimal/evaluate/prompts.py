@@ -92,7 +92,8 @@ def _items(content: object) -> list:
 
 def _table(path: Path, kind: str, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield where each row of a table stands, and its cells by column."""
-    delimiter, quoting = max(",;\t", key=text.partition("\n")[0].count), csv.QUOTE_MINIMAL
+    # An only column may hold commas; "\x1f", a separator that no text has, is what then remains.
+    delimiter, quoting = max("\x1f,;\t", key=text.partition("\n")[0].count), csv.QUOTE_MINIMAL
     if kind == ".tsv":  # PartiPrompts has quotation marks inside its prompts
         delimiter, quoting = "\t", csv.QUOTE_NONE
     reader = csv.DictReader(StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
