@@ -66,7 +66,8 @@ from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from PIL.Image import Image
+from PIL.Image import Image, Resampling
+from PIL.ImageOps import scale
 
 from img_minimal.evaluate.prompts import read_prompts
 from img_minimal.files import open_image, png, to_pil, write_whole
@@ -195,7 +196,8 @@ def save(
     content = {"settings": settings, "results": results}
     write_whole(folder / "results.json", json.dumps(content, indent=1))
     title = f"{config.model}, seeds {min(seeds)} to {max(seeds)}"
-    sheet(rows, folder / "side-by-side.png", title)
+    heads = [names[0], *(f"→ {name}" for name in names[1:])]
+    sheet(rows, folder / "side-by-side.png", title, heads=heads)
     # Last, for whoever reads may have gone.
     print("\n".join(report))
 
@@ -239,6 +241,11 @@ def sweep(
     sheet(rows, path, f"the last pass at several values of {name}")
 
 
+def enlarged(image: Image, least: int = 512) -> Image:
+    """Scale a small image up by a whole number, so that a page does not blur or shrink it."""
+    return scale(image, max(1, least // image.width), Resampling.NEAREST)
+
+
 def serve(img: IMG, config: Config, examples: list[str]) -> None:
     """Open a page in the browser until the program is stopped; only this machine can reach it.
 
@@ -263,7 +270,8 @@ def serve(img: IMG, config: Config, examples: list[str]) -> None:
             # The page takes messages for HTML; users' mistakes need no traceback in the terminal.
             words = one_line(error)
             raise gradio.Error(escape(words or repr(error)), print_exception=not words) from error
-        return out.initial[0], out.said[0], out.images[0]
+        first, again = (enlarged(images[0]) for images in (out.initial, out.images))
+        return first, out.said[0], again
 
     page = gradio.Interface(
         draw,

@@ -9,6 +9,7 @@ import io
 import json
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import accumulate, chain, cycle, product
 from pathlib import Path
@@ -61,8 +62,17 @@ def pyplot() -> ModuleType:
     return plt
 
 
-def sheet(rows: list[list[Cell]], path: str | Path, title: str = "", caption: str = "") -> None:
-    """Save rows of images with a text below each; a cell without an image shows its text alone."""
+def sheet(
+    rows: list[list[Cell]],
+    path: str | Path,
+    title: str = "",
+    caption: str = "",
+    heads: Sequence[str] = (),
+) -> None:
+    """Save rows of images with a text below each; a cell without an image shows its text alone.
+
+    `heads` stand above the first columns.
+    """
     plt, columns, heights = pyplot(), max(map(len, rows)), []
     for row in rows:
         height = 2.8  # inches, of an image
@@ -87,6 +97,8 @@ def sheet(rows: list[list[Cell]], path: str | Path, title: str = "", caption: st
             else:
                 axis.imshow(image, interpolation="nearest" if image.width < 256 else None)
                 axis.set_xlabel(_wrap(text, 36), fontsize=9)
+    for axis, head in zip(axes[0], heads):
+        axis.set_title(head, fontsize=12)
     figure.suptitle(_wrap(title, 36 * columns), fontsize=11)
     figure.supxlabel(_wrap(caption, 46 * columns), fontsize=8, color=GREY)
     _save(figure, path, 120)

@@ -1,39 +1,31 @@
 # %% [markdown]
-"""Which part of IMG earns its place: the guidance, the two preference terms, lambda, the refresh, the passes?
+"""# Which part of IMG earns its place: the guidance, the two preference terms, lambda, the refresh, the passes?
 
-The paper's Table 5 on the twin. Every row changes one thing of the same training and is trained
-from several seeds; every aligner draws the same prompts again from the same seeds, and the exact
-oracle judges. Results come with the repository, so that the chart takes seconds; `--fresh` makes
-the table anew, all of it, and goes on where it was stopped.
+The paper's Table 5 on the twin. Every row changes one thing of the same training
+([06](06_training.py)) and is trained from several seeds. Every aligner draws the same prompts from
+the same seeds, and the exact oracle judges. With L_base = ||c_w - f||^2 and the preference term
+l(-[a DPO + b SPIN]) ([05](05_preference_objective.py)) the rows are
 
-With L_base = ||c_w - f||^2 and the preference term l(-[a DPO + b SPIN]) of preference.py the rows
-are
-
-    guidance h      none: f(h, c_l) = c_l; the prompt's text embedding; the stock MLLM; the
-                    finetuned MLLM
+    guidance h      none: the image is drawn again with its own tokens, f(h, c_l) = c_l; base model:
+                    it is not drawn again; the prompt's text embedding; the MLLM before (stock) and
+                    after it was finetuned ([02](02_mllm_analysis.py))
     loss            L_base (lambda 0); a = 1, b = 0; a = b = 1
     lambda          0, 0.5, 1, 2
     refresh         f becomes f_ref after k = 10 wins in a row, or never
     passes          f applied once, twice, three times at sampling
 
-each drawn in two ways: with the twin's scale, which falls over the steps and was chosen on
-validation prompts, and with a weak and constant one as in the paper. (The paper's is .2; ours, .3,
-was not chosen by a score.)
+Not as in the paper: its score is PickScore, ours the share of images that are right in everything
+(strict). Its reference row has lambda 1, ours 0. And each row is drawn in two ways: with the twin's
+scale, which falls over the steps and was chosen on validation prompts, and with a weak and constant
+one as in the paper. (The paper's is .2; ours, .3, was not chosen by a score.)
 
-The preference terms lengthen the correction (tutorial 05), and whether that pays is one number that
-is known before any of their rows is trained: b*, the best multiple of the correction of L_base
-alone. `--fresh` measures it on validation prompts, after its first training, and writes down what
-follows for the other rows before it draws them. b* beside a row is that row's own, as drawn, for the
-test images that the base model gets wrong.
+In full: a minute, because the results come with the repository. `--fresh` makes them anew, for each
+of eight aligners and three seeds in about five minutes on two cores, and goes on where it was
+stopped.
+"""
 
-A row's value is the share of images that are right in everything, the mean over seeds; its interval
-is a bootstrap over captions, with all seeds of a caption together; a dot is one training seed.
-Differences to the row "finetuned MLLM" (lambda 0) are paired. Look at the dots first: rows whose
-dots overlap have no order.
-"""  # noqa: E501
-
-# %% Options
-from common import ROOT, bars, begin, check, option, save, sheet, step
+# %%
+from common import HERE, bars, begin, check, option, save, sheet, step
 
 from img_minimal.plots import BLUE, GREEN, GREY, ORANGE, PINK, read_rows
 
@@ -42,21 +34,23 @@ options, preset = begin(
     __doc__,
     oracle=True,
     fresh=option(False, "train and draw anew, instead of showing the repository's results"),
-    prompts=option(512, "with --fresh: prompts of the test split", least=5, quick=5),
-    seeds=option(3, "with --fresh: training seeds", least=1, quick=1),
-    steps=option(1000, "with --fresh: training steps of every aligner", least=1, quick=2),
+    prompts=option(512, "with --fresh: prompts of the test split", least=5),
+    seeds=option(3, "with --fresh: training seeds", least=1),
+    steps=option(1000, "with --fresh: training steps of every aligner", least=1),
     batch_size=option(64, "with --fresh: samples per step", least=1),
     pairs=option(None, "with --fresh: preference pairs; default: the preset's"),
-    max_pairs=option(0, "with --fresh: use only so many pairs, 0 for all", quick=400),
+    max_pairs=option(0, "with --fresh: use only so many pairs, 0 for all"),
     only=option("all", "a group of rows", choices=["all", *COLOURS]),
     results=option(None, "without --fresh: a results.json; default: the repository's"),
 )
+options.quick = False  # the repository's results take no longer
 
 import json
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cache, lru_cache
 from itertools import pairwise, product
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -72,9 +66,13 @@ from img_minimal.run import Ranks, Run
 from img_minimal.tiny.grammar import benchmark
 from train import train
 
-# %% 1. The rows: what each changes, and the paper's PickScore on SDXL where it has one
+# %% [markdown]
+# ## 1. The rows: what each changes, and the paper's PickScore on SDXL where it has one
+
+# %%
 SETTINGS = ("seed", "prompts", "seeds", "steps", "batch_size", "pairs", "max_pairs")
 MEASURED = ("gradient_norm", "margin", "correction", "refreshes", "validation_error")
+PARTS = ("right", "best_length", "training")
 VALIDATION = 128  # prompts that the prediction is made on
 INJECTIONS = {"falling scale": {}, "weak, constant scale": {"scale": 0.3, "scale_end": 1.0}}
 # How long these rows' corrections are, relative to L_base's: measured with the shipped recipe.
@@ -133,14 +131,17 @@ if options.only != "all":
     ROWS = {t: row for t, row in ROWS.items() if row.group == options.only or t == FULL}
 
 
-# %% 2. Results: of the repository, or of a folder that --fresh fills, one file for each aligner
+# %% [markdown]
+# ## 2. Results: of the repository, or of a folder that `--fresh` fills, one file for each aligner
+
+
+# %%
 def read_results(path: Path) -> dict:
     """Read a results.json of this tutorial. Raises UserError for another file."""
 
     def inspect(file: dict) -> None:
-        for name in SETTINGS:
-            file["settings"][name]
-        for part in ("right", "training", "best_length"):
+        itemgetter(*SETTINGS)(file["settings"])
+        for part in PARTS:
             file[part].keys()
 
     advice = "expected a results.json of this tutorial's --fresh"
@@ -161,7 +162,16 @@ preset = preset.changed(
 )
 
 
-# %% 3. --fresh: train, draw and judge what the folder lacks
+# %% [markdown]
+# ## 3. `--fresh`: train, draw and judge what the folder lacks
+#
+# The preference terms lengthen the correction, and whether that pays is one number that is known
+# before any of their rows is trained: b*, the best multiple of the correction of L_base alone
+# ([05](05_preference_objective.py)). So b* is measured on validation prompts, after the first
+# training, and what follows for the other rows is written down before they are drawn.
+
+
+# %%
 @cache
 def draw_base(split: str) -> Arms:
     """Draw and judge the base's images of all prompts of a split."""
@@ -198,12 +208,11 @@ def trained(row: Row, seed: int) -> IMG:
 def measure(metrics: Path) -> dict[str, float]:
     """Return means over the last thousand steps of a training, and how often f_ref was set."""
     log = read_rows(metrics)[-1000:]
-    means = {"refreshes": float(log[-1]["refreshes"])}
+    means = {}
     for name in MEASURED:
-        values = [row[name] for row in log if name in row]
-        if values:
-            means.setdefault(name, round(float(np.mean(values)), 5))
-    return means
+        if values := [row[name] for row in log if name in row]:
+            means[name] = round(float(np.mean(values)), 5)
+    return means | {"refreshes": float(log[-1]["refreshes"])}
 
 
 def marks(arms: Arms, name: str) -> str:
@@ -262,7 +271,7 @@ def make_results() -> Path:
     if not prediction.exists():
         predict()
     results = {"settings": settings, "prediction": read_json(prediction, dict, "delete it")}
-    for part in ("right", "best_length", "training"):
+    for part in PARTS:
         results[part] = {}
     for seed, row in product(range(settings["seeds"]), ROWS.values()):
         file = folder / f"{row.result(seed)}.json"
@@ -283,88 +292,61 @@ if options.fresh:
 elif options.results:
     files = [Path(options.results)]
 else:
-    files = sorted((ROOT / "tutorials").glob("08_ablations*.json"))
+    files = sorted(HERE.glob("08_ablations*.json"))
 
 
-# %% 4. The tables: shares with intervals, each seed, the paired difference to the full method, b*
+# %% [markdown]
+# ## 4. The tables
+#
+# A row's value is the mean over its training seeds; its interval is a bootstrap over captions, with
+# all seeds of a caption together. Differences to the row "finetuned MLLM" (lambda 0) are *paired*:
+# of the same prompts and seeds, so that what is hard for both does not count. Look at the seeds
+# first: rows whose seeds overlap have no order. b* is that of a row's own aligner (seed 0), as
+# drawn, for the test images that the base model gets wrong.
+
+
+# %%
 def gather(results: dict, injection: str) -> dict[str, dict[int, np.ndarray]]:
     """Collect which images (n,) each seed of each row got right."""
     right = {}
-    for title, row in ROWS.items():
-        seeds = {}
-        for seed in range(results["settings"]["seeds"]):
-            found = results["right"].get(row.result(seed), {}).get(injection)
-            if found:
-                seeds[seed] = np.array(list(found)).astype(float)
-        if seeds:
-            right[title] = seeds
+    for title, seed in product(ROWS, range(results["settings"]["seeds"])):
+        marks = results["right"].get(ROWS[title].result(seed), {}).get(injection)
+        if marks:
+            right.setdefault(title, {})[seed] = np.array(list(marks)).astype(float)
     return right
 
 
-def minus(better: dict, worse: dict, captions: list[str]) -> str:
-    """Compute the paired difference of two rows, over the seeds that both have."""
+def minus(better: dict, worse: dict, captions: list[str]) -> tuple[dict, list[float]]:
+    """Compute the paired difference of two rows over the seeds that both have, and each seed's."""
     gains = [better[seed] - worse[seed] for seed in better if seed in worse]
-    return said(mean_interval(np.concatenate(gains), captions * len(gains)), "+.3f")
+    interval = mean_interval(np.concatenate(gains), captions * len(gains))
+    return interval, [gain.mean() for gain in gains]
 
 
-def print_table(right: dict, results: dict, injection: str) -> tuple[dict, dict]:
-    """Print a table; return each row's share with interval, and the share of each seed."""
+def print_table(right: dict, results: dict, injection: str) -> dict[str, tuple]:
+    """Print a table; return each row's difference to the reference row, and each seed's."""
     settings = results["settings"]
     captions = list(map(str, benchmark(settings["prompts"], "test", settings["seed"])))
-    print(f"\n{injection}; {described(settings)}")
+    said_settings = [f"{name} {value}" for name, value in settings.items()]
+    print(f"\n{injection}, test prompts; {', '.join(said_settings)}, λ 0 unless said")
     heads = f"by seed             minus '{FULL}', paired   b*                  paper (PickScore)"
     print(f"{'':22} strict [95 %]          {heads}")
-    shares, dots = {}, {}
+    differences = {}
     for title, seeds in right.items():
-        with step("intervals"):
-            values = np.concatenate(list(seeds.values()))
-            shares[title] = mean_interval(values, captions * len(seeds))
-        dots[title] = [strict.mean() for strict in seeds.values()]
-        each = " ".join(f"{share:.3f}" for share in dots[title])
+        share = mean_interval(np.concatenate(list(seeds.values())), captions * len(seeds))
+        difference, _ = differences[title] = minus(seeds, right[FULL], captions)
+        each = " ".join(f"{marks.mean():.3f}" for marks in seeds.values())
         best = results["best_length"].get(ROWS[title].result(0), {}).get(injection)
-        cells = f"{each:18}  {minus(seeds, right[FULL], captions):29}"
         best_said = said(best, ".2f") if best else ""
-        paper = ROWS[title].paper or ""
-        print(f"{title:22} {said(shares[title])}   {cells} {best_said:18}  {paper}")
+        cells = f"{said(share)}   {each:18}  {said(difference, '+.3f'):29} {best_said:18}"
+        print(f"{title:22} {cells}  {ROWS[title].paper or ''}")
     order = [title for title in right if ROWS[title].group == "guidance"]
     for worse, better in pairwise(order):
-        print(f"{better} minus {worse}: {minus(right[better], right[worse], captions)}")
-    lacking = [title for title in ROWS if title not in right]
-    if lacking:
-        print(f"not among these results: {', '.join(lacking)}")
-    return shares, dots
-
-
-def described(settings: dict) -> str:
-    """Word the settings of a table."""
-    words = (
-        "{prompts} test prompts, seed {seed}, up to {seeds} training seeds of {steps} steps of "
-        "{batch_size} on {pairs}, max_pairs {max_pairs}, λ 0 unless said"
-    )
-    return words.format(**settings)
-
-
-def print_trainings(results: dict) -> None:
-    """Print what the preference terms did: ranges over the seeds, of the last thousand steps."""
-    shown = [title for title in ROWS if ROWS[title].group in ("loss", "lambda", "refresh")]
-    if shown:
-        print(f"\n{'':22}", *[f"{name:17}" for name in MEASURED])
-    for title in shown:
-        line = f"{title:22}"
-        for name in MEASURED:
-            values = []
-            for seed in range(results["settings"]["seeds"]):
-                run = results["training"].get(ROWS[title].result(seed), {})
-                values += [run[name]] if name in run else []
-            ends = [f"{value:.4g}" for value in sorted(values)[:1] + sorted(values)[-1:]]
-            line += f" {' to '.join(dict.fromkeys(ends)):17}"
-        if line.strip() != title:
-            print(line)
-    if "prediction" in results:
-        print("\nwritten before the rows were drawn:")
-        for name, value in results["prediction"].items():
-            if name != "best_length":
-                print(f"  {name}: {value}")
+        gain, _ = minus(right[better], right[worse], captions)
+        print(f"{better} minus {worse}: {said(gain, '+.3f')}")
+    if lacking := ROWS.keys() - right:
+        print(f"not among these results: {', '.join(sorted(lacking))}")
+    return differences
 
 
 tables = {}
@@ -375,21 +357,63 @@ for file in files:
     for injection in INJECTIONS:
         right = gather(results, injection)
         if FULL in right:
-            name = f"{injection}, {settings['steps']} steps of {settings['batch_size']}"
-            tables[name] = print_table(right, results, injection)
-    print_trainings(results)
+            name = f"{injection},\n{settings['steps']} steps of {settings['batch_size']}"
+            with step("intervals"):
+                tables[name] = print_table(right, results, injection)
+    for name, value in results.get("prediction", {}).items():
+        if name != "best_length":
+            print(f"before the rows were drawn: {name}: {value}")
 check(tables, f"the results lack the row {FULL!r}, which others are compared with")
 
-# %% 5. The picture
-figure, [axes] = sheet(6 + 4 * len(tables), (7.6, [1] * len(tables)))
-for axis, (name, (shares, dots)) in zip(axes, tables.items()):
-    bars(axis, shares, lying=True, color=[COLOURS[ROWS[title].group] for title in shares])
-    for k, (title, values) in enumerate(dots.items()):
-        axis.plot(values, [k] * len(values), "ko", mfc="white")
-        axis.text(0.01, k, ROWS[title].paper or "", va="center", color="white")
-    axis.set(title=name, xlabel="share right in everything", xlim=(0, 1))
+# %% [markdown]
+# ## 5. What the preference terms did
+#
+# Ranges over the seeds, of the last thousand steps: the norm of the gradient, the mean of x, the
+# squared length of the correction, how often f_ref was set, and the error on unseen prompts.
+
+# %%
+for results in map(read_results, files):
+    print(f"{'':22}", *[f"{name:17}" for name in MEASURED])
+    for title, row in ROWS.items():
+        names = map(row.result, range(results["settings"]["seeds"]))
+        runs = [results["training"].get(name, {}) for name in names]
+        line = f"{title:22}"
+        for name in MEASURED:
+            values = sorted(run[name] for run in runs if name in run)
+            ends = dict.fromkeys(f"{value:.4g}" for value in values[:1] + values[-1:])
+            line += f" {' to '.join(ends):17}"
+        if any(runs) and row.group in ("loss", "lambda", "refresh"):
+            print(line)
+
+# %% [markdown]
+# ## 6. The picture: paired differences to the reference row
+#
+# It goes on with another model under the same aligner: [09, plug and play](09_plug_and_play.py).
+# What follows from the tables is told in [Results](results.md#ablations).
+
+# %%
+figure, charts = sheet(9.5, *[(4, [1])] * len(tables))
+for [chart], (name, differences) in zip(charts, tables.items()):
+    shown = {}
+    for title in differences:
+        shown.setdefault(ROWS[title].result(0), title)  # of the same aligners the first title
+    intervals = {title: differences[title][0] for title in shown.values()}
+    colours = [COLOURS[ROWS[title].group] for title in intervals]
+    bars(chart, intervals, lying=True, color=colours)
+    for k, title in enumerate(intervals):
+        seeds = differences[title][1]
+        chart.plot(seeds, [k] * len(seeds), "ko", mfc="white", ms=5)
+    chart.axvline(0, color="black", lw=1)
+    chart.set(title=name, xlabel=f"share right in everything, minus that of the row {FULL!r}")
+differences = next(iter(tables.values()))
+told = []
+for title in ("base model", "L_base + DPO + SPIN", "three passes"):
+    if title in differences:
+        told.append(f"{title} {said(differences[title][0], '+.3f')}")
 caption = (
-    "bars: means and 95 % intervals; dots: training seeds; in the bars the paper's PickScore on "
-    f"SDXL; {settings['prompts']} test prompts; one change at a time"
+    f"paired differences on {settings['prompts']} test prompts; L_base, λ 0 and one pass are the "
+    "row at 0, λ 1 is L_base + DPO + SPIN. Bars: means over training seeds, with 95 % intervals; "
+    "circles: single training seeds; colours: what is changed, one thing at a time."
 )
-save(figure, options, "08_ablations", caption)
+conclusion = f"Minus the row {FULL!r} (L_base, one pass), in the share that is right: "
+save(figure, options, "08_ablations", caption, f"{conclusion}{'; '.join(told)}.")

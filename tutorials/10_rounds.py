@@ -1,22 +1,25 @@
 # %% [markdown]
-"""What does an aligner learn from pairs that it makes itself, and what goes wrong without a gate or without replay?
+"""# What does an aligner learn from pairs that it makes itself, and what goes wrong without a gate or without replay?
 
-The shipped aligner draws training prompts again, the oracle says which image is better, and the
-aligner goes on from there: x0 is the base's image, x1 IMG's from the same seed
-(img_minimal/rounds.py).
+In a *round* the aligner makes its own pairs and learns from them (img_minimal/rounds.py). The base
+model draws training prompts, x0, and IMG draws them again from the same seeds, x1. The oracle says
+which image is better:
 
     x1 better: (c_l, c_w) = (x0, x1)            both right: (x0, x0)
     x0 better: (c_l, c_w) = (x1, x0)            both wrong alike: dropped
 
-    f_ref = f, then Eqs. 18 and 19 as ever, on a mixture: at least half of it original pairs (replay)
-    the round counts if held-back prompts get no worse and no more right images break (gate)
+From there the shipped aligner is trained on. Two things guard it. *Replay*: at least half of what
+it is trained on are original pairs. The *gate*: a round counts only if held-back prompts get no
+worse and no more right images break. Here it is done in three ways, on the same prompts and seeds:
+with both, without the gate, without gate and replay.
 
-Three ways, the same prompts and seeds: with both, without the gate, without gate and replay. Look
-at two things: how long the step |c_w - c_l| of its own pairs is compared with that of the original
-ones, and what the error on original pairs does where none are replayed.
-"""  # noqa: E501
+Not as in the paper: it refreshes the reference f_ref ([05](05_preference_objective.py)), but never
+the pairs.
 
-# %% Options
+In full: about 15 minutes on two cores.
+"""
+
+# %%
 from common import bars, begin, option, save, sheet, step
 
 judged_help = "prompts of the test split for the closing comparison"
@@ -46,8 +49,11 @@ from img_minimal.run import Run
 from img_minimal.tiny.grammar import benchmark
 from train import train
 
-top = Path(options.output) / "10_rounds"
-seed = options.seed
+# %% [markdown]
+# ## 1. Three ways to go on from the shipped aligner
+
+# %%
+top, seed = Path(options.output) / "10_rounds", options.seed
 preset = preset.changed(
     ("data", "training"),
     round_steps=options.steps,
@@ -58,8 +64,6 @@ preset = preset.changed(
 )
 if options.quick:
     rounds.GATE_PROMPTS = 8
-
-# %% 1. Three ways to go on from the shipped aligner
 WAYS = {
     "gate and replay": {"gate": True, "replay": 0.5},
     "no gate": {"gate": False, "replay": 0.5},
@@ -68,8 +72,7 @@ WAYS = {
 precision = Precision.named(preset.models.dtype, best_device())
 train_round = partial(train, precision=precision)
 shipped = ImplicitAligner.from_file(preset.sampling.aligner)
-aligners = {"shipped": shipped}
-logs = {}
+aligners, logs = {"shipped": shipped}, {}
 for way, switches in WAYS.items():
     print(f"\n{way}")
     with step(f"rounds, {way}"):
@@ -83,44 +86,60 @@ for way, switches in WAYS.items():
         )
     logs[way] = read_rows(run.path / "rounds" / "metrics.jsonl")
 
-# %% 2. All of them on the same test prompts and seeds
-right = {}
+# %% [markdown]
+# ## 2. All of them on the same test prompts and seeds
+
+# %%
+right, shares, changes = {}, {}, {}
 with step("compare"):
     arms = Arms(IMG(preset=preset), benchmark(options.judged, "test", seed), seed)
     for name, aligner in aligners.items():
         arms.img.aligner = aligner.eval()
         arms.aligned("img", arms.img)
         right[name] = arms.marks("strict")["img"]
-print(f"\n{options.judged} test prompts, base {arms.marks('strict')['base'].mean():.3f}")
-shares = {}
+print(f"{options.judged} test prompts, base {arms.marks('strict')['base'].mean():.3f}")
 for name, values in right.items():
     shares[name] = mean_interval(values, arms.captions)
     change = paired_shares(values, right["shipped"], arms.captions)["difference"]
-    print(f"{name:20} {values.mean():.3f}, against shipped {said(change, '+.3f')}")
+    changes[name] = said(change, "+.3f")
+    print(f"{name:20} {said(shares[name])}, against shipped {changes[name]}")
 
-# %% 3. The picture: the gate's numbers, the error and the step by round; the end's result
-figure, (upper, (steps, end)) = sheet(14, (3.7, [1] * 3), (3.7, [1, 2]))
+# %% [markdown]
+# ## 3. The picture: what each round measured, and the comparison at the end
+#
+# Look at how far the aligner's own pairs ask it to go, |c_w - c_l|, compared with the original
+# ones, and at the error on original pairs where none are replayed. All axes begin at 0: a line that
+# looks flat has hardly moved.
+#
+# What this means for training is told in [Results](results.md#rounds).
+
+# %%
+figure, (upper, lower) = sheet(9.5, (2.9, [1] * 3), (2.9, [1] * 2))
 panels = {
-    "score": "held-back prompts right",
-    "damage": "right before, wrong after",
-    "validation_error": "error on held-back original pairs",
-    "step_new": "|c_w - c_l|: how far a pair asks to go",
+    "score": "share of held-back prompts right",
+    "damage": "share right before, wrong after",
+    "validation_error": "error on unseen original pairs",
+    "step_new": "|c_w - c_l| of its own pairs",
 }
-colours = (BLUE, ORANGE, PINK)
-for axis, (name, title) in zip((*upper, steps), panels.items()):
-    for colour, (way, rows) in zip(colours, logs.items()):
+for axis, (name, label) in zip((*upper, *lower), panels.items()):
+    for colour, (way, rows) in zip((BLUE, ORANGE, PINK), logs.items()):
         known = [row for row in rows if name in row]
         x = [str(row["round"]) for row in known]
         axis.plot(x, [row[name] for row in known], "o-", color=colour, label=way)
-    axis.set(title=title, xlabel="round")
+    axis.set(xlabel="round (0: the shipped aligner)", ylabel=label)
+    axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+steps, end = lower
 first = logs["gate and replay"][1]
 steps.axhline(first["step_original"], color=GREY, ls="--", label="original pairs")
-for axis in (*upper, steps):
-    axis.legend()
-bars(end, shares, color=(GREY, *colours))
-end.set(title="test prompts right, at the end", ylim=(0, 1.05))
+steps.set_ylim(0, 1.2 * first["step_original"])
+steps.legend(loc="lower left")
+upper[0].set_ylim(0, 1)
+bars(end, shares, color=(GREY, BLUE, ORANGE, PINK))
+end.set(ylabel="share of test prompts right", ylim=(0, 1))
 caption = (
-    f"rounds of {options.prompts} prompts and {options.steps} steps; 95 % intervals over "
-    f"{options.judged} test prompts"
+    f"rounds of {options.prompts} prompts and {options.steps} steps. Bars: {options.judged} test "
+    "prompts at the end, with 95 % intervals."
 )
-save(figure, options, "10_rounds", caption)
+told = [f"{changes[way]} ({way})" for way in WAYS]
+conclusion = f"After {options.rounds} rounds the share that is right has changed by "
+save(figure, options, "10_rounds", caption, f"{conclusion}{', '.join(told)}.")

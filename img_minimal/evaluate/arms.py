@@ -239,13 +239,13 @@ def before_and_after(arms: Arms, name: str, images: Tensor, path: Path | str) ->
     for k, image in zip(wrong, to_pil(images[wrong])):
         before, after = (f"oracle: {arms.verdicts[arm][k].words}" for arm in ("base", "img"))
         words = f'"{arms.captions[k]}"\n{before}\nMLLM: {arms.answers[k]}'
-        cells += [(arms.pictures[k], words), (image, f"IMG, same seed\n{after}")]
+        cells += [(arms.pictures[k], words), (image, after)]
     shown = f"the first {len(wrong)} of {len(images)} prompts that the base draws wrong"
     save_pairs(cells, path, f"{name}: {shown}, seed {arms.seed}; not chosen by result")
 
 
 def save_pairs(cells: list[Cell], path: Path | str, caption: str) -> None:
-    """Save labelled images, three pairs to a row; nothing if there are none."""
-    rows = [cells[k : k + 6] for k in range(0, len(cells), 6)]
+    """Save labelled images, two pairs to a row; nothing if there are none."""
+    rows = [cells[k : k + 4] for k in range(0, len(cells), 4)]
     if rows:
-        sheet(rows, path, caption=caption)
+        sheet(rows, path, caption=caption, heads=["first image", "→ IMG, same seed"] * 2)
