@@ -73,7 +73,7 @@ first
 
 ## 1. Title
 
-See [08](08_ablations.md).
+See [08](08_ablations.py).
 
 ```python
 def save(name):

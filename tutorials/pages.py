@@ -76,7 +76,6 @@ def lesson_page(script: Path, shown: str) -> str:
             page += f"```text\n{output}```\n\n"
         if "\nsave(" in text:
             page += f"![The picture of {script.name}](pictures/{script.stem[:2]}.png)\n\n"
-    page = re.sub(r"\((\d\d_\w+)\.py\)", r"(\1.md)", page)
     return page + f"From [{script.name}]({script.name}), by `python tutorials/pages.py`.\n"
 
 
