@@ -240,6 +240,8 @@ def test_results_are_those_that_the_evaluation_wrote(file):
 
 def test_ablations_are_those_that_the_tutorial_prints(tmp_path):
     printed = run("tutorials/08_ablations.py", "--output", str(tmp_path)).splitlines()
+    numbers = [line for line in printed if " [" in line]
+    assert [line for line in numbers if line not in PAGES["08_ablations"]] == []
     rows = [cells(row) for row in section("Ablations").splitlines() if row.startswith("|")]
     rows = [row for row in rows if row[0] != "row" and set(row[0]) != {"-"}]
     assert len(rows) >= 20
