@@ -154,8 +154,8 @@ for name in sorted(set(names)):
 # %% [markdown]
 # ## 6. The picture
 #
-# Its upper part is "IMG at a glance". It goes on with how f is trained, and why on two terms more
-# than a regression: [05, the preference objective](05_preference_objective.py).
+# It goes on with how f is trained, and why on two terms more than a regression:
+# [05, the preference objective](05_preference_objective.py).
 
 # %%
 grid = [1] * many + [0.08]  # images, and the scale of their colours

@@ -39,7 +39,7 @@ options, preset = begin(
     steps=option(1000, "with --fresh: training steps of every aligner", least=1),
     batch_size=option(64, "with --fresh: samples per step", least=1),
     pairs=option(None, "with --fresh: preference pairs; default: the preset's"),
-    max_pairs=option(0, "with --fresh: use only so many pairs, 0 for all"),
+    max_pairs=option(8192, "with --fresh: use only so many pairs, 0 for all"),
     only=option("all", "a group of rows", choices=["all", *COLOURS]),
     results=option(None, "without --fresh: a results.json; default: the repository's"),
 )
