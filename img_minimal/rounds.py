@@ -21,7 +21,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -61,7 +61,7 @@ class Mixture:
     """
 
     original: CachedData | StreamedData
-    rounds: list[Shards]
+    new: list[Features]
     replay: float
     seed: int
 
@@ -74,17 +74,18 @@ class Mixture:
 
     def parts(self, start: StreamPosition) -> Iterator[Part]:
         """Yield the parts of the original data, each with as many new samples as it can take."""
-        new = Shards([features for shards in self.rounds for features in shards.parts])
+        count = sum(map(len, self.new))
         for part in self.original.parts(start):
-            old = part.data.parts if isinstance(part.data, Shards) else [part.data]
-            joined, first = Shards([*old, *new.parts]), sum(map(len, old))
-            samples, room = part.samples[:0], len(new)
+            old = getattr(part.data, "parts", [part.data])  # of a cache, or a chunk
+            samples, room = part.samples, count
             if self.replay:
-                samples = part.samples
                 room = round(len(samples) * (1 - self.replay) / self.replay)
+            else:
+                samples = samples[:0]
             generator = torch.Generator().manual_seed(self.seed + part.position.chunk)
-            chosen = torch.randperm(len(new), generator=generator)[:room].sort().values
-            yield Part(joined, torch.cat([samples, first + chosen]), part.position)
+            chosen = torch.randperm(count, generator=generator)[:room].sort().values
+            samples = torch.cat([samples, len(part.data) + chosen])
+            yield Part(Shards([*old, *self.new]), samples, part.position)
 
 
 def train_rounds(
@@ -106,37 +107,37 @@ def train_rounds(
     `run.stopped` is set.
     """
     maker = PairMaker(preset, first, guidance, seed, run.path / "rounds")
-    rows = read_rows(maker.table)
-    if not rows:
-        first.save(maker.aligner_path(0))
-        row = {"round": 0, "kept": True} | maker.measure(0, first) | last_row(run.metrics)
-        maker.write_row(rows, row)
-    accepted = [row for row in rows if row["kept"]][-1]
-    aligner = ImplicitAligner.from_file(maker.aligner_path(accepted["round"]))
-    aligner = aligner.to(next(first.parameters()).device)
+    rows, aligner = read_rows(maker.table), first
+    accepted = [row for row in rows if row["kept"]]
+    if accepted:
+        aligner = ImplicitAligner.from_file(maker.aligner_path(accepted[-1]["round"]))
+        aligner = aligner.to(next(first.parameters()).device)
 
     for number in range(len(rows), rounds):
-        counts = maker.make_pairs(number, aligner)
-        mixture = Mixture(data, maker.features(number), replay, seed + number)
-        counts["step_original"] = step_size(data.unseen)
-        counts["step_new"] = step_size(mixture.rounds[0])
+        trained, counts, inner = first, {}, run
+        if number:
+            counts = maker.make_pairs(number, aligner)
+            latest = [maker.features(k) for k in range(number, max(0, number - 2), -1)]
+            mixture = Mixture(data, sum([made.parts for made in latest], []), replay, seed + number)
+            counts["step_original"] = step_size(data.unseen)
+            counts["step_new"] = step_size(latest[0])
 
-        inner = run.inside(maker.folder / str(number))
-        settings = replace(preset.training, steps=preset.training.round_steps)
-        trained = train(inner, mixture, settings, start=aligner, seed=seed + number)
-        run.stopped = inner.stopped
-        if run.stopped:
-            return aligner
+            inner = run.inside(maker.folder / str(number))
+            settings = replace(preset.training, steps=preset.training.round_steps)
+            trained = train(inner, mixture, settings, start=aligner, seed=seed + number)
+            run.stopped = inner.stopped
+            if run.stopped:
+                return aligner
 
         trained.save(maker.aligner_path(number))
-        measured = maker.measure(number, trained)
-        better = measured["score"] >= accepted["score"]
-        safer = measured["damage"] <= accepted["damage"]
-        kept = not gate or (better and safer)
-        row = {"round": number, "kept": kept} | counts | measured | last_row(inner.metrics)
-        maker.write_row(rows, row)
-        if kept:
-            aligner, accepted = trained, row
+        row = {"round": number, "kept": True} | counts | maker.measure(number, trained)
+        if gate and accepted:
+            last = accepted[-1]
+            row["kept"] = row["score"] >= last["score"] and row["damage"] <= last["damage"]
+        maker.write_row(rows, row | last_row(inner.metrics))
+        if row["kept"]:
+            aligner = trained
+            accepted.append(row)
         else:
             print(f"round {number} scores worse on held-back prompts, or breaks more: not kept")
     curves({"": rows}, ROUNDS, run.path / "rounds.png", x="round")
@@ -149,20 +150,18 @@ class PairMaker:
     def __init__(
         self, preset: Preset, first: ImplicitAligner, guidance: str, seed: int, folder: Path
     ):
-        self.preset, self.first, self.guidance, self.folder = preset, first, guidance, folder
+        self.preset, self.folder = preset, folder
         self.seed, self.first_seed = seed, FIRST_SEED + 10_000 * seed
         self.table = folder / "metrics.jsonl"
         self.judge = RoundJudge(preset.world)
         self.prompts = training_prompts(preset.data, preset.training.round_prompts, seed)
+        plain = preset.changed(("data",), identity_share=0.0)
+        self.encoder = cache(partial(load_encoder, plain, guidance, seed))
+        self.img = cache(partial(IMG, preset=preset, aligner=first, guidance=guidance))
 
     def aligner_path(self, number: int) -> Path:
         """Return the file of a round's aligner."""
         return self.folder / str(number) / "aligner.safetensors"
-
-    @cached_property
-    def img(self) -> IMG:
-        """Load the method, with some aligner."""
-        return IMG(preset=self.preset, aligner=self.first, guidance=self.guidance)
 
     def make_pairs(self, number: int, aligner: ImplicitAligner) -> dict[str, int]:
         """Draw, judge and write a round's pairs, unless they exist; returns their counts.
@@ -175,27 +174,21 @@ class PairMaker:
             # Batches are always the same: in another one, sums would be rounded otherwise.
             for k in tqdm(range(0, len(self.prompts), size), desc=f"round {number}, drawing"):
                 prompts = self.prompts[k : k + size]
-                x0, x1 = self.drawn("pairs", number, aligner, prompts, k)
-                rows += pair_rows(prompts, k, self.judge.compare(prompts, x0, x1), number)
+                images = self.drawn("pairs", number, aligner, prompts, k)
+                rows += pair_rows(prompts, k, self.judge.compare(prompts, *images), number)
             tried = f"none of {len(self.prompts)} pairs has a better image"
             check(rows, f"round {number}: {tried}; end with fewer --rounds")
             write_lines(path, rows)
         counts = Counter(json.loads(row)["outcome"] for row in path.read_text().splitlines())
-        drawn = {"drawn": len(self.prompts), "pairs": counts.total()}
-        return drawn | {outcome: counts[outcome] for outcome in OUTCOMES}
+        counts = dict.fromkeys(OUTCOMES, 0) | counts
+        return {"drawn": len(self.prompts), "pairs": sum(counts.values())} | counts
 
-    def features(self, number: int) -> list[Shards]:
-        """Compute or read the features of this round's pairs and of the round before."""
-        data = replace(self.preset.data, identity_share=0.0)
-        preset = replace(self.preset, data=data)
-        encoder = cache(lambda: load_encoder(preset, self.guidance, self.seed))
-        rounds = []
-        for k in range(number, max(0, number - 2), -1):
-            folder = self.folder / str(k) / "features"
-            features = FeatureCache(folder, {"the round": str(k)}, float("inf"))
-            stream = pair_stream(self.folder / "pairs" / f"{k}.jsonl")
-            rounds.append(CachedData(stream, encoder, features).data)
-        return rounds
+    def features(self, number: int) -> Shards:
+        """Compute or read the features of a round's pairs."""
+        folder = self.folder / str(number) / "features"
+        features = FeatureCache(folder, {"the round": str(number)}, float("inf"))
+        stream = pair_stream(self.folder / "pairs" / f"{number}.jsonl")
+        return CachedData(stream, self.encoder, features).data
 
     def measure(self, number: int, aligner: ImplicitAligner) -> dict[str, float]:
         """Compute the gate's `score` and `damage` of an aligner, always on the same prompts."""
@@ -205,8 +198,8 @@ class PairMaker:
             prompts = list(map(str, benchmark(GATE_PROMPTS, "validation", 1000 + self.seed)))
         else:
             prompts = training_prompts(self.preset.data, GATE_PROMPTS, self.seed, validation=True)
-        x0, x1 = self.drawn("gate", number, aligner, prompts, 5_000)
-        return self.judge.measure(prompts, x0, x1)
+        images = self.drawn("gate", number, aligner, prompts, 5_000)
+        return self.judge.measure(prompts, *images)
 
     def drawn(
         self, kind: str, number: int, aligner: ImplicitAligner, prompts: list[str], first: int
@@ -215,19 +208,19 @@ class PairMaker:
         numbers = range(first, first + len(prompts))
         seeds = [self.first_seed + k for k in numbers]
 
-        def draw(tokens: Tensor | None = None) -> Tensor:
-            return self.img.backbone.draw(prompts, seeds, tokens)
+        def draw(x0: list[Image] | None = None) -> Tensor:
+            img, tokens = self.img(), None
+            if x0:
+                img.aligner = aligner.eval()
+                tokens = img.align(x0, prompts, seeds)
+            return img.backbone.draw(prompts, seeds, tokens)
 
-        def draw_again() -> Tensor:
-            self.img.aligner = aligner.eval()
-            return draw(self.img.align(x0, prompts, seeds))
-
-        def cached(name: str, draw: Callable[[], Tensor]) -> list[Image]:
-            paths = [self.folder / kind / name / f"{k}.png" for k in numbers]
+        def images(name: object, draw: Callable[[], Tensor]) -> list[Image]:
+            paths = [self.folder / kind / f"{name}/{k}.png" for k in numbers]
             return cached_images(paths, draw, "delete its folder and --resume")
 
-        x0 = cached("base", draw)
-        return x0, cached(str(number), draw_again)
+        x0 = images("base", draw)
+        return x0, images(number, partial(draw, x0))
 
     def write_row(self, rows: list[dict], row: dict) -> None:
         """Append a row to the table of rounds, and print it."""
@@ -261,11 +254,16 @@ def pair_rows(prompts: list[str], first: int, outcomes: list[str], round_number:
     rows = []
     for number, (prompt, outcome) in enumerate(zip(prompts, outcomes), first):
         second = "base" if outcome == "both_right" else round_number
-        images = {"jpg_0": f"base/{number}.png", "jpg_1": f"{second}/{number}.png"}
-        img_wins = outcome == "img_better"
-        labels = {"label_0": not img_wins, "label_1": img_wins}
+        row = {
+            "caption": prompt,
+            "outcome": outcome,
+            "jpg_0": f"base/{number}.png",
+            "jpg_1": f"{second}/{number}.png",
+            "label_0": outcome != "img_better",
+            "label_1": outcome == "img_better",
+        }
         if outcome != "none":
-            rows.append({"caption": prompt, "outcome": outcome} | images | labels)
+            rows.append(row)
     return rows
 
 
@@ -285,5 +283,5 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 def last_row(log: Path) -> dict[str, float]:
     """Read the size of the correction and the validation error that a run's log ends with."""
-    last = (read_rows(log) or [{}])[-1]
+    [last] = read_rows(log)[-1:] or [{}]
     return {name: last[name] for name in ("correction", "validation_error") if name in last}

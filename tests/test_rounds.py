@@ -95,7 +95,7 @@ class Original(Data):
 
 @pytest.mark.parametrize("replay", [0.5, 0.8, 0.0])
 def test_at_least_the_replayed_share_of_a_mixture_is_original(replay):
-    old, new = some_features(60), [Shards([some_features(50, seed=k)]) for k in (2, 3)]
+    old, new = some_features(60), [some_features(50, seed=k) for k in (2, 3)]
     mixture = Mixture(Original(old), new, replay, seed=1)
     [mixed], [again] = mixture.parts(START), mixture.parts(START)
     assert torch.equal(mixed.samples, again.samples)

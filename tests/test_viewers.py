@@ -1,12 +1,15 @@
 """Views for tutorials: opened attention is what was computed, and statistics are as defined."""
 
+from importlib import import_module
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from img_minimal.backbone import open_image_prompt
-from img_minimal.evaluate.intervals import paired_shares, ranking_interval
+from img_minimal.evaluate.intervals import paired_shares
 from img_minimal.files import to_pil
 from img_minimal.presets import find_preset
 from img_minimal.sdxl import cross_attentions, inject, new_branch
@@ -45,7 +48,11 @@ def test_paired_shares_count_both_ways():
     assert result["share"]["value"] == pytest.approx(0.6)
 
 
-def test_a_ranking_is_the_share_of_right_and_wrong_pairs_in_order_with_ties_as_halves():
+def test_a_ranking_is_the_share_of_right_and_wrong_pairs_in_order_with_ties_as_halves(
+    monkeypatch,
+):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "tutorials")
+    ranking_interval = import_module("common").ranking_interval
     scores, right = np.array([3.0, 1.0, 2.0, 1.0]), np.array([True, True, False, False])
     result = ranking_interval(scores, right, list("abcd"))
     assert result["value"] == pytest.approx((1 + 1 + 0 + 0.5) / 4)

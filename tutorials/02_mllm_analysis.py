@@ -19,7 +19,7 @@ In full: about three minutes on two cores.
 """
 
 # %%
-from common import bars, begin, option, picture, save, sheet, step
+from common import bars, begin, option, picture, ranking_interval, save, sheet, step
 
 help_text = "how many prompts the probe is about, each drawn four times"
 options, preset = begin(__doc__, oracle=True, prompts=option(250, help_text, least=20, quick=20))
@@ -35,7 +35,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from img_minimal.backbone import open_backbone
 from img_minimal.data.pairs import triplet_stream
 from img_minimal.detector import MAX_HELD_OUT, Detector
-from img_minimal.evaluate.intervals import bootstrap_ratio, mean_interval, ranking_interval, said
+from img_minimal.evaluate.intervals import bootstrap_ratio, mean_interval, said
 from img_minimal.files import to_pil
 from img_minimal.hub.parts import open_guide
 from img_minimal.mllm import MLLM, guidance_features, padded

@@ -27,6 +27,7 @@ sys.path.insert(0, str(HERE.parent))  # so that a tutorial runs from anywhere
 
 from img_minimal import cli
 from img_minimal.cli import check, option  # noqa: F401 - scripts import it from here
+from img_minimal.evaluate.intervals import Interval, draw_clusters, with_interval
 from img_minimal.plots import COLOURS, GREY, pyplot
 from img_minimal.presets import PRESETS, Models, Preset, find_preset
 
@@ -129,6 +130,23 @@ def spread(intervals) -> tuple[np.ndarray, np.ndarray]:
     """Return the values of n intervals (n,), and how far these reach below and above (2, n)."""
     value, low, high = np.array([[row["value"], row["low"], row["high"]] for row in intervals]).T
     return value, np.clip([value - low, high - value], 0, None)
+
+
+def ranking_interval(scores: np.ndarray, right: np.ndarray, clusters: list[str]) -> Interval:
+    """Compute how often a right image scores above a wrong one, a tie counting half; (n,) each.
+
+    This is the area under the ROC curve, with its interval as in `bootstrap_ratio`; NaN unless
+    there are both kinds.
+    """
+    above = (1 + np.sign(np.subtract.outer(scores, scores))) / 2  # 1 where row above column
+    index, drawn = draw_clusters(clusters, 2000)
+
+    def area(times: np.ndarray) -> np.ndarray:
+        ours, theirs = times * right, times * (1 - right)
+        return ((ours @ above) * theirs).sum(-1) / (ours.sum(-1) * theirs.sum(-1))
+
+    with np.errstate(invalid="ignore", divide="ignore"):  # of images as often as they are drawn
+        return with_interval(area(np.ones(len(scores))), area(drawn[:, index]))
 
 
 def picture(axis, image, above: str = "", below: str = "", **look) -> None:

@@ -37,6 +37,7 @@ ARMS = ("base", "new_seed", "no_guidance", "img")
 # Prompts drawn and judged at once. The same in every run: in batches of another size, sums would be
 # rounded otherwise, and a resumed run would differ.
 BATCH = 16
+Draw = Callable[[list[str], list[int]], Tensor]  # prompts, seeds -> images (B, 3, H, W)
 
 
 class ImageFolder:
@@ -48,19 +49,17 @@ class ImageFolder:
         self.first_seed = FIRST_SEED * (seed + 1)
         self.batches = [slice(k, k + BATCH) for k in range(0, len(prompts), BATCH)]
 
-    def seeds(self, arm: str, batch: slice) -> list[int]:
-        """Return the seeds of images, the same in every arm but `new_seed`."""
-        first = self.first_seed + NEW_SEED * (arm == "new_seed")
-        return [first + prompt.index for prompt in self.prompts[batch]]
+    def images(self, arm: str, batch: slice, draw: Draw | None = None) -> list[Image]:
+        """Read images, after drawing them if any is missing. Raises UserError.
 
-    def images(
-        self, arm: str, batch: slice, draw: Callable[[], Tensor] | None = None
-    ) -> list[Image]:
-        """Read images, after drawing them if any is missing. Raises UserError."""
-        paths = []
-        for prompt, seed in zip(self.prompts[batch], self.seeds(arm, batch)):
-            paths.append(self.path / f"p{prompt.index:05d}-s{seed}-{arm}.png")
-        return cached_images(paths, draw, "delete it and run again to have it drawn again")
+        Seeds are the same in every arm but `new_seed`.
+        """
+        numbers = [prompt.index for prompt in self.prompts[batch]]
+        first = self.first_seed + NEW_SEED * (arm == "new_seed")
+        paths = [self.path / f"p{k:05d}-s{first + k}-{arm}.png" for k in numbers]
+        seeds = [first + k for k in numbers]
+        advice = "delete it and run again to have it drawn again"
+        return cached_images(paths, lambda: draw(self.texts[batch], seeds), advice)
 
     @property
     def complete(self) -> bool:
@@ -78,12 +77,11 @@ class ImageFolder:
 
     def draw_batch(self, img: IMG, batch: slice) -> None:
         """Draw a batch in all arms. What is aligned are the files, so that a resumed run agrees."""
-        texts, seeds = self.texts[batch], self.seeds("base", batch)
-        draw, again = img.backbone.draw, self.seeds("new_seed", batch)
-        base = self.images("base", batch, lambda: draw(texts, seeds))
-        self.images("new_seed", batch, lambda: draw(texts, again))
-        self.images("no_guidance", batch, lambda: draw(texts, seeds, img.backbone.tokens(base)))
-        self.images("img", batch, lambda: draw(texts, seeds, img.align(base, texts, seeds)))
+        draw, tokens = img.backbone.draw, img.backbone.tokens
+        base = self.images("base", batch, draw)
+        self.images("new_seed", batch, draw)
+        self.images("no_guidance", batch, lambda *asked: draw(*asked, tokens(base)))
+        self.images("img", batch, lambda *asked: draw(*asked, img.align(base, *asked)))
 
 
 def judge_images(folder: ImageFolder, judge: Judge) -> dict:
@@ -102,10 +100,10 @@ def judge_images(folder: ImageFolder, judge: Judge) -> dict:
     results = compare_arms(marks, {"win_rate": judge.name}, groups, folder.texts)
     cut = model.cut(folder.texts)
     results |= {"truncated": sum(map(bool, cut)), "longest_cut": max(cut), "scores": scores}
-    if results["truncated"]:
-        longer = f"of {len(cut)} prompts are longer than {judge.title} can read"
+    if any(cut):
+        longer = "of {} prompts are longer than {} can read; it judged their beginning"
         most = f"up to {max(cut)} tokens were cut"
-        warn(f"{results['truncated']} {longer}; it judged their beginning ({most})")
+        warn(f"{results['truncated']} {longer.format(len(cut), judge.title)} ({most})")
     return results
 
 
@@ -124,5 +122,4 @@ def before_and_after(folder: ImageFolder, judges: dict[str, dict], path: str) ->
 def release() -> None:
     """Free the memory of models that are no longer referred to."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing on a CPU

@@ -15,20 +15,20 @@ def bootstrap_ratio(top: Array, bottom: Array, clusters: Iterable[str]) -> Inter
     captions (`clusters`) are drawn again, not images. A mean is the ratio to ones; a win rate is
     wins to wins plus losses.
     """
-    index, drawn = _draw_clusters(clusters, 4000)
+    index, drawn = draw_clusters(clusters, 4000)
     tops, bottoms = np.bincount(index, top), np.bincount(index, bottom)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return _interval(top.sum() / bottom.sum(), (drawn @ tops) / (drawn @ bottoms))
+        return with_interval(top.sum() / bottom.sum(), (drawn @ tops) / (drawn @ bottoms))
 
 
-def _draw_clusters(clusters: Iterable[str], draws: int) -> tuple[Array, Array]:
+def draw_clusters(clusters: Iterable[str], draws: int) -> tuple[Array, Array]:
     """Return the cluster of each image (n,), and how often each is drawn (draws, clusters)."""
     _, index = np.unique(clusters, return_inverse=True)
     count = index.max() + 1
     return index, np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), draws)
 
 
-def _interval(value: float, drawn: Array) -> Interval:
+def with_interval(value: float, drawn: Array) -> Interval:
     """Add the 95 % percentile interval of drawn values (draws,)."""
     low = high = np.nan
     if np.isfinite(drawn).any():
@@ -104,23 +104,6 @@ def paired_shares(ours: Array, theirs: Array, clusters: Iterable[str]) -> dict:
         "fixed": int((gain > 0).sum()),
         "broken": int((gain < 0).sum()),
     }
-
-
-def ranking_interval(scores: Array, right: Array, clusters: Iterable[str]) -> Interval:
-    """Compute how often a right image scores above a wrong one, a tie counting half; (n,) each.
-
-    This is the area under the ROC curve, with its interval as in `bootstrap_ratio`; NaN unless
-    there are both kinds.
-    """
-    above = (1 + np.sign(np.subtract.outer(scores, scores))) / 2  # 1 where row above column
-    index, drawn = _draw_clusters(clusters, 2000)
-
-    def area(times: Array) -> Array:
-        ours, theirs = times * right, times * (1 - right)
-        return ((ours @ above) * theirs).sum(-1) / (ours.sum(-1) * theirs.sum(-1))
-
-    with np.errstate(invalid="ignore", divide="ignore"):  # of images as often as they are drawn
-        return _interval(area(np.ones(len(scores))), area(drawn[:, index]))
 
 
 def said(interval: Interval, form: str = ".3f") -> str:

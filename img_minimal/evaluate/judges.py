@@ -22,6 +22,7 @@ processor crops it; HPSv2's own code pads it instead.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -183,7 +184,7 @@ class RoundJudge:
     """
 
     def __init__(self, world: str | None):
-        self.opened: dict[str, ClipJudge | Oracle] = {}
+        self.open = cache(lambda name: JUDGES[name].open(best_device()))
         self.margins, self.guard, self.guard_margin = {"soft": 0.0}, "strict", 0.0
         self.perfect = 1.0  # the score of what is right, if there is such a score
         if world != "tiny":
@@ -192,9 +193,7 @@ class RoundJudge:
 
     def scores(self, name: str, prompts: list[str], images: Images) -> np.ndarray:
         """Score images (B,) with a judge, which is loaded when it is needed first."""
-        if name not in self.opened:
-            self.opened[name] = JUDGES[name].open(best_device())
-        return self.opened[name].score(images, prompts)
+        return self.open(name).score(images, prompts)
 
     def compare(self, prompts: list[str], base: Images, img: Images) -> list[str]:
         """Find the OUTCOMES of pairs, "none" where judges differ or hardly care."""
