@@ -151,7 +151,7 @@ def curves(
 
 def line(rows: list[dict], x: str, name: str) -> tuple[list, list, str] | None:
     """Return the steps and values of a number, and how to draw them; None without any."""
-    points = [(row[x], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+    points = [(row[x], row[name]) for row in rows if name in row]
     if not points:
         return None
     steps, values = map(list, zip(*points))
@@ -164,17 +164,17 @@ def line(rows: list[dict], x: str, name: str) -> tuple[list, list, str] | None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Read the rows of a .jsonl file that are numbered by `step` or `round`.
+    """Read the numbers in the rows of a .jsonl file that have a number of `step` or `round`.
 
     Damaged rows are left out: the last may be cut. So are numbers too large to compute with.
     """
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError, AttributeError, RecursionError):
-            row = json.loads(line)
-            for name, value in list(row.items()):
-                if isinstance(value, int | float) and not abs(value) < LARGEST_NUMBER:
-                    del row[name]
+            row = {}
+            for name, value in json.loads(line).items():
+                if isinstance(value, int | float) and abs(value) < LARGEST_NUMBER:
+                    row[name] = value
             if type(row.get("step", row.get("round"))) is int:
                 rows.append(row)
     return rows
@@ -206,9 +206,7 @@ def main() -> int:
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     writable_file(options.output, "--output", PICTURES)
     runs = {str(Path(folder)): read_metrics(folder) for folder in options.runs}
-    known: dict[str, None] = {}
-    for row in chain(*runs.values()):
-        known |= {name: None for name, value in row.items() if isinstance(value, int | float)}
+    known = dict.fromkeys(name for row in chain(*runs.values()) for name in row)
     del known["step"]
     check(known, "no run has a number beside its step yet")
     names = options.only or known
@@ -232,7 +230,7 @@ def write_tensorboard(runs: dict[str, list[dict]], folder: str) -> None:
         with SummaryWriter(str(Path(folder) / Path(label).name)) as writer:
             for row in rows:
                 for name, value in row.items():
-                    if name != "step" and isinstance(value, int | float):
+                    if name != "step":
                         writer.add_scalar(name, value, row["step"])
 
 

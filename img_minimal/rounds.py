@@ -272,7 +272,7 @@ def step_size(features: Features | Shards) -> float:
     some = features[torch.arange(min(len(features), 1000))]
     distance = (some.winner - some.loser).flatten(1).norm(dim=1)
     moved = distance[~some.is_identity & (distance > 0)]
-    return moved.mean().item() if len(moved) else 0.0
+    return moved.mean().nan_to_num().item()  # 0 if there are none
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:

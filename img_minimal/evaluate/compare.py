@@ -25,7 +25,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from img_minimal.cli import warn
-from img_minimal.devices import best_device
 from img_minimal.evaluate.arms import FIRST_SEED, NEW_SEED, save_pairs
 from img_minimal.evaluate.intervals import compare_arms
 from img_minimal.evaluate.judges import Judge
@@ -89,7 +88,7 @@ def judge_images(folder: ImageFolder, judge: Judge) -> dict:
 
     Intervals are over prompts. Warns of prompts that the judge cannot read to their end.
     """
-    model, scores = judge.open(best_device()), {arm: [] for arm in ARMS}
+    model, scores = judge.open(), {arm: [] for arm in ARMS}
     for batch in tqdm(folder.batches, desc=judge.title):
         for arm in ARMS:
             images = folder.images(arm, batch)
@@ -111,7 +110,8 @@ def before_and_after(folder: ImageFolder, judges: dict[str, dict], path: str) ->
     """Save the base's and IMG's images of the first six prompts, with their scores."""
     cells = []
     for k, text in enumerate(folder.texts[:6]):
-        for arm, label in (("base", f'"{text}"'), ("img", "IMG, same seed")):
+        for arm in ("base", "img"):
+            label = f'"{text}"'
             for judge, results in judges.items():
                 label += f"\n{judge} {results['scores'][arm][k]:.2f}"
             cells += [(image, label) for image in folder.images(arm, slice(k, k + 1))]

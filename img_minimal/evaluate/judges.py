@@ -54,9 +54,9 @@ class Judge:
     published: str = ""  # tokenizer and image processor of copies of the model without any
     processor: str | None = None  # replaces the model's own
 
-    def open(self, device: torch.device | str = "cpu") -> "ClipJudge | Oracle":
+    def open(self) -> "ClipJudge | Oracle":
         """Load what scores images. Raises UserError for files that are missing or damaged."""
-        return ClipJudge(self, device) if self.formula else Oracle(self.name)
+        return ClipJudge(self) if self.formula else Oracle(self.name)
 
 
 KNOWN = [
@@ -93,18 +93,19 @@ def find_judges(names: str | None, world: str | None, **locations: str | None) -
     "oracle" stands for both of its scores. `locations` replace where a judge's model, or the
     `judge_processor` of all, was published. Raises UserError for no judge or an unknown one.
     """
-    known = {name: [name] for name in ("pickscore", "hpsv2", "clipscore")}
+    strict, soft, *real = KNOWN
+    known = {judge.name: [judge] for judge in real}
     default = ",".join(known)
     if world == "tiny":
-        known["oracle"], default = ["strict", "soft"], "oracle"
+        known["oracle"], default = [strict, soft], "oracle"
     choice = ", ".join(known)
     judges = {}
     for name in (default if names is None else names).replace(",", " ").split():
         check(name in known, f"unknown judge {name!r}; this model's images are judged by: {choice}")
-        for part in known[name]:
-            model = locations.get(f"{part}_model") or JUDGES[part].model
+        for judge in known[name]:
+            model = locations.get(f"{judge.name}_model") or judge.model
             processor = locations.get("judge_processor")
-            judges[part] = replace(JUDGES[part], model=model, processor=processor)
+            judges[judge.name] = replace(judge, model=model, processor=processor)
     check(judges, f"--judges is empty, expected some of: {choice}")
     return list(judges.values())
 
@@ -116,12 +117,12 @@ class ClipJudge:
     half precision.
     """
 
-    def __init__(self, judge: Judge, device: torch.device | str = "cpu"):
+    def __init__(self, judge: Judge):
         """Load a judge. Raises UserError for files that are missing, damaged, or no CLIPModel's."""
         self.judge, folder = judge, fetch_folder(judge.model, f"--{judge.name}-model")
         with opening(folder, "CLIP model"):
             config = CLIPConfig(**read_config(folder))
-        self.model, _ = open_model(CLIPModel, config, folder, torch.float32, device)
+        self.model, _ = open_model(CLIPModel, config, folder, torch.float32, best_device())
         own = (folder / "preprocessor_config.json").exists() and any(folder.glob("tokenizer*.json"))
         location = judge.processor or (str(folder) if own else judge.published)
         with opening(location, "tokenizer and image processor, see --judge-processor"):
@@ -184,7 +185,7 @@ class RoundJudge:
     """
 
     def __init__(self, world: str | None):
-        self.open = cache(lambda name: JUDGES[name].open(best_device()))
+        self.open = cache(lambda name: JUDGES[name].open())
         self.margins, self.guard, self.guard_margin = {"soft": 0.0}, "strict", 0.0
         self.perfect = 1.0  # the score of what is right, if there is such a score
         if world != "tiny":

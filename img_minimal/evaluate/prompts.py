@@ -28,7 +28,7 @@ KINDS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 NAMES = ("prompt", "prompts", "caption", "text")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class FilePrompt:
     """A prompt of a file, with its number there from 0, and its category or ""."""
 
@@ -53,26 +53,21 @@ def read_prompts(path: str | Path, count: int | None = None, seed: int = 0) -> l
         category = texts.get("category", texts.get("tag", ""))
         prompts.append(FilePrompt(len(prompts), text, category))
     check(prompts, f"{path}: holds no prompt")
-    if count is None or count >= len(prompts):
-        return prompts
-    chosen = random.Random(seed).sample(range(len(prompts)), count)
-    return [prompts[k] for k in sorted(chosen)]
+    count = min(count or len(prompts), len(prompts))
+    return sorted(random.Random(seed).sample(prompts, count))
 
 
 def _rows(path: Path) -> Iterator[tuple[str, object]]:
     """Yield where each row stands and what it holds, without blank lines."""
-    kind, expected = path.suffix.lower(), ", ".join(KINDS)
-    check(kind in KINDS, f"{path}: unknown kind of file; expected {expected}")
-    text = _read(path)
-    if kind in (".csv", ".tsv"):
-        yield from _table(path, kind, text)
-        return
+    kind, text = path.suffix.lower(), _read(path)
     # Only line ends of the three systems end a line, not every Unicode separator.
     lines = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             lines.append((f"{path}, line {number}", line))
-    if kind == ".txt":
+    if kind in (".csv", ".tsv"):
+        yield from _table(path, kind, text)
+    elif kind == ".txt":
         yield from lines
     elif len(lines) > 1 and re.fullmatch(r'\s*["{].*["}]\s*', lines[0][1]):  # JSON line by line
         for where, line in lines:
@@ -96,27 +91,28 @@ def _table(path: Path, kind: str, text: str) -> Iterator[tuple[str, dict[str, st
     delimiter, quoting = max("\x1f,;\t", key=text.partition("\n")[0].count), csv.QUOTE_MINIMAL
     if kind == ".tsv":  # PartiPrompts has quotation marks inside its prompts
         delimiter, quoting = "\t", csv.QUOTE_NONE
-    reader = csv.DictReader(StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
+    reader = csv.reader(StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
     try:
-        columns = [name.strip().lower() for name in reader.fieldnames or ()]
+        columns = [name.strip().lower() for name in next(reader, ())]
         if len(columns) == 1 and " " not in columns[0]:  # or it is a prompt
             columns = ["prompt"]
         named = max(columns.count(name) for name in NAMES)
         advice = "expected one among the names in the first line"
         check(named == 1, f"{path}, line 1: {named} columns `Prompt`, {advice}")
-        reader.fieldnames = columns
         for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            found = len(columns) + len(row.pop(None, ()))
-            check(found == len(columns), f"{where}: {found} columns, the first line names fewer")
-            if any(row.values()):
-                yield where, row
+            where, found = f"{path}, line {reader.line_num}", len(row)
+            check(found <= len(columns), f"{where}: {found} columns, the first line names fewer")
+            if any(row):
+                yield where, dict(zip(columns, row))
     except csv.Error as error:
         advice = "correct the line's quotation marks"
-        raise UserError(f"{path}, line {reader.reader.line_num}: {error}; {advice}") from None
+        raise UserError(f"{path}, line {reader.line_num}: {error}; {advice}") from None
 
 
 def _read(path: Path) -> str:
+    check(
+        path.suffix.lower() in KINDS, f"{path}: unknown kind of file; expected {', '.join(KINDS)}"
+    )
     try:
         return path.read_text(encoding="utf-8-sig")  # with line ends of Windows and of old Macs
     except OSError as error:
