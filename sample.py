@@ -77,8 +77,9 @@ from img_minimal.tiny.grammar import parse as parse_prompt
 from img_minimal.tiny.oracle import judge_pictures
 
 INSTALL = "pip install -r requirements.txt gradio==6.31.0"
-NOTED = ("steps", "guidance_scale", "negative_prompt", "scale", "scale_end", "passes")
-NOTED += ("draft_steps", "only_wrong")
+NOTED = (
+    "steps guidance_scale negative_prompt scale scale_end passes draft_steps only_wrong"
+).split()
 SWEPT = {"scale": float, "scale_end": float, "guidance_scale": float, "steps": int, "passes": int}
 
 

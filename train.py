@@ -94,7 +94,7 @@ def train(
     torch.manual_seed(seed)
     device = best_device()
     sizes = settings.depth, settings.heads, settings.head_dim
-    aligner = ImplicitAligner(*data.widths, *sizes).to(device)
+    aligner = ImplicitAligner(*data.unseen.widths, *sizes).to(device)
     if start is not None:
         aligner.load_state_dict(start.state_dict())
     reference = copy.deepcopy(aligner).requires_grad_(False)
@@ -116,10 +116,7 @@ def train(
     model = run.ranks.parallel(aligner)
     weight, norm = settings.preference_weight, settings.norm
     with_preference = weight > 0 and (dpo or spin)  # else nobody asks the reference
-
-    def measure() -> dict[str, float]:
-        return validate(aligner, data.unseen)
-
+    measure = partial(validate, aligner, data.unseen)
     for _, batch in zip(run.steps(state, settings.steps, settings.save_every, measure), batches):
         # Forward: f(c) and, without gradients, f_ref(c).
         h, mask = batch.padded()

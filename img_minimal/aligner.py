@@ -16,7 +16,6 @@ to a long context and to themselves. Parameter names are those of the public IP-
 """
 
 from numbers import Integral
-from pathlib import Path
 from typing import Self
 
 import torch
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from img_minimal.cli import check
+from img_minimal.cli import AnyPath, check
 from img_minimal.files import check_finite
 from img_minimal.hub.weights import NOTES, fill, opening, read_metadata, read_weights, write_weights
 
@@ -184,7 +183,7 @@ class ImplicitAligner(nn.Module):
         return {"head_dim": f"{self.head_dim} {self.guide}".strip()}
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Self:
+    def from_file(cls, path: AnyPath) -> Self:
         """Load an aligner in fp32 from a file of `save` or a released .pth.
 
         All sizes follow from the shapes, except for the width of a head, which a state dict notes,
@@ -202,7 +201,7 @@ class ImplicitAligner(nn.Module):
         aligner.guide = guide
         return aligner.float()
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: AnyPath) -> None:
         """Write the weights atomically, in the released files' key layout.
 
         .pth, .pt and .bin are torch files as the authors' code loads them, all others safetensors.

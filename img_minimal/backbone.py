@@ -25,11 +25,20 @@ from img_minimal.devices import Precision, Turns, best_device, compute_dtype, co
 from img_minimal.files import as_pictures, check_finite, read_json
 from img_minimal.hub.weights import opening
 from img_minimal.presets import Models, Preset, Sampling
-from img_minimal.request import TENSORS, Seeds, call_parameters, check_counts, generators, select
+from img_minimal.request import (
+    TENSORS,
+    Call,
+    Seeds,
+    call_parameters,
+    check_counts,
+    generators,
+    select,
+)
 
 CLASSES = {"sdxl": "SDXL", "flux": "Flux"}
 PREFIXES = {"StableDiffusionXL": "sdxl", "Flux": "flux"}  # of the pipelines' names
 NETWORKS = {"sdxl": "UNet2DConditionModel", "flux": "FluxTransformer2DModel"}
+Shape = tuple[int, int]  # (N, D), of the tokens of one image
 LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
@@ -58,14 +67,8 @@ class ImagePrompt(nn.Module):
         self.head, self.precision = head, precision
         self.eval().requires_grad_(False)
 
-    @classmethod
-    def head_size(cls, models: Models) -> tuple[int, tuple[int, int]]:
-        """Count the head's parameters; also return the tokens' (N, D)."""
-        head = cls.open_head(models)
-        return count_parameters(head), cls.shape_of(head)
-
     @property
-    def token_shape(self) -> tuple[int, int]:
+    def token_shape(self) -> Shape:
         """(N, D) of one image."""
         return self.shape_of(self.head)
 
@@ -125,7 +128,7 @@ class Backbone:
         *,
         scale: float | None = None,
         scale_end: float | None = None,
-        call: dict[str, Any] | None = None,
+        call: Call | None = None,
         progress: str | None = None,
     ) -> Tensor:
         """Draw one image per prompt: (B, 3, H, W) in [0, 1] on the CPU.
@@ -179,7 +182,7 @@ class Backbone:
 
     def draw_batch(
         self,
-        inputs: dict[str, Any],
+        inputs: Call,
         tokens: tuple[Tensor, Tensor] | None,
         scales: tuple[float, float],
         first: int,
@@ -221,13 +224,15 @@ class Backbone:
     @classmethod
     def check_size(cls, sampling: Sampling) -> None:
         """Raise UserError for sizes that the model would cut."""
-        for name, size in (("height", sampling.height), ("width", sampling.width)):
-            fits = size is None or size % cls.multiple == 0
-            words = f"this model draws multiples of {cls.multiple}; try 1024"
-            check(fits, f"--{name} is {size}, {words}")
+        for name in ("height", "width"):
+            size = getattr(sampling, name)
+            check(
+                (size or 0) % cls.multiple == 0,
+                f"--{name} is {size}, this model draws multiples of {cls.multiple}; try 1024",
+            )
 
     @property
-    def token_shape(self) -> tuple[int, int]:
+    def token_shape(self) -> Shape:
         """(N, D) of one image's tokens."""
         return self.image_prompt.token_shape
 
@@ -303,13 +308,15 @@ def check_adapter(kind: str, models: Models) -> None:
         backbone.open_branch(models, network)
 
 
-def announced_head(kind: str, models: Models) -> tuple[int, tuple[int, int]]:
+def announced_head(kind: str, models: Models) -> tuple[int, Shape]:
     """Count the parameters of the adapter's head; also return the tokens' (N, D).
 
     Without loading CLIP. Raises UserError if the adapter is damaged or of another kind.
     """
     with opening(models.ip_adapter, "IP-Adapter of this model"):
-        return backbone_class(kind).image_prompts.head_size(models)
+        image_prompts = backbone_class(kind).image_prompts
+        head = image_prompts.open_head(models)
+        return count_parameters(head), image_prompts.shape_of(head)
 
 
 def unseen_end(tokenizer: Any, prompt: str, limit: int) -> str:

@@ -20,6 +20,7 @@ from types import NoneType, TracebackType
 from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
+AnyPath = str | Path
 LARGEST = 2**32 - 1  # upper bound of numeric flags that set no bound of their own
 # Words for memory that is short, of the system, Python, numpy, torch, oneDNN, pyarrow, safetensors.
 OUT_OF_MEMORY = re.compile(
@@ -65,7 +66,7 @@ def parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    flags: dict[str, Field] = {f.name: f for f in fields(config)}
+    flags = {f.name: f for f in fields(config)}
     own = set(flags)
     for part in parts:
         for f in fields(part):
@@ -94,7 +95,7 @@ def _add_flag(parser: argparse.ArgumentParser, flag: Field, from_preset: bool) -
         shown = "the preset's"
     if flag.default is not None:
         text += f" (default: {shown})"
-    settings: dict[str, Any] = {"help": text.replace("%", "%%")}
+    settings = {"help": text.replace("%", "%%")}
     settings["default"] = None if from_preset else flag.default
     choices = flag.metadata.get("choices")
     if kind is bool:
@@ -270,7 +271,7 @@ def printable(text: str) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
-def writable_folder(path: str | Path, name: str = "") -> Path:
+def writable_folder(path: AnyPath, name: str = "") -> Path:
     """Create a folder, prove that it can be written to, and clear it of unfinished files.
 
     Raises UserError, which calls the folder `name`, or by its path.

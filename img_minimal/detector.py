@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -79,10 +80,7 @@ def train_detector(
         "data": batches,
     }
     size = settings.micro_batch
-
-    def measure() -> dict[str, float]:
-        return detector.accuracy(data.unseen, seed, size)
-
+    measure = partial(detector.accuracy, data.unseen, seed, size)
     steps = run.steps(state, settings.steps, settings.save_every, measure)
     for step, examples in zip(steps, batches):
         rng = random.Random(1_000_003 * seed + step)  # a resumed run asks the same questions
@@ -223,7 +221,7 @@ class Detector:
         `always_edit`: `decided` of a model that never says "nothing".
         """
         nothing, rng, training = self.mllm.nothing, random.Random(seed), self.model.training
-        grades: dict[str, list[bool]] = {"exact": [], "decided": [], "always_edit": []}
+        grades = {"exact": [], "decided": [], "always_edit": []}
         self.model.eval()
         for k in range(0, len(examples), batch_size):
             batch = examples[k : k + batch_size]

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from img_minimal.cli import UserError, check, is_stream, partial_of, writable_folder
+from img_minimal.cli import AnyPath, UserError, check, is_stream, partial_of, writable_folder
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # others may start programs
 MAX_SIDE = 8192  # pixels
@@ -30,7 +30,7 @@ MAX_ASPECT = 100  # width to height; Qwen's image processor refuses 200
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: AnyPath) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` on success and is removed on failure.
 
     A link stays, and what it leads to is replaced; so does the mode of the file that was there. A
@@ -52,7 +52,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_whole(path: str | Path, text: str | bytes) -> None:
+def write_whole(path: AnyPath, text: str | bytes) -> None:
     """Replace a file atomically by one that holds `text`."""
     with replacing(path) as partial:
         partial.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -121,7 +121,7 @@ def check_provenance(note: Path, settings: dict, advice: str, used: bool) -> Non
     write_whole(note, json.dumps(settings, indent=1))
 
 
-def read_json(path: str | Path, kind: type, advice: str, inspect: Callable[[Any], Any] = id) -> Any:
+def read_json(path: AnyPath, kind: type, advice: str, inspect: Callable[[Any], Any] = id) -> Any:
     """Read a JSON file that holds a `kind`, dict or list.
 
     `inspect` may look into the content; whatever it raises counts as wrong content. Raises
@@ -277,7 +277,7 @@ class Clock:
     """Add up seconds by step: `with clock("draw"): ...`; str() gives the total and the shares."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds = {}
 
     @contextmanager
     def __call__(self, step: str) -> Iterator[None]:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from img_minimal import backbone
-from img_minimal.backbone import Backbone, unseen_end
+from img_minimal.backbone import Backbone, Shape, unseen_end
 from img_minimal.cli import check
 from img_minimal.devices import Precision, compute_dtype
 from img_minimal.hub.adapters import (
@@ -38,13 +38,15 @@ from img_minimal.hub.adapters import (
 )
 from img_minimal.hub.weights import fill, opening
 from img_minimal.presets import Models
-from img_minimal.request import EMBEDS
+from img_minimal.request import EMBEDS, Call
 
 TOKENS = 4  # of the adapter's version 1; version 2 has 16, and IMG's aligner was trained for 4
 
 # The transformer's inputs that have an entry for each image.
-DOUBLED = {"hidden_states", "timestep", "guidance", "encoder_hidden_states", "pooled_projections"}
-DOUBLED |= {"controlnet_block_samples", "controlnet_single_block_samples"}
+DOUBLED = set(
+    "hidden_states timestep guidance encoder_hidden_states pooled_projections "
+    "controlnet_block_samples controlnet_single_block_samples".split()
+)
 
 # 1. Image -> tokens
 
@@ -75,7 +77,7 @@ class ImagePrompt(backbone.ImagePrompt):
         return head.float()
 
     @staticmethod
-    def shape_of(head: ImageProjection) -> tuple[int, int]:
+    def shape_of(head: ImageProjection) -> Shape:
         """Return (N, D) of one image."""
         return TOKENS, head.norm.normalized_shape[0]
 
@@ -205,8 +207,9 @@ class Flux(Backbone):
 
     multiple, network = 16, "transformer"
     image_prompts = ImagePrompt
+    check_folder = staticmethod(check_flux_folder)
 
-    def read(self, prompts: list[str], call: dict[str, Any]) -> dict[str, Any]:
+    def read(self, prompts: list[str], call: Call) -> Call:
         """Encode each text once; then the text encoders make room for the transformer."""
         sampling, inputs = self.sampling, dict(call)
         encode = cache(partial(self.encode, limit=call.get("max_sequence_length")))
@@ -236,7 +239,7 @@ class Flux(Backbone):
 
     @contextmanager
     def attending(
-        self, inputs: dict[str, Any], tokens: tuple[Tensor, Tensor] | None, weight: Tensor
+        self, inputs: Call, tokens: tuple[Tensor, Tensor] | None, weight: Tensor
     ) -> Iterator[None]:
         """Let the transformer attend to the tokens, and guide it as the authors do.
 
@@ -300,11 +303,6 @@ class Flux(Backbone):
         dtype = {"default": precision.weights, "vae": torch.float32}
         with opening(models.base, "FLUX pipeline"):
             return FluxPipeline.from_pretrained(models.base, dtype=dtype)
-
-    @staticmethod
-    def check_folder(base: Path) -> None:
-        """Raise UserError for another kind of FLUX, by its settings alone."""
-        check_flux_folder(base)
 
     @staticmethod
     def open_branch(models: Models, transformer: FluxTransformer2DModel) -> nn.ModuleDict:

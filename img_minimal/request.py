@@ -13,16 +13,21 @@ from img_minimal.cli import check
 from img_minimal.presets import Sampling
 
 # Arguments of a pipeline's call that hold a value for each prompt.
-TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
-EMBEDS = ("prompt_embeds", "pooled_prompt_embeds")
-EMBEDS += ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+TEXTS = "prompt prompt_2 negative_prompt negative_prompt_2".split()
+EMBEDS = (
+    "prompt_embeds pooled_prompt_embeds negative_prompt_embeds negative_pooled_prompt_embeds"
+).split()
 TENSORS = (*EMBEDS, "latents", "masked_image_latents")
 PER_PROMPT = {*TEXTS, *TENSORS, "image", "mask_image", "control_image", "generator"}
 # Arguments that IMG decides; it has its own image prompt.
-OWN = {"self", "kwargs", "prompt", "generator", "num_inference_steps", "num_images_per_prompt"}
-OWN |= {"output_type", "return_dict"}
-# Whole numbers, or torch's generators; one generator draws all images together, as in diffusers.
-Seeds = list[int] | list[torch.Generator] | torch.Generator
+OWN = set(
+    "self kwargs prompt generator num_inference_steps num_images_per_prompt output_type "
+    "return_dict".split()
+)
+# One generator for each image, or one that draws all images together, as in diffusers.
+Noise = list[torch.Generator] | torch.Generator
+Seeds = list[int] | Noise
+Call = dict[str, Any]  # arguments of a pipeline's call, by name
 
 
 def call_parameters(pipe: object) -> set[str]:
@@ -30,7 +35,7 @@ def call_parameters(pipe: object) -> set[str]:
     return set(signature(type(pipe).__call__).parameters)
 
 
-def call_arguments(pipe: DiffusionPipeline, call: dict[str, Any], count: int) -> dict[str, Any]:
+def call_arguments(pipe: DiffusionPipeline, call: Call, count: int) -> Call:
     """Return further arguments of the pipeline's call, with a text for each of `count` prompts.
 
     Raises UserError for an argument that the call does not take or IMG decides itself, and for
@@ -55,7 +60,7 @@ def call_arguments(pipe: DiffusionPipeline, call: dict[str, Any], count: int) ->
     return result
 
 
-def select(inputs: dict[str, Any], rows: Sequence[int], count: int) -> dict[str, Any]:
+def select(inputs: Call, rows: Sequence[int], count: int) -> Call:
     """Pick these rows of all arguments that list a value for each of `count` prompts."""
     chosen = dict(inputs)
     for name in inputs.keys() & PER_PROMPT:
@@ -73,16 +78,14 @@ def generator(seed: int | torch.Generator) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed))
 
 
-def generators(seeds: Seeds) -> list[torch.Generator] | torch.Generator:
+def generators(seeds: Seeds) -> Noise:
     """Return a generator for each seed, or the one that draws all images together."""
     if isinstance(seeds, torch.Generator):
         return seeds
     return [generator(seed) for seed in seeds]
 
 
-def renewed(
-    noise: list[torch.Generator] | torch.Generator,
-) -> list[torch.Generator] | torch.Generator:
+def renewed(noise: Noise) -> Noise:
     """Copy generators, whose states drawing changes."""
     if isinstance(noise, torch.Generator):
         return noise.clone_state()
@@ -119,7 +122,7 @@ def check_request(
 
 
 def check_drawing(
-    prompts: list[str], seeds: Seeds, sampling: Sampling, one_look: bool, call: dict[str, Any]
+    prompts: list[str], seeds: Seeds, sampling: Sampling, one_look: bool, call: Call
 ) -> None:
     """Raise UserError for a request that cannot be drawn as it says."""
     check_request(prompts, seeds)

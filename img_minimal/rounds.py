@@ -66,7 +66,7 @@ class Mixture:
     seed: int
 
     def __post_init__(self) -> None:
-        self.widths, self.unseen = self.original.widths, self.original.unseen
+        self.unseen = self.original.unseen
 
     def batches(self, batch_size: int, seed: int, ranks: Ranks) -> Batches:
         """Return endless batches of the mixture, for one process."""

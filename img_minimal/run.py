@@ -31,14 +31,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from img_minimal.cli import UserError, check, remove, warn, writable_folder
+from img_minimal.cli import AnyPath, UserError, check, remove, warn, writable_folder
 from img_minimal.files import replacing, write_whole
 from img_minimal.hub.weights import opening
 
-MAY_CHANGE_ON_RESUME = {  # no number depends on these
-    *("resume", "overwrite", "output_dir", "cache_dir", "cache_gb", "save_every"),
-    *("eval_prompts", "rounds"),
-}
+# No number depends on these.
+MAY_CHANGE_ON_RESUME = (
+    "resume overwrite output_dir cache_dir cache_gb save_every eval_prompts rounds"
+).split()
 WARN_IF_CHANGED = {
     "compute": "numbers will differ in rounding",
     "steps": "the learning rate's decay follows the number of steps",
@@ -64,6 +64,7 @@ class Ranks:
         )
         self.world, self.rank = int(world), int(rank)
         self.main = self.rank == 0  # prints, validates, saves and draws
+        self.share = self.rank, self.world
 
     def __enter__(self) -> Self:
         """Meet the other ranks. Raises UserError if they are not all there within a minute."""
@@ -132,7 +133,7 @@ class Ranks:
         """Collect every rank's value, on every rank."""
         if self.world == 1:
             return [value]
-        values: list[Any] = [None] * self.world
+        values = [None] * self.world
         dist.all_gather_object(values, value)
         return values
 
@@ -162,7 +163,7 @@ class Run:
 
     def __init__(
         self,
-        path: str | Path,
+        path: AnyPath,
         settings: dict,
         *,
         resume: bool = False,

@@ -12,7 +12,7 @@ Module names are those of the public IP-Adapter files.
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from img_minimal import backbone
 from img_minimal.aligner import PerceiverLayers, layer_sizes
-from img_minimal.backbone import Backbone, unseen_end
+from img_minimal.backbone import Backbone, Shape, unseen_end
 from img_minimal.devices import Precision, compute_dtype
 from img_minimal.hub.adapters import (
     check_encoder_width,
@@ -35,6 +35,7 @@ from img_minimal.hub.adapters import (
 from img_minimal.hub.weights import fill, opening
 from img_minimal.hub.where import variant
 from img_minimal.presets import Models
+from img_minimal.request import Call
 
 # 1. Image -> tokens
 
@@ -111,7 +112,7 @@ class ImagePrompt(backbone.ImagePrompt):
         return Resampler.from_state_dict(read_ip_adapter(models)[0], source)
 
     @staticmethod
-    def shape_of(head: Resampler) -> tuple[int, int]:
+    def shape_of(head: Resampler) -> Shape:
         """Return (N, D) of one image."""
         return head.latents.shape[1], head.proj_out.out_features
 
@@ -324,8 +325,9 @@ class SDXL(Backbone):
     """Draw with diffusers' own pipeline, whose scheduler, VAE, LoRAs and hooks stay its own."""
 
     image_prompts = ImagePrompt
+    check_pipe = staticmethod(check_sdxl)
 
-    def read(self, prompts: list[str], call: dict[str, Any]) -> dict[str, Any]:
+    def read(self, prompts: list[str], call: Call) -> Call:
         """Return the arguments that say what to draw; the pipeline encodes texts itself."""
         self.turns.bring(self.pipe, self.branch)
         inputs = {"prompt": prompts}
@@ -337,7 +339,7 @@ class SDXL(Backbone):
         return inputs | call
 
     def attending(
-        self, inputs: dict[str, Any], tokens: tuple[Tensor, Tensor] | None, weight: Tensor
+        self, inputs: Call, tokens: tuple[Tensor, Tensor] | None, weight: Tensor
     ) -> AbstractContextManager:
         """Let the UNet attend to the tokens. Without guidance, it takes the positive half."""
         if tokens is None:
@@ -381,11 +383,6 @@ class SDXL(Backbone):
                 dtype={"default": dtype, "vae": torch.float32},
                 variant=variant(models.base, dtype),
             )
-
-    @staticmethod
-    def check_pipe(pipe: StableDiffusionXLPipeline, location: str) -> None:
-        """Raise UserError for a UNet that does not draw from text with this pipeline."""
-        check_sdxl(pipe, location)
 
     @staticmethod
     def open_branch(models: Models, unet: UNet2DConditionModel) -> nn.ModuleDict:

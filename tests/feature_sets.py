@@ -32,8 +32,6 @@ def some_features(count: int = 60, seed: int = 1) -> Features:
 class Data:
     """Features in chunks, as `train` takes them."""
 
-    widths = WIDTHS
-
     def __init__(self, *chunks: Features):
         self.chunks = chunks
         self.unseen = chunks[0][chunks[0].validation]
@@ -45,7 +43,7 @@ class Data:
                 yield Part(features, samples, StreamPosition(chunk=k))
 
     def batches(self, batch_size: int, seed: int, ranks: Ranks) -> Batches:
-        return Batches(self.parts, batch_size, seed, (ranks.rank, ranks.world), shared=True)
+        return Batches(self.parts, batch_size, seed, ranks.share, shared=True)
 
 
 def interrupt(run: Run, step: int) -> None:

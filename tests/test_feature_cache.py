@@ -23,8 +23,6 @@ MADE_WITH = {"the MLLM": "a", "seed": "0"}
 class FakeEncoder:
     """Features that show their image, prompt and chunk; `prompts` are those encoded so far."""
 
-    widths = (6, 5)
-
     def __init__(self) -> None:
         self.prompts: list[str] = []
 

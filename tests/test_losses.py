@@ -56,9 +56,7 @@ def some_pairs() -> Data:
     guidance = torch.randn(int(lengths.sum()), WIDTH, generator=generator).bfloat16()
     longest = torch.full((PAIRS,), LENGTH)
     none = torch.zeros(PAIRS, dtype=torch.bool)
-    data = Data(Features(guidance, lengths, longest, loser, winner, none, none))
-    data.widths = winner.shape[-1], WIDTH
-    return data
+    return Data(Features(guidance, lengths, longest, loser, winner, none, none))
 
 
 def losses(data: Data, optimizer: str) -> list[float]:

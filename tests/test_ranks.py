@@ -216,7 +216,7 @@ def test_the_command_that_resumes_can_be_pasted_into_a_shell(
 def test_a_run_resumed_on_another_number_of_ranks_sees_the_same_global_batches():
     def batches_of(rank: int, world: int) -> Batches:
         ranks = Ranks()
-        ranks.rank, ranks.world = rank, world
+        ranks.rank, ranks.world = ranks.share = rank, world
         return CachedData.batches(data, 8, 3, ranks)
 
     data = Data(some_features())

@@ -109,7 +109,7 @@ def test_data_without_a_sample_to_train_on_is_refused_instead_of_searched_foreve
 
 def test_validation_measures_what_it_says_and_is_silent_without_samples():
     data = Data(some_features()).unseen
-    untrained = ImplicitAligner(*Data.widths, depth=1, heads=1)  # changes nothing
+    untrained = ImplicitAligner(*data.widths, depth=1, heads=1)  # changes nothing
     errors = (data.winner - data.loser).square().flatten(1).mean(1)
     expected = errors[~data.is_identity].mean().item()
     assert script.validate(untrained, data) == {

@@ -114,7 +114,6 @@ def test_equal_images_are_encoded_once_and_some_winners_become_identity_samples(
     features = encoder(pairs)
     alone = torch.cat([encoder.tokenizer.tokens([image]) for image in losers])
     assert (features.loser[:24] - alone).abs().max() < 1e-5
-    assert encoder.widths == (features.loser.shape[-1], features.guidance.shape[-1])
 
     count = len(features) - 24
     assert 0 < count <= 24 * TWIN.data.identity_share + 1

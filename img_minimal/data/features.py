@@ -88,6 +88,11 @@ class Features:
         return dict(vars(self))
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """(D, H) of tokens and guidance."""
+        return self.loser.shape[-1], self.guidance.shape[-1]
+
+    @property
     def sample_bytes(self) -> int:
         """Memory of one sample, on average."""
         return 1 + sum(value.nbytes for value in vars(self).values()) // max(1, len(self))
@@ -103,11 +108,6 @@ class Encoder:
     seed: int  # draws the questions
     encode_batch: int  # images that the vision encoder sees at once
     mllm_batch: int  # images that the MLLM sees at once
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """(D, H) of tokens and guidance."""
-        return self.tokenizer.token_shape[1], self.guide.width
 
     def __call__(self, pairs: list[Pair], chunk: int = 0) -> Features:
         """Compute features of a chunk's pairs and identity samples.
@@ -181,7 +181,6 @@ class Shards:
         self.ends = torch.tensor([len(part) for part in parts]).cumsum(0)
         self.validation = torch.cat([part.validation for part in parts])
         self.sample_bytes = parts[0].sample_bytes
-        self.widths = parts[0].loser.shape[-1], parts[0].guidance.shape[-1]  # D, H
 
     def __len__(self) -> int:
         return len(self.validation)
@@ -352,13 +351,12 @@ class CachedData:
     ):
         ranks = ranks or Ranks()
         self.stream = stream
-        share = ranks.rank, ranks.world
         with ranks.together():
             if not cache.complete:
                 print(f"computing frozen features of {stream.source}, once", flush=True)
-                cache.collect(stream, encoder, share)
+                cache.collect(stream, encoder, ranks.share)
         self.data = cache.open()
-        self.widths, self.unseen = self.data.widths, _validation_samples(self.data)
+        self.unseen = _validation_samples(self.data)
         self.description = (
             f"{len(self.data)} samples in {cache.folder}, {self.data.validation.sum()} of them for "
             "validation"
@@ -367,7 +365,7 @@ class CachedData:
     def batches(self, batch_size: int, seed: int, ranks: Ranks) -> "Batches":
         """Return endless batches that ranks share. Raises UserError if the size is indivisible."""
         ranks.split(batch_size, "--batch-size")
-        return Batches(self.parts, batch_size, seed, (ranks.rank, ranks.world), shared=True)
+        return Batches(self.parts, batch_size, seed, ranks.share, shared=True)
 
     def parts(self, position: StreamPosition) -> Iterator[Part]:
         """Yield the single part, whatever the position."""
@@ -384,7 +382,6 @@ class StreamedData:
 
     def __init__(self, stream: Stream, encode: Callable[[list, int], Any], what: str = PREFERENCE):
         self.stream, self.encode = stream, encode
-        self.widths = getattr(encode, "widths", None)  # (D, H), of an Encoder
         chunk = next(stream.chunks(), None)
         check(chunk is not None, f"{stream.source}: holds no {what}")
         first_part = self._encode(chunk)

@@ -7,7 +7,7 @@ from pathlib import Path
 from img_minimal.backbone import open_backbone, open_image_prompt
 from img_minimal.cli import writable_folder
 from img_minimal.data.features import CachedData, Encoder, FeatureCache, StreamedData
-from img_minimal.data.pairs import Stream, pair_stream
+from img_minimal.data.pairs import Share, Stream, pair_stream
 from img_minimal.data.tables import training_files
 from img_minimal.devices import best_device
 from img_minimal.files import fingerprint, model_name, short_hash, version
@@ -50,15 +50,14 @@ def load_training_data(
     """
     data, chunk = preset.data, preset.training.chunk
     if data.cache_dir == "none":
-        share = ranks.rank, ranks.world
-        stream = pair_stream(data.pairs, chunk, data.max_pairs, seed, share)
+        stream = pair_stream(data.pairs, chunk, data.max_pairs, seed, ranks.share)
         # Each rank has files of its own, and draws other questions.
         return StreamedData(stream, load_encoder(preset, guidance, seed + ranks.rank * RANK_SEEDS))
     return CachedData(*_to_cache(preset, guidance, seed, cache_gb), ranks)
 
 
 def compute_features(
-    preset: Preset, guidance: str, seed: int, cache_gb: float, share: tuple[int, int]
+    preset: Preset, guidance: str, seed: int, cache_gb: float, share: Share
 ) -> str:
     """Compute the r-th of n parts of a cache, of `share` (r, n); returns a summary.
 

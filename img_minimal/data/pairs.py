@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from PIL.Image import Image
 
-from img_minimal.cli import UserError, warn
+from img_minimal.cli import AnyPath, UserError, warn
 from img_minimal.data.tables import (
     DAMAGE,
     OUTSIDE,
@@ -171,7 +171,7 @@ class Stream(Generic[Item]):
         self,
         layouts: Collection[Layout],
         parse: Parse,
-        source: str | Path,
+        source: AnyPath,
         size: int = 0,
         limit: int = 0,
         seed: int = 0,

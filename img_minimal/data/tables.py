@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from img_minimal.cli import UserError, check, warn
+from img_minimal.cli import AnyPath, UserError, check, warn
 
 # Raised by readers for damaged files; pyarrow's own errors are subclasses of these.
 DAMAGE = (
@@ -27,7 +27,7 @@ DAMAGE = (
     *(tarfile.TarError, RecursionError, MemoryError, csv.Error),
 )
 # Words in names of files and folders that tell which rows they hold.
-EVALUATION = {"validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+EVALUATION = set("validation valid val dev test testing eval evaluation".split())
 TRAINING = {"train", "training"}
 # Names of what is no data, and of what lies in it: .ipynb_checkpoints, ._train.parquet, __MACOSX,
 # Spark's _temporary, $RECYCLE.BIN, the notes of `datasets`.
@@ -138,7 +138,7 @@ def training_files(path: Path) -> list[Path]:
     return [file for file in candidates if files[file] & TRAINING] or candidates
 
 
-def find_inside(root: Path, name: str | Path) -> Path | None:
+def find_inside(root: Path, name: AnyPath) -> Path | None:
     """Resolve a path that data name; None if it leaves the resolved folder `root`.
 
     A data set must not read the rest of the disk, by an absolute path, "../" or a link. In the

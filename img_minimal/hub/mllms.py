@@ -40,7 +40,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from transformers.models.smolvlm import processing_smolvlm
 
-from img_minimal.cli import check, warn
+from img_minimal.cli import AnyPath, check, warn
 from img_minimal.files import read_json
 from img_minimal.hub.weights import opening
 from img_minimal.hub.where import check_depth, fetch_file, fetch_folder, split_hub_id
@@ -83,10 +83,10 @@ EXPECTED = {
     "image_aspect_ratio": ("pad", "square", None),
 }
 LLAMA_SETTINGS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
-    *("rope_theta", "rope_scaling", "bos_token_id", "eos_token_id"),
-)
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads hidden_act max_position_embeddings rope_theta rope_scaling bos_token_id "
+    "eos_token_id"
+).split()
 TOWER_FLAG = "mm_vision_tower in LLaVA's config.json"  # for messages
 # The vision tower of every LLaVA-1.5. Its settings are here so that a folder that has the weights
 # needs no network.
@@ -105,7 +105,7 @@ CLIP_336_CONFIG = {
 # Any kind
 
 
-def mllm_config(what: str | Path, settings: dict | None = None) -> PreTrainedConfig:
+def mllm_config(what: AnyPath, settings: dict | None = None) -> PreTrainedConfig:
     """Interpret the config.json of an MLLM, of a local folder or on the hub, or its `settings`.
 
     Raises UserError if it is missing, damaged, or of a kind that cannot serve. The latter is known
@@ -312,7 +312,7 @@ def tower_of(settings: dict) -> str:
     return CLIP_336 if moved else location
 
 
-def transformers_config(settings: dict, what: str | Path) -> LlavaConfig:
+def transformers_config(settings: dict, what: AnyPath) -> LlavaConfig:
     """Translate a config.json of the authors' layout.
 
     `what` names the folder in messages. Raises UserError if it is no LLaVA-1.5, or its vision tower

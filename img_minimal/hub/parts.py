@@ -44,23 +44,50 @@ def open_parts(
     """
     preset = find_preset_for(pipe, preset)
     check(guidance != "text" or mllm is None, "guidance by text needs no mllm; leave it out")
-    fixed = {"base", "unet", "offload"} if pipe is not None else set()
-    if isinstance(pipe, Backbone):
-        fixed = changes.keys() - FREE
     if isinstance(mllm, str | PathLike):
         changes["mllm"], mllm = str(mllm), None
-    elif mllm is not None:
-        fixed = fixed | {"questions"}
     if isinstance(aligner, str | PathLike):
         changes["aligner"], aligner = str(aligner), None
-    fixed = min(fixed & changes.keys(), default=None)
+    check_changes(changes, pipe, mllm)
+    preset = preset.guided_by(guidance).changed(**changes)
+    preset, aligner = fetch_parts(preset, guidance, pipe, mllm, aligner)
+    device = None if mllm_device is None else known_device(str(mllm_device))
+    bar = tqdm(total=4, desc="loading models", leave=False, delay=2)
+    with without_loading_bars(), bar:
+        if not isinstance(pipe, Backbone):
+            pipe = open_backbone(preset, pipe, bar.update)
+        home = pipe.turns.home
+        if mllm is None:
+            mllm = open_guide(preset.models, guidance, pipe, device)
+        elif device is None and hasattr(mllm, "model"):
+            mllm.model.to(home)
+    aligner.check_widths(mllm.width, None)
+    return pipe, mllm, aligner.eval().to(home), preset
+
+
+def check_changes(changes: dict[str, object], pipe: object, mllm: GuidanceEncoder | None) -> None:
+    """Raise UserError for settings of what is loaded already, on which they would do nothing."""
+    fixed = set() if pipe is None else {"base", "unet", "offload"}
+    if isinstance(pipe, Backbone):
+        fixed = changes.keys() - FREE
+    if mllm is not None:
+        fixed = fixed | {"questions"}
+    name = min(fixed & changes.keys(), default=None)
     check(
-        fixed is None,
-        f"{fixed!r} is a setting of this backbone or MLLM, which is loaded; open it with that, or "
+        name is None,
+        f"{name!r} is a setting of this backbone or MLLM, which is loaded; open it with that, or "
         "use img.drawing(...)",
     )
-    preset = preset.guided_by(guidance).changed(**changes)
 
+
+def fetch_parts(
+    preset: Preset,
+    guidance: str,
+    pipe: object,
+    mllm: GuidanceEncoder | None,
+    aligner: ImplicitAligner | None,
+) -> tuple[Preset, ImplicitAligner]:
+    """Fetch the files of what is not loaded, and open the aligner, by which others are checked."""
     names, width, location = [], None, "text"
     if aligner is None:
         names.append("aligner")
@@ -77,29 +104,16 @@ def open_parts(
 
     def check_files(preset: Preset) -> None:
         nonlocal aligner
-        if aligner is None:
-            aligner = ImplicitAligner.from_file(preset.sampling.aligner)
+        aligner = aligner or ImplicitAligner.from_file(preset.sampling.aligner)
         check_guide(aligner, location)
-        aligner.check_widths(width, None)
+        token_width = None
         if "ip_adapter" in names:
             _, (_, token_width) = announced_head(preset.backbone, preset.models)
-            aligner.check_widths(None, token_width)
+        aligner.check_widths(width, token_width)
         if pipe is None:
             check_adapter(preset.backbone, preset.models)
 
-    preset = fetch(preset, *names, inspect=check_files)
-    device = None if mllm_device is None else known_device(str(mllm_device))
-    bar = tqdm(total=4, desc="loading models", leave=False, delay=2)
-    with without_loading_bars(), bar:
-        if not isinstance(pipe, Backbone):
-            pipe = open_backbone(preset, pipe, bar.update)
-        home = pipe.turns.home
-        if mllm is None:
-            mllm = open_guide(preset.models, guidance, pipe, device)
-        elif device is None and hasattr(mllm, "model"):
-            mllm.model.to(home)
-    aligner.check_widths(mllm.width, None)
-    return pipe, mllm, aligner.eval().to(home), preset
+    return fetch(preset, *names, inspect=check_files), aligner
 
 
 def find_preset_for(pipe: object, preset: Preset | str | None) -> Preset:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from img_minimal.cli import UserError, check
+from img_minimal.cli import AnyPath, UserError, check
 from img_minimal.files import replacing
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
@@ -20,7 +20,7 @@ WEIGHT_FILE = "weight file; if it is cut short or a Git LFS pointer, download it
 NOTES = "_metadata"  # torch's own attribute for what a state dict carries beside its tensors
 
 
-def read_weights(path: str | Path, holds: str | None = None) -> dict:
+def read_weights(path: AnyPath, holds: str | None = None) -> dict:
     """Read a state dict from a .safetensors or torch file to the CPU.
 
     Torch files are read with `weights_only=True`, so they cannot run code. The `module.` prefix of
@@ -63,7 +63,7 @@ def _find(state: dict, key: str) -> dict | None:
     return None
 
 
-def read_metadata(path: str | Path, state: dict | None = None) -> dict[str, str]:
+def read_metadata(path: AnyPath, state: dict | None = None) -> dict[str, str]:
     """Read the notes written with a file, {} if there are none; `read_weights` must come first.
 
     A torch file may nest dicts, each with notes of its own: `state` is the one that was found.
@@ -75,7 +75,7 @@ def read_metadata(path: str | Path, state: dict | None = None) -> dict[str, str]
 
 
 def write_weights(
-    path: str | Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None
+    path: AnyPath, state: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Replace a weight file atomically; creates parent folders.
 
@@ -96,7 +96,7 @@ def write_weights(
 
 
 @contextmanager
-def opening(location: str | Path, what: str) -> Iterator[None]:
+def opening(location: AnyPath, what: str) -> Iterator[None]:
     """Convert exceptions of loading libraries into a one-line UserError."""
     try:
         yield

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import safe_open
 
-from img_minimal.cli import UserError, causes, check, flag_name
+from img_minimal.cli import AnyPath, UserError, causes, check, flag_name
 from img_minimal.devices import Precision, Turns, best_device
 from img_minimal.files import read_json
 from img_minimal.hub.weights import WEIGHT_FILE, opening
@@ -145,7 +145,7 @@ def chosen(path: Path, names: list[str], half: bool, without: tuple[str, ...] = 
     return sorted(files)
 
 
-def variant(path: str | Path, dtype: torch.dtype) -> str | None:
+def variant(path: AnyPath, dtype: torch.dtype) -> str | None:
     """Return the `variant` to load a local folder with: "fp16" if such files are chosen."""
     path = Path(path)
     files = chosen(path, _names(path), dtype != torch.float32)
