@@ -28,7 +28,7 @@ sys.path.insert(0, str(HERE.parent))  # so that a tutorial runs from anywhere
 from img_minimal import cli
 from img_minimal.cli import check, option  # noqa: F401 - scripts import it from here
 from img_minimal.evaluate.intervals import Interval, draw_clusters, with_interval
-from img_minimal.plots import COLOURS, GREY, pyplot
+from img_minimal.plots import COLOURS, pyplot
 from img_minimal.presets import PRESETS, Models, Preset, find_preset
 
 FLAGS = {
@@ -173,7 +173,7 @@ def save(figure, options, name: str, caption: str, conclusion: str = "") -> None
     caption = f"{options.model}, --seed {options.seed}: {caption}"
     if options.quick:
         caption = f"QUICK MODE, too few samples to mean anything. {caption}"
-    figure.supxlabel(wrapped(caption, int(15 * width)), fontsize=8, color=GREY)
+    figure.supxlabel(wrapped(caption, int(15 * width)), fontsize=9)
     for axis in figure.axes:
         if not axis.has_data():
             axis.set_axis_off()
