@@ -16,7 +16,7 @@ Not as in the paper: it makes three passes at a constant scale of 0.2; the twin 
 scale falls from 1.6 to 0.08, which validation prompts chose. The paper shows rounds in pictures,
 and has no numbers for rounds, passes or scale.
 
-In full: about 10 minutes on two cores. What the steps cost at SDXL's and FLUX's size is measured by
+In full: about five minutes on two cores. What the steps cost at SDXL's and FLUX's size is measured by
 `python -m img_minimal.bench.true_size`, on a GPU.
 """
 
@@ -24,7 +24,7 @@ In full: about 10 minutes on two cores. What the steps cost at SDXL's and FLUX's
 from common import begin, curve, option, picture, save, sheet, step
 
 help_text = "how many prompts of the test split"
-prompts_option = option(200, help_text, least=20, quick=10)
+prompts_option = option(100, help_text, least=20, quick=10)
 options, preset = begin(__doc__, oracle=True, prompts=prompts_option)
 
 import numpy as np

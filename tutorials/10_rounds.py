@@ -16,7 +16,7 @@ with both, without the gate, without gate and replay.
 Not as in the paper: it refreshes the reference f_ref ([05](05_preference_objective.py)), but never
 the pairs.
 
-In full: about 15 minutes on two cores.
+In full: about seven minutes on two cores.
 """
 
 # %%
@@ -27,10 +27,10 @@ options, preset = begin(
     __doc__,
     oracle=True,
     rounds=option(2, "rounds after the shipped aligner", most=20, quick=1),
-    prompts=option(500, "training prompts that a round draws", most=100_000, quick=12),
+    prompts=option(200, "training prompts that a round draws", most=100_000, quick=12),
     steps=option(150, "training steps of a round", most=100_000, quick=4),
-    max_pairs=option(3000, "original pairs", most=10**9, quick=60),
-    judged=option(300, judged_help, most=100_000, quick=10),
+    max_pairs=option(1000, "original pairs", most=10**9, quick=60),
+    judged=option(200, judged_help, most=100_000, quick=10),
 )
 
 from dataclasses import asdict
