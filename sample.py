@@ -187,7 +187,7 @@ def save(
                 [verdict] = judge_pictures([image], [parse_prompt(caption)])
                 notes["oracle"] = "right" if verdict.strict else f"wrong: {verdict.words}"
             if k and any(image is first for first in stages[0]):
-                notes["kept first"] = True
+                notes["kept"] = "the first image"
             entries.append({"file": file, "stage": stage} | notes)
             lines = [f"{who}: {what}" for who, what in notes.items()]
             report.append(f"seed {seed}, {stage}: " + "; ".join(lines))

@@ -193,7 +193,7 @@ def test_a_bad_request_is_refused_before_anything_is_drawn(
 
 def test_the_twin_refuses_prompts_that_are_not_of_its_world(config, tmp_path):
     (tmp_path / "p.txt").write_text("a red circle\na photo of a bench\n")
-    with refused("a photo of a bench", "Colours: red", "circle"):
+    with refused("a photo of a bench", "colours: red", "circle"):
         evaluate(config, prompt_file=str(tmp_path / "p.txt"))
 
 
