@@ -25,7 +25,8 @@ from img_minimal.mllm import MLLM, GuidanceEncoder, TextGuidance
 from img_minimal.presets import Models, Preset, find_preset
 
 ADAPTER = ("ip_adapter", "resampler", "image_encoder")  # what turns images into tokens
-FREE = {"passes", "mllm_batch", "questions", "mllm", "aligner"}  # settings that are not a loaded backbone's
+# Settings that are not a loaded backbone's.
+FREE = {"passes", "mllm_batch", "questions", "mllm", "aligner"}
 
 
 def open_parts(
