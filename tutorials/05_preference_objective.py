@@ -12,11 +12,15 @@ MLLM says about it. From these it predicts the tokens c_w of a better picture of
     L      = L_base + lambda * log(1 + exp(-x))
 
 **Why two terms.** DPO compares with the *data*: f shall be nearer to the winner than to the loser,
-and by more than f_ref is. Where the margin is wide, log(1 + exp(-x)) is flat, and DPO pushes no
-longer. SPIN (self-play) puts the aligner's *own* earlier answer in the loser's place. This opponent
-grows: once ||c_w - f|| has been below ||c_w - f_ref|| for k = 10 iterations in a row, f is copied
-into f_ref, a *refresh* (Eqs. 18, 19). An aligner starts as "change nothing", so f_ref = c_l until
-the first refresh: until then, SPIN's pair is DPO's pair.
+and by more than f_ref is. SPIN (self-play) puts the aligner's *own* earlier answer in the loser's
+place, an opponent that grows as f does. An aligner starts as "change nothing", so f_ref = c_l at
+first, and SPIN's pair is DPO's pair.
+
+**Why f_ref is refreshed.** Once f is much better than f_ref, x is large, log(1 + exp(-x)) is
+flat, and both terms fall silent: never refreshed, they end where L_base alone does
+([08](08_ablations.py)). So once ||c_w - f|| has been below ||c_w - f_ref|| for k = 10 iterations
+in a row, f is copied into f_ref, a *refresh* (Eqs. 18, 19). Then x is 0 again, and the terms push
+at half of their strength.
 
 Not as in the paper: it trains with lambda 1 and reports that each term adds PickScore. The *twins*,
 the small models that stand for SDXL and FLUX here, train with lambda 0, because of what this lesson
@@ -97,12 +101,13 @@ for objective, terms in OBJECTIVES.items():
 # %% [markdown]
 # ## 2. How long the steps are after real training
 #
-# By Eqs. 18 and 19, f_ref is older than f and mostly worse. Then x is above 0 and sigmoid(-x) below
-# 1/2, so the terms push less than in section 1. The ablations of [08](08_ablations.py) trained
-# three aligners with each objective. Their logs hold the mean ||f - c_l||^2; its root, in units of
-# L_base's, is the length s of the step. (That DPO's is 1.33 and that of both terms came to rest at
-# 1.33 is chance: one is measured, the other is one sample's.) An image is *right* if everything in
-# it is as in the prompt. Brackets are 95 % intervals, here of differences on the same test prompts.
+# By Eqs. 18 and 19, f_ref is older than f and mostly worse. Then x is above 0 and sigmoid(-x)
+# below 1/2, so between refreshes the terms push less than in section 1. The ablations of
+# [08](08_ablations.py) trained three aligners with each objective. Their logs hold the mean ||f -
+# c_l||^2; its root, in units of L_base's, is the length s of the step. (That DPO's is 1.33 and
+# that of both terms came to rest at 1.33 is chance: one is measured, the other is one sample's.)
+# An image is *right* if everything in it is as in the prompt. Brackets are 95 % intervals, here of
+# differences on the same test prompts.
 
 # %%
 results = json.loads((HERE / "08_ablations.json").read_text())
