@@ -38,6 +38,7 @@ from img_minimal.hub.where import fetch_folder
 
 Images = list[Image]
 OUTCOMES = ("img_better", "base_better", "both_right")  # of two images; else "none"
+BATCH = 32  # images that a round's judge sees at once; a gate has 200
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,10 @@ class RoundJudge:
             self.guard, self.guard_margin, self.perfect = "clipscore", 0.5, math.inf
 
     def scores(self, name: str, prompts: list[str], images: Images) -> np.ndarray:
-        """Score images (B,) with a judge, which is loaded when it is needed first."""
-        return self.open(name).score(images, prompts)
+        """Score images (B,) in batches with a judge, which is loaded when it is needed first."""
+        judge, batches = self.open(name), range(0, len(images), BATCH)
+        parts = [judge.score(images[k : k + BATCH], prompts[k : k + BATCH]) for k in batches]
+        return np.concatenate(parts)
 
     def compare(self, prompts: list[str], base: Images, img: Images) -> list[str]:
         """Find the OUTCOMES of pairs, "none" where judges differ or hardly care."""
